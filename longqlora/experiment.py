@@ -1,0 +1,198 @@
+"""The configuration of an experiment: checked when it is read, before any job starts, and made complete.
+
+Imports nothing heavy: the workflow reads it on every start.
+"""
+
+import difflib
+import glob
+import json
+import re
+from pathlib import Path
+
+import jsonschema
+import numpy
+
+from longqlora.tokens import read_tokens
+
+ROPE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+REMOTE = re.compile(r"^\w[\w+.-]*://")
+HUB_ID = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; each line names a key and says what would be right."""
+
+
+def load_experiment(config: dict, schema: dict) -> dict:
+    """Check a configuration and return it complete: globs expanded, defaults filled in, each system with its own training.
+
+    Args:
+        config: as parsed from YAML.
+        schema: JSON schema of it.
+
+    Raises:
+        ConfigError: with all that is wrong, a line each.
+    """
+    validator = jsonschema.Draft202012Validator(schema)
+    problems = [describe(error, schema) for error in validator.iter_errors(config)]
+    if problems:
+        raise ConfigError("\n".join(problems[:8]))
+    experiment = complete(config, schema)
+    problems = list(cross_checks(experiment)) or list(check_local_model(experiment))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return experiment
+
+
+def describe(error: jsonschema.ValidationError, schema: dict) -> str:
+    """One line for a violation: the key, what is wrong, what would be legal."""
+    where = ".".join(str(part) for part in error.absolute_path) or "the configuration"
+    if error.validator == "additionalProperties":
+        legal = sorted(error.schema.get("properties", {}))
+        unknown = sorted(set(error.instance) - set(legal))
+        guess = [match for key in unknown for match in difflib.get_close_matches(key, legal, n=1)]
+        hint = f"; did you mean {guess[0]!r}?" if guess else ""
+        return f"{where}: unknown key {', '.join(map(repr, unknown))}{hint} (legal: {', '.join(legal)})"
+    if error.validator in ("oneOf", "anyOf"):
+        return f"{where}: {error.schema.get('description', error.message)}"
+    expected = error.schema.get("description")
+    return f"{where}: {error.message}" + (f" ({expected})" if expected else "")
+
+
+def defaults_of(schema: dict, root: dict) -> dict:
+    """The ``default`` values of an object's properties."""
+    schema = resolve(schema, root)
+    return {key: part["default"] for key, part in schema.get("properties", {}).items() if "default" in part}
+
+
+def resolve(schema: dict, root: dict) -> dict:
+    """Follow a ``$ref`` into ``$defs``."""
+    return root["$defs"][schema["$ref"].rsplit("/", 1)[1]] if "$ref" in schema else schema
+
+
+def complete(config: dict, schema: dict) -> dict:
+    """Fill in defaults, merge each system's training settings over the experiment's, and expand the globs of local files."""
+    parts = schema["properties"]
+    experiment = {**defaults_of(schema, schema), **config}
+    experiment["base_model"] = {"tokenizer": config["base_model"]["path"], **config["base_model"]}
+    for section in ("evaluation", "corpus", "sft", "demo"):
+        if section in experiment:
+            experiment[section] = {**defaults_of(parts[section], schema), **experiment[section]}
+    common = {**defaults_of(parts["training"], schema), **config.get("training", {})}
+    experiment["systems"] = {}
+    for name, system in config["systems"].items():
+        merged = {"label": name, **system}
+        if "training" in system:
+            merged["training"] = {**common, **(system["training"] or {})}
+            if "epochs" in (system["training"] or {}) and "steps" not in system["training"]:
+                merged["training"].pop("steps", None)
+        experiment["systems"][name] = merged
+    for _, source in source_lists(experiment):
+        source["paths"] = [path for pattern in source["paths"] for path in expand(pattern)]
+    experiment["evaluation"]["stride"] = experiment["evaluation"].get("stride")
+    return experiment
+
+
+def source_lists(experiment: dict) -> list[tuple[str, dict]]:
+    """Every part of the configuration that has a list of ``paths``, with its key."""
+    sections = [name for name in ("corpus", "sft") if name in experiment]
+    sources = [(f"{name}.sources", source) for name in sections for source in experiment[name]["sources"]]
+    return sources + [(f"evaluation.datasets.{name}", part) for name, part in experiment["evaluation"]["datasets"].items()]
+
+
+def is_local(path: str) -> bool:
+    """Whether a data path is a file of this machine, not one that ``fsspec`` fetches."""
+    return not REMOTE.match(path)
+
+
+def is_made_here(path: str) -> bool:
+    """Whether a rule of the workflow makes this path, so that it need not exist yet."""
+    return path.startswith("results/")
+
+
+def is_hub_model(path: str) -> bool:
+    """Whether a model is a hub id (``owner/name``) and no folder of this machine."""
+    return bool(HUB_ID.match(path)) and not is_made_here(path) and not Path(path).exists()
+
+
+def expand(pattern: str) -> list[str]:
+    """The local files that a pattern matches, sorted; remote paths and outputs of the workflow stay as they are."""
+    if is_local(pattern) and not is_made_here(pattern):
+        return sorted(glob.glob(pattern)) or [pattern]
+    return [pattern]
+
+
+def cross_checks(experiment: dict):
+    """Yield what the schema cannot say: how values fit together, and files that are not there."""
+    systems, evaluation = experiment["systems"], experiment["evaluation"]
+    longest = max((system.get("context_length", 0) for system in systems.values()), default=0)
+    for length in evaluation["lengths"]:
+        if longest and length > longest:
+            yield f"evaluation.lengths: {length} is beyond the longest context_length of the systems, {longest}"
+    stride, shortest = evaluation["stride"], min(evaluation["lengths"])
+    if stride and stride > shortest:
+        yield f"evaluation.stride: {stride} exceeds the shortest of evaluation.lengths, {shortest}"
+    labels = [system["label"] for system in systems.values()]
+    if len(set(labels)) < len(labels):
+        yield f"systems: every label must be different, found {', '.join(labels)}"
+    for name, system in systems.items():
+        if "training" in system:
+            yield from check_training(experiment, name, system)
+    for section in ("corpus", "sft"):
+        limits = experiment.get(section, {})
+        if limits.get("min_tokens", 0) > limits.get("max_tokens", 0):
+            yield f"{section}.min_tokens: {limits['min_tokens']} exceeds {section}.max_tokens, {limits['max_tokens']}"
+    if "sft" in experiment:
+        total = sum(source["share"] for source in experiment["sft"]["sources"])
+        if abs(total - 1) > 1e-6:
+            yield f"sft.sources: the shares add up to {total:g}, they must add up to 1"
+    known = {row["label"] for row in evaluation["datasets"].values()}
+    for row in experiment.get("published", []):
+        if row["dataset"] not in known:
+            legal = ", ".join(sorted(known))
+            yield f"published: dataset {row['dataset']!r} is no label of evaluation.datasets (legal: {legal})"
+    for key, source in source_lists(experiment):
+        for path in source["paths"]:
+            if is_local(path) and not is_made_here(path) and not Path(path).is_file():
+                yield f"{key}: no such file: {path}"
+
+
+def check_training(experiment: dict, name: str, system: dict):
+    """Yield what is wrong with a trained system."""
+    training, where = system["training"], f"systems.{name}"
+    if "context_length" not in system:
+        yield f"{where}.context_length: missing; a trained system needs its target context in tokens"
+    if ("steps" in training) == ("epochs" in training):
+        yield f"{where}.training: give either steps or epochs"
+    if training["data"] not in experiment:
+        yield f"{where}.training.data: {training['data']!r} is not configured; add the section {training['data']}:"
+
+
+def check_local_model(experiment: dict):
+    """Yield why a base model on this machine cannot serve: not there, no RoPE, a longer context than a target, or token ids
+    in a local evaluation file that its vocabulary does not have. A model on the hub is checked by the first job."""
+    path = experiment["base_model"]["path"]
+    if is_made_here(path) or is_hub_model(path):
+        return
+    config_file = Path(path) / "config.json"
+    if not config_file.is_file():
+        yield f"base_model.path: {path} is neither a folder with a config.json nor a hub id (owner/name)"
+        return
+    config = json.loads(config_file.read_text())
+    if config.get("model_type") not in ROPE_FAMILIES:
+        found = config.get("model_type")
+        yield f"base_model.path: {path} is a {found!r} model; RoPE families that can be extended: {', '.join(ROPE_FAMILIES)}"
+        return
+    own = config["max_position_embeddings"]
+    for name, system in experiment["systems"].items():
+        if system.get("context_length", own) < own:
+            yield f"systems.{name}.context_length: {system['context_length']} is below the base model's own context, {own}"
+    for name, dataset in experiment["evaluation"]["datasets"].items():
+        for file in dataset["paths"]:
+            if file.endswith(".bin") and is_local(file) and not is_made_here(file):
+                largest = int(numpy.max(read_tokens(file)))
+                if largest >= config["vocab_size"]:
+                    yield (
+                        f"evaluation.datasets.{name}: {file} holds token id {largest}, but {path} has a vocabulary of "
+                        f"{config['vocab_size']} (legal: 0 to {config['vocab_size'] - 1})"
+                    )

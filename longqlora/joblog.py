@@ -1,0 +1,23 @@
+"""The log file of a job: plain lines of progress, warnings, and the traceback if the job fails."""
+
+import logging
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def job_log(path: str):
+    """Send logging and warnings to the file ``path``; on an error write the traceback there, say in one line on the terminal
+    what went wrong and where to read more, and exit with status 1."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(
+        filename=path, filemode="w", level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
+    )
+    logging.captureWarnings(True)
+    try:
+        yield
+    except Exception as error:
+        logging.exception("the job failed")
+        message = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        sys.exit(f"error: {message}\n(more in {path})")

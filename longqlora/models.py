@@ -1,0 +1,106 @@
+"""Loading models: precision by hardware, 4-bit quantisation, rope scaling, and the loss that never holds a window's logits."""
+
+from types import MethodType
+
+import torch
+from torch.nn import LinearCrossEntropyOptions
+from torch.nn.functional import linear_cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
+
+from longqlora.positions import extend_context
+
+PRECISIONS = ("auto", "float32", "bfloat16", "float16", "nf4")
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype:
+    """The type that a device computes fastest in: bfloat16 where the hardware has it, float16 on older GPUs (V100), float32
+    on a CPU that would only emulate bfloat16."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def find_device(name: str) -> torch.device:
+    """``cuda`` or ``cpu`` as a device.
+
+    Raises:
+        ValueError: if the configuration asks for a GPU and torch sees none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda is configured, but torch sees no GPU on this machine; 'cpu' would run without one")
+    return torch.device(name)
+
+
+def load_config(path: str, context_length: int | None = None):
+    """Configuration of a model, its context extended to ``context_length`` tokens if given."""
+    config = AutoConfig.from_pretrained(path)
+    return extend_context(config, context_length) if context_length else config
+
+
+def load_model(path: str, *, device: torch.device, precision: str = "auto", context_length: int | None = None, **kwargs):
+    """Load a causal language model for ``device``, on one device.
+
+    Args:
+        path: a directory or a hub id.
+        precision: ``nf4`` (4 bit, double quantisation; QLoRA, arXiv 2305.14314), a float type, or ``auto``: the device's
+            autocast type on a GPU, float32 on a CPU.
+        context_length: extend the context by position interpolation; None keeps it.
+        kwargs: to ``from_pretrained`` (``attn_implementation``).
+
+    Raises:
+        ValueError: if the precision is unknown, or the context cannot be extended.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is unknown; known are {', '.join(PRECISIONS)}")
+    if precision == "auto":
+        precision = "float32" if device.type == "cpu" else str(autocast_dtype(device)).removeprefix("torch.")
+    if precision == "nf4":
+        from transformers import BitsAndBytesConfig
+
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=autocast_dtype(device),
+        )
+    dtype = autocast_dtype(device) if precision == "nf4" and device.type == "cuda" else torch.float32
+    kwargs["dtype"] = dtype if precision == "nf4" else getattr(torch, precision)
+    return AutoModelForCausalLM.from_pretrained(
+        path, config=load_config(path, context_length), device_map={"": device}, **kwargs
+    )
+
+
+def next_token_loss(model, input_ids, labels, num_items_in_batch=None, **kwargs) -> torch.Tensor:
+    """Cross-entropy of the next token from the hidden states, in chunks, so that the logits of a window never exist at once.
+
+    Args:
+        model: a causal language model of transformers.
+        input_ids: ``[b, n]``
+        labels: ``[b, n]``, the ids to predict at their own places (shifted in here), -100 where nothing is to be learned.
+        num_items_in_batch: number of labels to divide by; None: those of this batch.
+        kwargs: to the decoder.
+
+    Returns:
+        Scalar: the summed loss over the number of labels.
+    """
+    hidden = model.base_model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state[:, :-1].flatten(0, 1)
+    targets = labels[:, 1:].flatten()
+    weight = model.get_output_embeddings().weight
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    losses = linear_cross_entropy(hidden, weight, targets, reduction="none", options=LinearCrossEntropyOptions())
+    total = losses.float().sum()  # a sum in bfloat16 would keep two digits
+    return total / (num_items_in_batch if num_items_in_batch is not None else (targets != -100).sum())
+
+
+def use_chunked_loss(model):
+    """Make ``model(input_ids, labels=…)`` compute its loss by :func:`next_token_loss` and return no logits, so that trainers
+    and wrappers that call the model get it."""
+
+    def forward(self, input_ids, labels, num_items_in_batch=None, **kwargs):
+        return CausalLMOutput(loss=next_token_loss(self, input_ids, labels, num_items_in_batch, **kwargs))
+
+    model.forward = MethodType(forward, model)
+    return model

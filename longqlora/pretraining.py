@@ -1,0 +1,144 @@
+"""A small tokenizer and a small LLaMA, trained from scratch: the demo's stand-in for LLaMA2."""
+
+import logging
+import time
+
+import numpy
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from longqlora.documents import read_documents
+from longqlora.models import autocast_dtype, next_token_loss
+from longqlora.tokens import encode
+
+log = logging.getLogger(__name__)
+
+
+def train_tokenizer(texts, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer (no text is unknown to it) with LLaMA's special tokens.
+
+    Args:
+        texts: iterable of strings.
+        vocab_size: number of pieces, special tokens included.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    )
+
+
+def pretrain(
+    tokens: torch.Tensor,
+    *,
+    vocab_size: int,
+    bos_token_id: int,
+    eos_token_id: int,
+    context_length: int,
+    architecture: dict,
+    steps: int,
+    tokens_per_step: int,
+    muon_learning_rate: float,
+    adamw_learning_rate: float,
+    seed: int,
+) -> LlamaForCausalLM:
+    """Train a LLaMA from random weights on windows drawn from a stream of tokens.
+
+    Matrices of the layers go to Muon, embeddings and norms to AdamW; both learning rates rise over the first 5 % of the
+    steps and fall to zero over the last 40 %.
+
+    Args:
+        tokens: ``[num_tokens]``, the corpus as one stream.
+        vocab_size, bos_token_id, eos_token_id: of the tokenizer.
+        context_length: tokens of a window, and the context that the model is made for.
+        architecture: further fields of ``LlamaConfig`` (hidden_size, num_hidden_layers, …).
+        steps, tokens_per_step: how long to train.
+        muon_learning_rate, adamw_learning_rate: peak values.
+        seed: of the weights and of the windows.
+
+    Raises:
+        ValueError: if the corpus is shorter than one window.
+    """
+    if len(tokens) <= context_length:
+        raise ValueError(f"{len(tokens)} tokens are too few for a window of {context_length}")
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            max_position_embeddings=context_length,
+            tie_word_embeddings=True,
+            **architecture,
+        )
+    )
+    model.set_attn_implementation("eager")  # in windows this short its backward pass is faster than the fused kernel's on a CPU
+    log.info("base model: %.2f M parameters", model.num_parameters() / 1e6)
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for name, p in model.named_parameters() if p.ndim == 1 or "layers" not in name]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=muon_learning_rate, weight_decay=0.0),
+        torch.optim.AdamW(others, lr=adamw_learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+    def share_of_peak(step: int) -> float:
+        return min(1.0, (step + 1) / (0.05 * steps), (steps - step) / (0.4 * steps))
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak) for optimizer in optimizers]
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.arange(context_length)
+    dtype, started = autocast_dtype(torch.device("cpu")), time.perf_counter()
+    for step in tqdm(range(1, steps + 1), "pre-training", unit="step", disable=None):
+        starts = torch.randint(len(tokens) - context_length, (tokens_per_step // context_length, 1), generator=generator)
+        windows = tokens[starts + offsets]  # [b, n]
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not torch.float32):
+            loss = next_token_loss(model, windows, windows)
+        loss.backward()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        if step % 50 == 0 or step == steps:
+            rate = step * tokens_per_step / (time.perf_counter() - started)
+            log.info("step %d of %d: loss %.3f, %.0f tokens/s", step, steps, loss.item(), rate)
+    return model.eval()
+
+
+def pretrain_base_model(
+    *, shards: list[str], tokenizer: str, output: str, context_length: int, architecture: dict, pretraining: dict, seed: int
+) -> None:
+    """Pre-train a base model on the documents of ``shards`` and write it to ``output``, its tokenizer beside it.
+
+    Args:
+        shards: files of :func:`longqlora.documents.read_documents`.
+        tokenizer: folder of the tokenizer.
+        output: folder of the model.
+        context_length, architecture, seed: see :func:`pretrain`.
+        pretraining: steps, tokens_per_step, muon_learning_rate, adamw_learning_rate.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    texts = (document.text for shard in shards for document in read_documents(shard))
+    stream = numpy.concatenate([numpy.array([*ids, tokenizer.eos_token_id]) for ids in encode(tokenizer, texts)])
+    log.info("corpus: %d tokens", len(stream))
+    model = pretrain(
+        torch.from_numpy(stream),
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        context_length=context_length,
+        architecture=architecture,
+        seed=seed,
+        **pretraining,
+    )
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)

@@ -1,0 +1,57 @@
+"""What a result depends on: the project's own files behind a script, and digests to stamp results with.
+
+Standard library only: the workflow imports it on every start.
+"""
+
+import ast
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+PACKAGE = "longqlora"
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Dotted names of the package's modules that a file imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)  # "from longqlora import tokens"
+    return {name for name in names if name.split(".")[0] == PACKAGE}
+
+
+def code_of(script: Path, root: Path) -> list[str]:
+    """The package's files that a script runs on, directly or through other modules: paths relative to ``root``, sorted.
+
+    Snakemake reruns a job when the script's own file changes but knows nothing of what it imports; a rule that names these
+    files as an input is rerun when one of them changes, and only then.
+
+    Args:
+        script: file whose imports are followed (``import longqlora.x``, ``from longqlora.x import y``).
+        root: folder that holds the package.
+    """
+    found, pending = set(), [script]
+    while pending:
+        for name in imported_modules(pending.pop()):
+            file = root.joinpath(*name.split(".")).with_suffix(".py")
+            if file.is_file() and file not in found:
+                found.add(file)
+                pending.append(file)
+    return sorted(file.relative_to(root).as_posix() for file in found)
+
+
+def digest_of_files(paths: Iterable[str]) -> str:
+    """SHA-256 over the contents of files in the given order, first 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(Path(path).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def digest_of_values(values: object) -> str:
+    """SHA-256 of anything that JSON can hold, first 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,92 @@
+"""Token ids on disk: a flat little-endian stream in a ``.bin`` file, what is known of it in a ``.json`` beside it.
+
+LongLoRA's evaluation files are the ``.bin`` alone, in uint16. The file beside it adds what the stream cannot say: the type
+of the ids, the size of the vocabulary, and where each document ends.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy
+
+DTYPES = {"uint16": numpy.dtype("<u2"), "uint32": numpy.dtype("<u4")}
+TEXTS_PER_BATCH = 256  # encoded at once: enough for every core, little beside the texts themselves
+
+
+def description_path(path: str | Path) -> Path:
+    """Where the description of a token file lies: ``corpus.bin`` → ``corpus.json``."""
+    return Path(path).with_suffix(".json")
+
+
+def encode(tokenizer, texts: Iterable[str]) -> Iterator[list[int]]:
+    """Yield the token ids of each text, without special tokens, a batch of texts at a time."""
+    texts = iter(texts)
+    while batch := list(islice(texts, TEXTS_PER_BATCH)):
+        yield from tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def write_tokens(path: str | Path, documents: Iterable[list[int]], *, vocab_size: int, eos_token_id: int) -> dict:
+    """Write documents as one stream, each followed by the end-of-text token, and the description beside it.
+
+    Args:
+        path: of the ``.bin`` file.
+        documents: token ids of each document.
+        vocab_size: of the tokenizer; ids are uint16 where they fit, else uint32.
+        eos_token_id: ends every document.
+
+    Returns:
+        The description: dtype, vocab_size, num_tokens, document_ends (index after each document's end-of-text token).
+
+    Raises:
+        ValueError: if there is no document at all.
+    """
+    dtype = "uint16" if vocab_size <= 2**16 else "uint32"
+    num_tokens, document_ends = 0, []
+    with open(path, "wb") as file:
+        for ids in documents:
+            file.write(numpy.asarray([*ids, eos_token_id], dtype=DTYPES[dtype]))
+            num_tokens += len(ids) + 1
+            document_ends.append(num_tokens)
+    if not document_ends:
+        raise ValueError(f"{path}: no document to write")
+    description = {"dtype": dtype, "vocab_size": vocab_size, "num_tokens": num_tokens, "document_ends": document_ends}
+    description_path(path).write_text(json.dumps(description))
+    return description
+
+
+def read_tokens(path: str | Path) -> numpy.ndarray:
+    """Map a token file into memory: ``[num_tokens]``, read-only.
+
+    The type of the ids is that of the description beside the file; a file without one is taken for LongLoRA's uint16.
+
+    Raises:
+        ValueError: if the file is empty, no whole number of ids, or not as long as its description says.
+    """
+    described = description_path(path)
+    description = json.loads(described.read_text()) if described.exists() else {"dtype": "uint16"}
+    dtype, num_bytes = DTYPES[description["dtype"]], Path(path).stat().st_size
+    if num_bytes == 0 or num_bytes % dtype.itemsize:
+        raise ValueError(
+            f"{path}: {num_bytes} bytes are not a stream of {description['dtype']} token ids, {dtype.itemsize} bytes each"
+        )
+    tokens = numpy.memmap(path, dtype=dtype, mode="r")
+    if len(tokens) != description.get("num_tokens", len(tokens)):
+        raise ValueError(f"{path}: {len(tokens)} tokens, where {described} says {description['num_tokens']}")
+    return tokens
+
+
+def check_vocabulary(path: str | Path, vocab_size: int) -> None:
+    """Raise ValueError if the token file holds an id that the model's vocabulary of ``vocab_size`` does not have."""
+    largest = int(read_tokens(path).max())
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{path}: holds token id {largest}, but the tokenizer's vocabulary ends at {vocab_size - 1}; "
+            "the file was made with another tokenizer"
+        )
+
+
+def tokenize_documents(texts: Iterable[str], tokenizer, output: str) -> dict:
+    """Encode texts one after the other and write them by :func:`write_tokens`; return the description."""
+    return write_tokens(output, encode(tokenizer, texts), vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)

@@ -1,0 +1,136 @@
+import copy
+import json
+
+import numpy
+import pytest
+import yaml
+
+from longqlora.experiment import ConfigError, load_experiment
+
+CONFIGS = ["config", "llama2-7b-8k", "llama2-7b-12k", "llama2-13b-8k", "vicuna-13b-8k"]
+
+
+@pytest.fixture(scope="session")
+def schema(root):
+    return yaml.safe_load((root / "workflow/schemas/config.schema.yaml").read_text())
+
+
+@pytest.fixture
+def demo(root):
+    return yaml.safe_load((root / "config/config.yaml").read_text())
+
+
+def change(config, key, value):
+    """The configuration with one value set by its dotted key; None deletes it."""
+    config = copy.deepcopy(config)
+    *path, last = key.split(".")
+    part = config
+    for name in path:
+        part = part[name]
+    if value is None:
+        del part[last]
+    else:
+        part[last] = value
+    return config
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_shipped_configs_are_valid(root, schema, name, monkeypatch):
+    monkeypatch.chdir(root)
+    load_experiment(yaml.safe_load((root / f"config/{name}.yaml").read_text()), schema)
+
+
+def test_the_papers_run_has_the_published_hyper_parameters(root, schema):
+    for name, learning_rate, length in [("llama2-7b-8k", 2e-4, {"steps": 1000}), ("vicuna-13b-8k", 1e-4, {"epochs": 1})]:
+        experiment = load_experiment(yaml.safe_load((root / f"config/{name}.yaml").read_text()), schema)
+        training = experiment["systems"]["longqlora"]["training"]
+        published = {
+            "rank": 64, "alpha": 16, "dropout": 0.05, "batch_size": 1, "gradient_accumulation": 16, "warmup_steps": 20,
+            "max_grad_norm": 0.3, "weight_decay": 0, "optimizer": "paged_adamw_32bit", "group_ratio": 0.25,
+            "target_modules": "all-linear", "learning_rate": learning_rate, **length,
+        }  # fmt: skip
+        assert published.items() <= training.items()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("training.rnk", 8, r"training: unknown key 'rnk'; did you mean 'rank'\? \(legal: .*rank.*\)"),
+        ("sytems", {}, r"unknown key 'sytems'; did you mean 'systems'\?"),
+        ("training.rank", "sixteen", r"training\.rank: 'sixteen' is not of type 'integer'"),
+        ("training.attention", "sparse", r"training\.attention: 'sparse' is not one of \['shifted_sparse', 'full'\]"),
+        ("device", None, r"'device' is a required property"),
+        ("device", "gpu", r"device: 'gpu' is not one of \['cpu', 'cuda'\]"),
+        ("evaluation.lengths", [64, 1024], r"evaluation\.lengths: 1024 is beyond the longest context_length .* 512"),
+        ("evaluation.stride", 64, r"evaluation\.stride: 64 exceeds the shortest of evaluation\.lengths, 32"),
+        ("corpus.sources", [{"paths": ["nowhere/*.jsonl"]}], r"corpus\.sources: no such file: nowhere/\*\.jsonl"),
+        ("corpus.min_tokens", 5000, r"corpus\.min_tokens: 5000 exceeds corpus\.max_tokens, 1024"),
+        ("base_model.path", "../nowhere", r"base_model\.path: \.\./nowhere is neither a folder .* nor a hub id"),
+        ("sft.num_records", 0, r"sft\.num_records: 0 is less than the minimum of 1"),
+        ("systems.longqlora.context_length", None, r"systems\.longqlora\.context_length: missing"),
+        ("systems.longqlora.training", {"epochs": 1, "steps": 5}, r"give either steps or epochs"),
+        ("sft", None, None),
+        ("published", [{"label": "x", "dataset": "y", "perplexity": {"32": 1.0}}], r"published: dataset 'y' is no label"),
+        ("training.target_modules", "all", r"training\.target_modules: all-linear, or a list of module names"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_named_with_what_would_be_right(schema, demo, key, value, message):
+    config = change(demo, key, value)
+    if message is None:
+        load_experiment(config, schema)
+        return
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_experiment(config, schema)
+    assert len(str(caught.value).splitlines()) <= 8
+
+
+def test_training_data_must_be_configured(schema, demo):
+    config = change(demo, "sft", None)
+    config["systems"]["longqlora"]["training"]["data"] = "sft"
+    with pytest.raises(ConfigError, match=r"systems\.longqlora\.training\.data: 'sft' is not configured"):
+        load_experiment(config, schema)
+
+
+def test_shares_must_add_up(schema, demo):
+    demo["sft"]["sources"][0]["share"] = 0.5
+    with pytest.raises(ConfigError, match=r"sft\.sources: the shares add up to 1\.07"):
+        load_experiment(demo, schema)
+
+
+def test_a_systems_own_training_wins_over_the_experiments(schema, demo):
+    demo["systems"]["longqlora"]["training"] = {"rank": 4, "epochs": 2}
+    system = load_experiment(demo, schema)["systems"]["longqlora"]["training"]
+    assert (system["rank"], system["epochs"], system["alpha"]) == (4, 2, 16)
+    assert "steps" not in system
+
+
+def local_model(folder, **config):
+    folder.mkdir()
+    values = {"model_type": "llama", "max_position_embeddings": 128, "vocab_size": 512, **config}
+    (folder / "config.json").write_text(json.dumps(values))
+    return str(folder)
+
+
+def test_a_local_model_is_checked_before_any_job_starts(tmp_path, schema, demo):
+    demo["base_model"] = {"path": local_model(tmp_path / "mpt", model_type="mpt")}
+    with pytest.raises(ConfigError, match=r"is a 'mpt' model; RoPE families that can be extended: llama, mistral"):
+        load_experiment(demo, schema)
+    demo["base_model"] = {"path": local_model(tmp_path / "long", max_position_embeddings=300)}
+    with pytest.raises(
+        ConfigError, match=r"systems\.longqlora\.context_length: 256 is below the base model's own context, 300"
+    ):
+        load_experiment(demo, schema)
+    numpy.array([1, 600], dtype="<u2").tofile(tmp_path / "x.bin")
+    demo["base_model"] = {"path": local_model(tmp_path / "small")}
+    demo["evaluation"]["datasets"]["prose"]["paths"] = [str(tmp_path / "x.bin")]
+    with pytest.raises(ConfigError, match=r"evaluation\.datasets\.prose: .*x\.bin holds token id 600, .* \(legal: 0 to 511\)"):
+        load_experiment(demo, schema)
+
+
+def test_globs_become_files_and_remote_paths_stay(tmp_path, schema, demo):
+    for name in ("b.jsonl", "a.jsonl.gz"):
+        (tmp_path / name).touch()
+    remote = "hf://datasets/owner/name/*.jsonl"
+    demo["corpus"]["sources"] = [{"paths": [f"{tmp_path}/*.jsonl*", remote]}]
+    paths = load_experiment(demo, schema)["corpus"]["sources"][0]["paths"]
+    assert paths == [f"{tmp_path}/a.jsonl.gz", f"{tmp_path}/b.jsonl", remote]

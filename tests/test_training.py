@@ -1,0 +1,121 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import tiny_llama
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from longqlora.merging import merge_adapter
+from longqlora.models import load_model, next_token_loss, use_chunked_loss
+from longqlora.tokens import tokenize_documents
+from longqlora.training import pad_at_right, train_adapter
+
+SETTINGS = {
+    "attention": "shifted_sparse", "group_ratio": 0.25, "rank": 4, "alpha": 16, "dropout": 0.0, "target_modules": "all-linear",
+    "steps": 30, "batch_size": 4, "gradient_accumulation": 1, "learning_rate": 5e-3, "warmup_steps": 2, "max_grad_norm": 1.0,
+    "weight_decay": 0.0, "optimizer": "adamw_torch", "activation_checkpointing": False, "logging_steps": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def corpus(tmp_path, texts, tokenizer) -> str:
+    path = tmp_path / "corpus.bin"
+    tokenize_documents(texts, tokenizer, str(path))
+    return str(path)
+
+
+def train(model_folder, corpus, output, **settings):
+    arguments = {
+        "base_model": model_folder,
+        "data": corpus,
+        "output": str(output),
+        "context_length": 128,
+        "seed": 1,
+        "device": "cpu",
+    }
+    return train_adapter(**arguments, settings={**SETTINGS, **settings})
+
+
+def test_the_chunked_loss_and_its_gradients_are_the_plain_ones():
+    model = tiny_llama()
+    ids = torch.randint(512, (3, 40))
+    labels = ids.clone()
+    labels[0, :10] = -100
+    plain = model(input_ids=ids, labels=labels).loss
+    expected = torch.autograd.grad(plain, list(model.parameters()))
+    chunked = next_token_loss(model, ids, labels)
+    torch.testing.assert_close(chunked, plain)
+    for gradient, reference in zip(torch.autograd.grad(chunked, list(model.parameters())), expected, strict=True):
+        torch.testing.assert_close(gradient, reference, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(use_chunked_loss(model)(input_ids=ids, labels=labels).loss, plain)
+
+
+def test_rows_are_padded_at_the_right_and_padding_is_not_learned():
+    rows = [{"input_ids": torch.tensor(x), "labels": torch.tensor(x)} for x in ([5, 6, 7], [8])]
+    batch = pad_at_right(rows)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["labels"].tolist() == [[5, 6, 7], [8, -100, -100]]
+
+
+def test_training_learns_reproducibly_and_leaves_a_standard_adapter(model_folder, corpus, tmp_path):
+    card = train(model_folder, corpus, tmp_path / "a")
+    losses = [row["loss"] for row in card["trace"]]
+    assert len(losses) == card["steps"] == 30
+    assert sum(losses[-5:]) < sum(losses[:5]) - 0.1
+    assert card["tokens"] == 30 * 4 * 128
+    assert json.loads((tmp_path / "a" / "training.json").read_text()) == card
+    weights = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    modules = {name.split(".")[-3] for name in weights}
+    assert modules == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert all(weights[name].abs().sum() > 0 for name in weights)
+    train(model_folder, corpus, tmp_path / "b")
+    again = load_file(tmp_path / "b" / "adapter_model.safetensors")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+@pytest.mark.parametrize("settings", [{"gradient_accumulation": 4, "batch_size": 1}, {"activation_checkpointing": True}])
+def test_accumulation_and_checkpointing_change_no_loss(model_folder, corpus, tmp_path, settings):
+    reference = train(model_folder, corpus, tmp_path / "a", steps=3)
+    other = train(model_folder, corpus, tmp_path / "b", steps=3, **settings)
+    for row, expected in zip(other["trace"], reference["trace"], strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], abs=2e-2)  # bfloat16 where the CPU has it
+
+
+def test_a_merged_model_is_base_plus_adapter_and_loads_without_this_project(model_folder, corpus, tmp_path, tokenizer):
+    train(model_folder, corpus, tmp_path / "adapter")
+    arguments = {"base_model": model_folder, "adapter": str(tmp_path / "adapter"), "context_length": 128}
+    merge_adapter(**arguments, output=str(tmp_path / "merged"))
+    ids = torch.tensor([tokenizer("def merge(adapter):")["input_ids"]])
+    base = load_model(model_folder, device=torch.device("cpu"), context_length=128)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-4, rtol=1e-3)
+        with adapted.disable_adapter():
+            assert not torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-2)
+    stock = (
+        "import sys; sys.modules['longqlora'] = None\n"  # an import of it would fail
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "rope = model.config.rope_parameters\n"
+        "assert (rope['rope_type'], rope['factor'], rope['rope_theta']) == ('linear', 2.0, 500000.0), rope\n"
+        "assert tokenizer.model_max_length == model.config.max_position_embeddings == 128\n"
+        "print(model.generate(**tokenizer('def', return_tensors='pt'), max_new_tokens=4).shape)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", stock, tmp_path / "merged"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "torch.Size" in run.stdout
+
+
+def test_impossible_trainings_are_refused_before_weights_are_loaded(model_folder, corpus, tmp_path):
+    arguments = {"base_model": model_folder, "data": corpus, "output": str(tmp_path / "a"), "settings": SETTINGS, "seed": 1}
+    with pytest.raises(ValueError, match="32 is below the model's own context of 64"):
+        train_adapter(**arguments, context_length=32, device="cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="torch sees no GPU"):
+            train_adapter(**arguments, context_length=128, device="cuda")

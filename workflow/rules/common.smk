@@ -1,0 +1,67 @@
+# The experiment, checked and completed, and what the rules ask of it.
+
+import os
+
+import yaml
+from snakemake.exceptions import WorkflowError
+
+from longqlora.experiment import ConfigError, is_hub_model, is_local, load_experiment
+from longqlora.provenance import code_of as files_behind
+
+ROOT = Path(workflow.basedir)
+
+try:
+    experiment = load_experiment(config, yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text()))
+except ConfigError as error:
+    raise WorkflowError(f"the configuration cannot run:\n{error}")
+
+RESULTS = f"results/{experiment['experiment']}"
+BASE_MODEL = experiment["base_model"]["path"]
+TOKENIZER = experiment["base_model"]["tokenizer"]
+SYSTEMS = experiment["systems"]
+TRAINED = [name for name, system in SYSTEMS.items() if "training" in system]
+DATASETS = experiment["evaluation"]["datasets"]
+LENGTHS = experiment["evaluation"]["lengths"]
+GPUS = int(experiment["device"] == "cuda")  # of a job that runs a model; a profile says how many the machine has
+
+
+wildcard_constraints:
+    system="|".join(map(re.escape, SYSTEMS)),
+    dataset="|".join(map(re.escape, DATASETS)),
+    length=r"\d+",
+
+
+def code_of(script):
+    """The package's files that a script of workflow/scripts runs on: an input of its rule, so that an edit reruns it."""
+    files = files_behind(ROOT / "workflow" / "scripts" / f"{script}.py", ROOT)
+    return [os.path.relpath(ROOT / file) for file in files]
+
+
+def local_files(paths):
+    """The paths that are files of this machine; the others are fetched by the job itself."""
+    return [path for path in paths if is_local(path)]
+
+
+def local_model(path):
+    """A model on this machine as an input; one on the hub is fetched by the job itself."""
+    return [] if is_hub_model(path) else path
+
+
+def tokenizer(wildcards, input):
+    """Where a job loads the tokenizer from: its input, or the hub."""
+    return str(input.tokenizer or TOKENIZER)
+
+
+def base_model(wildcards, input):
+    """Where a job loads the base model from: its input, or the hub."""
+    return str(input.base_model or BASE_MODEL)
+
+
+def evaluated_model(wildcards):
+    """The merged model of a trained system, the base of any other."""
+    return f"{RESULTS}/models/{wildcards.system}" if wildcards.system in TRAINED else BASE_MODEL
+
+
+def untrained_context(wildcards):
+    """The context to which a system's positions are interpolated at evaluation; a merged model has its own inside."""
+    return None if wildcards.system in TRAINED else SYSTEMS[wildcards.system].get("context_length")

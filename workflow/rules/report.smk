@@ -1,0 +1,47 @@
+# The records as a table and as a plot; no model is needed here.
+
+
+rule render_table:
+    input:
+        records=rules.evaluate.input,
+        code=code_of("render_table"),
+    output:
+        csv=f"{RESULTS}/tables/perplexity.csv",
+        markdown=f"{RESULTS}/tables/perplexity.md",
+        latex=f"{RESULTS}/tables/perplexity.tex",
+    log:
+        f"{RESULTS}/logs/render_table.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/render_table.tsv"
+    conda:
+        "../../environment.yml"
+    params:
+        published=experiment.get("published", []),
+    script:
+        "../scripts/render_table.py"
+
+
+rule plot_perplexity:
+    input:
+        records=rules.evaluate.input,
+        code=code_of("plot_perplexity"),
+    output:
+        png=f"{RESULTS}/plots/perplexity.png",
+        svg=f"{RESULTS}/plots/perplexity.svg",
+    log:
+        f"{RESULTS}/logs/plot_perplexity.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/plot_perplexity.tsv"
+    conda:
+        "../../environment.yml"
+    params:
+        published=experiment.get("published", []),
+    script:
+        "../scripts/plot_perplexity.py"
+
+
+rule perplexity_report:
+    input:
+        rules.render_table.output,
+        rules.plot_perplexity.output,
+    localrule: True

@@ -1,0 +1,19 @@
+"""Make the demo's texts from the Python standard library.
+
+Writes corpus shards, one evaluation file per kind of text, and instruction records in four schemas (JSON lines).
+"""
+
+import logging
+
+from longqlora.demo import write_corpus, write_instructions
+from longqlora.joblog import job_log
+
+with job_log(snakemake.log[0]):
+    counts = write_corpus(
+        shards=snakemake.params.shards,
+        evaluation_sets=snakemake.params.evaluation_sets,
+        evaluation_characters=snakemake.params.evaluation_characters,
+        seed=snakemake.params.seed,
+    )
+    logging.info("texts: %s", counts)
+    logging.info("instruction records: %s", write_instructions(snakemake.params.instructions))

@@ -1,0 +1,18 @@
+"""Pre-train the demo's base model.
+
+Reads corpus shards and the tokenizer; writes a model folder.
+"""
+
+from longqlora.joblog import job_log
+from longqlora.pretraining import pretrain_base_model
+
+with job_log(snakemake.log[0]):
+    pretrain_base_model(
+        shards=snakemake.input.shards,
+        tokenizer=snakemake.input.tokenizer,
+        output=snakemake.output.model,
+        context_length=snakemake.params.context_length,
+        architecture=snakemake.params.architecture,
+        pretraining=snakemake.params.pretraining,
+        seed=snakemake.params.seed,
+    )

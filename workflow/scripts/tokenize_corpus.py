@@ -1,0 +1,17 @@
+"""Tokenise the sampled texts.
+
+Reads the sample (Parquet); writes one stream of token ids (``.bin``) and its description (JSON).
+"""
+
+from transformers import AutoTokenizer
+
+from longqlora.documents import read_documents
+from longqlora.joblog import job_log
+from longqlora.tokens import tokenize_documents
+
+with job_log(snakemake.log[0]):
+    tokenize_documents(
+        texts=(document.text for document in read_documents(snakemake.input.texts)),
+        tokenizer=AutoTokenizer.from_pretrained(snakemake.params.tokenizer),
+        output=snakemake.output.tokens,
+    )

@@ -1,0 +1,16 @@
+"""Tokenise the instruction set.
+
+Reads conversations (Parquet); writes token ids and labels, the answers alone to be learned, as a dataset on disk.
+"""
+
+from transformers import AutoTokenizer
+
+from longqlora.instructions import tokenize_sft
+from longqlora.joblog import job_log
+
+with job_log(snakemake.log[0]):
+    tokenize_sft(
+        records=snakemake.input.records,
+        tokenizer=AutoTokenizer.from_pretrained(snakemake.params.tokenizer),
+        output=snakemake.output.tokens,
+    )
