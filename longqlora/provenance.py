@@ -25,16 +25,16 @@ def imported_modules(path: Path) -> set[str]:
 
 
 def code_of(script: Path, root: Path) -> list[str]:
-    """The package's files that a script runs on, directly or through other modules: paths relative to ``root``, sorted.
+    """A script and the package's files that it runs on, directly or through other modules: paths relative to ``root``, sorted.
 
-    Snakemake reruns a job when the script's own file changes but knows nothing of what it imports; a rule that names these
-    files as an input is rerun when one of them changes, and only then.
+    Snakemake reruns a job when the script's own file has a newer date but knows nothing of what it imports; a rule that names
+    these files as an input is rerun when the contents of one of them change, and only then.
 
     Args:
         script: file whose imports are followed (``import longqlora.x``, ``from longqlora.x import y``).
-        root: folder that holds the package.
+        root: folder that holds the package and the script.
     """
-    found, pending = set(), [script]
+    found, pending = {script}, [script]
     while pending:
         for name in imported_modules(pending.pop()):
             file = root.joinpath(*name.split(".")).with_suffix(".py")

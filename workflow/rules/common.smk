@@ -32,7 +32,7 @@ wildcard_constraints:
 
 
 def code_of(script):
-    """The package's files that a script of workflow/scripts runs on: an input of its rule, so that an edit reruns it."""
+    """A script of workflow/scripts and the package's files behind it: an input of its rule, so that an edit reruns it."""
     files = files_behind(ROOT / "workflow" / "scripts" / f"{script}.py", ROOT)
     return [os.path.relpath(ROOT / file) for file in files]
 
