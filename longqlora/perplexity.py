@@ -91,7 +91,8 @@ def nll_of_batch(model, tokens: torch.Tensor, scored: int) -> torch.Tensor:
     positions = max(1, POSITIONS_PER_CHUNK // len(tokens))
     for states, ids in zip(hidden.split(positions, dim=1), targets.split(positions, dim=1), strict=True):
         logits = head(states).float()  # [b, positions, vocabulary]
-        total += cross_entropy(logits.transpose(1, 2), ids, reduction="none").sum(dim=1, dtype=torch.float64)
+        losses = cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none")
+        total += losses.view_as(ids).sum(dim=1, dtype=torch.float64)
     return total
 
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from longqlora.documents import read_documents
-from longqlora.models import autocast_dtype, next_token_loss
+from longqlora.models import autocast_dtype, find_device, next_token_loss
 from longqlora.tokens import encode
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,24 @@ def train_tokenizer(texts, vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
+def optimizers_of(model: LlamaForCausalLM, steps: int, muon_learning_rate: float, adamw_learning_rate: float):
+    """Muon for the matrices of the layers, AdamW for embeddings and norms, and the schedule of each.
+
+    Both learning rates rise over the first 5 % of the steps and fall to zero over the last 40 %.
+    """
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for name, p in model.named_parameters() if p.ndim == 1 or "layers" not in name]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=muon_learning_rate, weight_decay=0.0),
+        torch.optim.AdamW(others, lr=adamw_learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+    def share_of_peak(step: int) -> float:
+        return min(1.0, (step + 1) / (0.05 * steps), (steps - step) / (0.4 * steps))
+
+    return optimizers, [torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak) for optimizer in optimizers]
+
+
 def pretrain(
     tokens: torch.Tensor,
     *,
@@ -53,9 +71,6 @@ def pretrain(
     seed: int,
 ) -> LlamaForCausalLM:
     """Train a LLaMA from random weights on windows drawn from a stream of tokens.
-
-    Matrices of the layers go to Muon, embeddings and norms to AdamW; both learning rates rise over the first 5 % of the
-    steps and fall to zero over the last 40 %.
 
     Args:
         tokens: ``[num_tokens]``, the corpus as one stream.
@@ -84,20 +99,10 @@ def pretrain(
     )
     model.set_attn_implementation("eager")  # in windows this short its backward pass is faster than the fused kernel's on a CPU
     log.info("base model: %.2f M parameters", model.num_parameters() / 1e6)
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    others = [p for name, p in model.named_parameters() if p.ndim == 1 or "layers" not in name]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=muon_learning_rate, weight_decay=0.0),
-        torch.optim.AdamW(others, lr=adamw_learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-
-    def share_of_peak(step: int) -> float:
-        return min(1.0, (step + 1) / (0.05 * steps), (steps - step) / (0.4 * steps))
-
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak) for optimizer in optimizers]
+    optimizers, schedules = optimizers_of(model, steps, muon_learning_rate, adamw_learning_rate)
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.arange(context_length)
-    dtype, started = autocast_dtype(torch.device("cpu")), time.perf_counter()
+    dtype, started = autocast_dtype(find_device("cpu")), time.perf_counter()
     for step in tqdm(range(1, steps + 1), "pre-training", unit="step", disable=None):
         starts = torch.randint(len(tokens) - context_length, (tokens_per_step // context_length, 1), generator=generator)
         windows = tokens[starts + offsets]  # [b, n]
