@@ -7,7 +7,7 @@ from types import MethodType
 import torch
 from torch.nn import LinearCrossEntropyOptions
 from torch.nn.functional import linear_cross_entropy
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from longqlora.positions import extend_context
@@ -55,7 +55,9 @@ def load_config(path: str, context_length: int | None = None):
     return extend_context(config, context_length) if context_length else config
 
 
-def load_model(path: str, *, device: torch.device, precision: str = "auto", context_length: int | None = None, **kwargs):
+def load_model(
+    path: str, *, device: torch.device, precision: str = "auto", context_length: int | None = None, **kwargs
+) -> PreTrainedModel:
     """Load a causal language model for ``device``, on one device.
 
     Args:
@@ -88,7 +90,7 @@ def load_model(path: str, *, device: torch.device, precision: str = "auto", cont
     )
 
 
-def next_token_loss(model, input_ids, labels, num_items_in_batch=None, **kwargs) -> torch.Tensor:
+def next_token_loss(model: PreTrainedModel, input_ids, labels, num_items_in_batch=None, **kwargs) -> torch.Tensor:
     """Cross-entropy of the next token from the hidden states, in chunks, so that the logits of a window never exist at once.
 
     Args:
@@ -112,7 +114,7 @@ def next_token_loss(model, input_ids, labels, num_items_in_batch=None, **kwargs)
     return total / (num_items_in_batch if num_items_in_batch is not None else (targets != -100).sum())
 
 
-def use_chunked_loss(model):
+def use_chunked_loss(model: PreTrainedModel) -> PreTrainedModel:
     """Make ``model(input_ids, labels=…)`` compute its loss by :func:`next_token_loss` and return no logits, so that trainers
     and wrappers that call the model get it."""
 

@@ -5,8 +5,9 @@ Writes corpus shards, one evaluation file per kind of text, and instruction reco
 
 import logging
 
-from longqlora.demo import write_corpus, write_instructions
 from longqlora.joblog import job_log
+
+from longqlora.demo import write_corpus, write_instructions
 
 with job_log(snakemake.log[0]):
     counts = write_corpus(

@@ -7,10 +7,11 @@ few records for its share, or a record that its schema does not describe.
 import json
 from pathlib import Path
 
+from longqlora.joblog import job_log
+
 from transformers import AutoTokenizer
 
 from longqlora.instructions import build_sft_set
-from longqlora.joblog import job_log
 
 with job_log(snakemake.log[0]):
     card = build_sft_set(

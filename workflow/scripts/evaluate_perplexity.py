@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from longqlora.joblog import job_log
+
 from longqlora.perplexity import evaluate_perplexity
 from longqlora.provenance import digest_of_files, digest_of_values
 

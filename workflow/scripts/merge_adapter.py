@@ -4,6 +4,7 @@ Reads the base model and the adapter; writes a model folder that stock transform
 """
 
 from longqlora.joblog import job_log
+
 from longqlora.merging import merge_adapter
 
 with job_log(snakemake.log[0]):

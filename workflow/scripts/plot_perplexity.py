@@ -4,6 +4,7 @@ Reads the JSON records of all cells; writes PNG and SVG.
 """
 
 from longqlora.joblog import job_log
+
 from longqlora.plots import plot_perplexity
 
 with job_log(snakemake.log[0]):

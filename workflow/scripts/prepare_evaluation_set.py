@@ -4,10 +4,11 @@ Reads a ``.bin`` of token ids, or texts; writes a ``.bin`` and its description (
 another tokenizer.
 """
 
+from longqlora.joblog import job_log
+
 from transformers import AutoTokenizer
 
 from longqlora.evaluation_sets import prepare_evaluation_set
-from longqlora.joblog import job_log
 
 with job_log(snakemake.log[0]):
     prepare_evaluation_set(

@@ -4,6 +4,7 @@ Reads corpus shards and the tokenizer; writes a model folder.
 """
 
 from longqlora.joblog import job_log
+
 from longqlora.pretraining import pretrain_base_model
 
 with job_log(snakemake.log[0]):

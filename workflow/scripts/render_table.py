@@ -4,6 +4,7 @@ Reads the JSON records of all cells; writes CSV, Markdown and LaTeX.
 """
 
 from longqlora.joblog import job_log
+
 from longqlora.tables import render_table
 
 with job_log(snakemake.log[0]):

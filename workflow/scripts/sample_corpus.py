@@ -7,9 +7,10 @@ hold too few texts of the wanted length, or a malformed record.
 import json
 from pathlib import Path
 
+from longqlora.joblog import job_log
+
 from transformers import AutoTokenizer
 
-from longqlora.joblog import job_log
 from longqlora.sampling import sample_corpus
 
 with job_log(snakemake.log[0]):

@@ -3,10 +3,11 @@
 Reads the sample (Parquet); writes one stream of token ids (``.bin``) and its description (JSON).
 """
 
+from longqlora.joblog import job_log
+
 from transformers import AutoTokenizer
 
 from longqlora.documents import read_documents
-from longqlora.joblog import job_log
 from longqlora.tokens import tokenize_documents
 
 with job_log(snakemake.log[0]):

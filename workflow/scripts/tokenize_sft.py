@@ -3,10 +3,11 @@
 Reads conversations (Parquet); writes token ids and labels, the answers alone to be learned, as a dataset on disk.
 """
 
+from longqlora.joblog import job_log
+
 from transformers import AutoTokenizer
 
 from longqlora.instructions import tokenize_sft
-from longqlora.joblog import job_log
 
 with job_log(snakemake.log[0]):
     tokenize_sft(

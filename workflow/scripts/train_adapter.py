@@ -5,6 +5,7 @@ Reads the base model and a token stream or a tokenised instruction set; writes t
 """
 
 from longqlora.joblog import job_log
+
 from longqlora.training import train_adapter
 
 with job_log(snakemake.log[0]):

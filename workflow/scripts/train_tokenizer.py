@@ -3,8 +3,9 @@
 Reads corpus shards; writes the folder of a byte-level BPE tokenizer.
 """
 
-from longqlora.documents import read_documents
 from longqlora.joblog import job_log
+
+from longqlora.documents import read_documents
 from longqlora.pretraining import train_tokenizer
 
 with job_log(snakemake.log[0]):
