@@ -27,11 +27,13 @@ def draw_panel(axes, cells: pandas.DataFrame, colours: dict[str, str]) -> None:
         style = {"linestyle": "--" if label.endswith("(published)") else "-", "marker": MARKERS[number % len(MARKERS)]}
         axes.plot(rows["context_length"], rows["perplexity"], color=colours[label], markersize=5, label=label, **style)
     axes.set_ylim(cells["perplexity"].min() * 0.95, top)
+    first = cells["context_length"].min()
     for length, rows in cells[cells["perplexity"] > top].groupby("context_length"):
         for line, row in enumerate(rows.sort_values("perplexity", ascending=False).itertuples()):
             axes.annotate(
-                f"{format_perplexity(row.perplexity)} ↑", (length, top), xytext=(4, -4 - 11 * line), textcoords="offset points",
-                ha="right", va="top", fontsize=8, color=colours[row.label],
+                f"{format_perplexity(row.perplexity)} ↑", (length, top), xytext=(-4 if length == first else 4, -4 - 12 * line),
+                textcoords="offset points", ha="left" if length == first else "right", va="top", fontsize=8,
+                color=colours[row.label], bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
             )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(sorted(cells["context_length"].unique())))
@@ -60,7 +62,7 @@ def plot_perplexity(records: list[str], published: list[dict], outputs: list[str
             draw_panel(axes, cells[cells["dataset_label"] == dataset], colours)
         panels[0][0].set_ylabel("perplexity")
         handles, labels = panels[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
         for path in outputs:
             figure.savefig(path, dpi=150, metadata={"Date": None} if path.endswith(".svg") else None)
         pyplot.close(figure)
