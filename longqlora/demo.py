@@ -173,7 +173,8 @@ def long_questions(module: Module) -> Iterator[dict]:
         methods = [part.name for part in getattr(node, "body", []) if isinstance(part, ast.FunctionDef)]
         if methods and isinstance(node, ast.ClassDef):
             text = module.source(node, node)
-            question = f"Below is a class of {module.name}.\n\n{text}\n\nNow answer: which methods does {node.name} define?"
+            before = f"Below is a class of {module.name}. Read it and answer my question after it.\nThe class begins.\n"
+            question = f"{before}{text}\nNow the class ends. Which methods does {node.name} define?"
             yield {"instruction": question, "output": ", ".join(methods)}
 
 

@@ -12,8 +12,10 @@ from pathlib import Path
 import jsonschema
 import numpy
 
+from longqlora.provenance import digest_of_values
 from longqlora.tokens import read_tokens
 
+MAX_SHARDS = 256  # that a source is cut into by itself: the join holds a file of each open
 ROPE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 REMOTE = re.compile(r"^\w[\w+.-]*://")
 HUB_ID = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
@@ -75,9 +77,13 @@ def complete(config: dict, schema: dict) -> dict:
     parts = schema["properties"]
     experiment = {**defaults_of(schema, schema), **config}
     experiment["base_model"] = {"tokenizer": config["base_model"]["path"], **config["base_model"]}
-    for section in ("evaluation", "corpus", "sft", "demo"):
+    for section in ("evaluation", "corpus", "sft", "demo", "decontamination"):
         if section in experiment:
             experiment[section] = {**defaults_of(parts[section], schema), **experiment[section]}
+    if "corpus" in experiment:
+        usual = defaults_of({"$ref": "#/$defs/corpus_source"}, schema)
+        sources = experiment["corpus"]["sources"]
+        experiment["corpus"]["sources"] = [{"name": source["paths"][0], **usual, **source} for source in sources]
     common = {**defaults_of(parts["training"], schema), **config.get("training", {})}
     experiment["systems"] = {}
     for name, system in config["systems"].items():
@@ -122,6 +128,31 @@ def expand(pattern: str) -> list[str]:
     return [pattern]
 
 
+def corpus_shards(sources: list[dict]) -> dict[str, dict]:
+    """The jobs that read a corpus, by name: the source of each, its files, and its part of what a remote pattern matches.
+
+    A job that has one file is named after it, so that further files bring further jobs and change no other.
+    """
+    shards = {}
+    for source in sources:
+        patterns = [path for path in source["paths"] if not is_local(path) and glob.has_magic(path)]
+        files = [path for path in source["paths"] if path not in patterns]
+        usual = 1 if all(path.endswith(".txt") for path in files) else min(len(source["paths"]), MAX_SHARDS)
+        jobs = source.get("jobs", usual)
+        for number in range(jobs):
+            part = files[number::jobs] + patterns
+            name = Path(part[0]).name if len(part) == 1 and not patterns else f"part-{number}-of-{jobs}"
+            shard = f"{name}-{digest_of_values([source['name'], part, number])[:8]}"
+            shards[shard] = {"source": source, "paths": part, "part": (number, jobs)}
+    return shards
+
+
+def sample_shares(corpus: dict) -> dict[str, float] | None:
+    """Share of the sample by source, as the sources say or the section as a whole; None where no share is given."""
+    by_source = {source["name"]: source["share"] for source in corpus["sources"] if "share" in source}
+    return corpus.get("shares") or by_source or None
+
+
 def cross_checks(experiment: dict):
     """Yield what the schema cannot say: how values fit together, and files that are not there."""
     systems, evaluation = experiment["systems"], experiment["evaluation"]
@@ -142,10 +173,13 @@ def cross_checks(experiment: dict):
         limits = experiment.get(section, {})
         if limits.get("min_tokens", 0) > limits.get("max_tokens", 0):
             yield f"{section}.min_tokens: {limits['min_tokens']} exceeds {section}.max_tokens, {limits['max_tokens']}"
+    if "corpus" in experiment:
+        yield from check_corpus(experiment["corpus"])
     if "sft" in experiment:
-        total = sum(source["share"] for source in experiment["sft"]["sources"])
-        if abs(total - 1) > 1e-6:
-            yield f"sft.sources: the shares add up to {total:g}, they must add up to 1"
+        names = [source["name"] for source in experiment["sft"]["sources"]]
+        if len(set(names)) < len(names):
+            yield f"sft.sources: every name must be different, found {', '.join(names)}"
+        yield from check_shares("sft.sources", [source["share"] for source in experiment["sft"]["sources"]])
     known = {row["label"] for row in evaluation["datasets"].values()}
     for row in experiment.get("published", []):
         if row["dataset"] not in known:
@@ -157,6 +191,26 @@ def cross_checks(experiment: dict):
                 yield f"{key}: no such file: {path}"
 
 
+def check_shares(key: str, shares: list[float]):
+    """Yield what is wrong with shares of a whole."""
+    if abs(sum(shares) - 1) > 1e-6:
+        yield f"{key}: the shares add up to {sum(shares):g}, they must add up to 1"
+
+
+def check_corpus(corpus: dict):
+    """Yield what is wrong with the shares of the corpus."""
+    with_share = [source["name"] for source in corpus["sources"] if "share" in source]
+    without = [source["name"] for source in corpus["sources"] if "share" not in source]
+    if with_share and "shares" in corpus:
+        yield "corpus.shares: give shares either here or to the sources (corpus.sources), not both"
+    elif with_share and without:
+        yield f"corpus.sources: {', '.join(without)} has no share but {', '.join(with_share)} has; give one to all or to none"
+    elif len(set(with_share)) < len(with_share):
+        yield f"corpus.sources: every source with a share needs a name of its own, found {', '.join(with_share)}"
+    elif shares := sample_shares(corpus):
+        yield from check_shares("corpus.shares" if "shares" in corpus else "corpus.sources", list(shares.values()))
+
+
 def check_training(experiment: dict, name: str, system: dict):
     """Yield what is wrong with a trained system."""
     training, where = system["training"], f"systems.{name}"
@@ -166,6 +220,12 @@ def check_training(experiment: dict, name: str, system: dict):
         yield f"{where}.training: give either steps or epochs"
     if training["data"] not in experiment:
         yield f"{where}.training.data: {training['data']!r} is not configured; add the section {training['data']}:"
+    for option, data in (("isolate_documents", "corpus"), ("pack_records", "sft")):
+        if training[option] and training["data"] != data:
+            yield f"{where}.training.{option}: is for data: {data}, found data: {training['data']}"
+    longest = experiment.get("sft", {}).get("max_tokens", 0)
+    if training["pack_records"] and longest > system.get("context_length", longest):
+        yield f"{where}.training.pack_records: sft.max_tokens is {longest}, more than the window of {system['context_length']}"
 
 
 def check_local_model(experiment: dict):

@@ -1,176 +1,210 @@
-"""The instruction set of supervised fine-tuning: records in their published schemas become conversations, and conversations
-become tokens of which only the answers are learned.
+"""Instruction records in the schemas that they are published in, as conversations.
 
-A schema is one small adapter: a function from a record to a list of (question, answer) turns. To add one, write the
-function and name it in ``ADAPTERS``.
+A schema is one small adapter: a function from a record to a :class:`Conversation`, or to None where the record holds no
+answer. To add one, write the function and name it in ``ADAPTERS``.
 """
 
-import hashlib
-import logging
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-import orjson
-import pyarrow
-import pyarrow.parquet
-
-from longqlora.documents import read_records
-from longqlora.sampling import bottom_k, priority
-
-log = logging.getLogger(__name__)
+from longqlora.documents import Malformed, read_records, refuse
 
 Turns = list[tuple[str, str]]
+NOT_UNDERSTOOD = (
+    KeyError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    ValueError,
+)  # what an adapter raises on a record of another schema
+SHOWN_CHARACTERS = 400  # of a record in an error
 
-VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-CHAT_TEMPLATE = (
-    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% set messages = messages[1:] %}"
-    "{% else %}{{ '" + VICUNA_SYSTEM.replace("'", "\\'") + "' }}{% endif %}"
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ ' USER: ' + message['content'] + ' ASSISTANT:' }}"
-    "{% else %}{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}{% endif %}"
-    "{% endfor %}"
-)
-"""Vicuna v1.1's prompt (``SYSTEM USER: … ASSISTANT: …</s>``); the generation block marks what the loss covers."""
+HTML_TAG = re.compile(r"\s*<[^<>]+>\s*")
+LONG_ALPACA = re.compile(r"(.*?(?:The \w+ begins\.\s*|\n))(.*?)(\s*Now the \w+ ends\..*)", re.DOTALL)
+SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
-def natural_questions(record: dict) -> Turns:
-    """document, question, and the answers (the first short one, else the long one)."""
-    short = record["short_answers"]
-    answer = short[0] if short else record["long_answer"]
-    return [(f"{record['document']}\n\nQuestion: {record['question']}", answer)]
+@dataclass(frozen=True)
+class Conversation:
+    """Questions and answers, and the part of them that may be shortened.
+
+    Attributes:
+        turns: (question, answer) pairs.
+        document: (begin, end) of the document inside the first question, in characters; None if there is none.
+        evidence: words of the document that the answer rests on; they stay when the document is cut.
+        system: message before the first question; empty for the chat template's own.
+    """
+
+    turns: Turns
+    document: tuple[int, int] | None = None
+    evidence: str = ""
+    system: str = ""
+
+    def text(self) -> str:
+        """All that is said in it."""
+        return "\n".join(text for turn in self.turns for text in turn)
+
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation in the form that chat templates take."""
+        roles = ("user", "assistant")
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return system + [{"role": r, "content": text} for turn in self.turns for r, text in zip(roles, turn, strict=True)]
 
 
-def evol_instruct(record: dict) -> Turns:
-    """instruction, output; an ``input`` as in Alpaca is put below the instruction."""
-    return [("\n\n".join(part for part in (record["instruction"], record.get("input")) if part), record["output"])]
+def about(document: str, turns: Turns, evidence: str = "") -> Conversation:
+    """A conversation about a document that stands above the first question."""
+    (question, answer), *others = turns
+    return Conversation([(f"{document}\n\n{question}", answer), *others], (0, len(document)), evidence)
 
 
-def booksum(record: dict) -> Turns:
+def natural_questions(record: dict) -> Conversation | None:
+    """document, question, short_answers, long_answer; the first short answer, else the long one."""
+    short, long = record["short_answers"], record["long_answer"]
+    answer = short[0] if short else long
+    return about(record["document"], [(f"Question: {record['question']}", answer)], evidence=long or answer) if answer else None
+
+
+def natural_questions_simplified(record: dict) -> Conversation | None:
+    """document_text, question_text, annotations: Google's simplified release, with answers as spans of the document's words."""
+    words, annotation = record["document_text"].split(" "), record["annotations"][0]
+
+    def text_of(span: dict) -> str:
+        return HTML_TAG.sub(" ", " ".join(words[span["start_token"] : span["end_token"]])).strip()
+
+    long = text_of(annotation["long_answer"]) if annotation["long_answer"]["start_token"] >= 0 else ""
+    yes_no = {"YES": "Yes", "NO": "No"}.get(annotation["yes_no_answer"], "")
+    answer = ", ".join(map(text_of, annotation["short_answers"])) or yes_no or long
+    document = HTML_TAG.sub(" ", record["document_text"]).strip()
+    return about(document, [(f"Question: {record['question_text']}", answer)], evidence=long) if answer else None
+
+
+def natural_questions_hub(record: dict) -> Conversation | None:
+    """document.tokens, question.text, annotations: the release on the hub, a struct of lists for each list of structs."""
+    tokens, annotations = record["document"]["tokens"], record["annotations"]
+    words = [("" if is_html else word) for word, is_html in zip(tokens["token"], tokens["is_html"], strict=True)]
+
+    def text_of(begin: int, end: int) -> str:
+        return " ".join(filter(None, words[begin:end]))
+
+    span = annotations["long_answer"][0]
+    long = text_of(span["start_token"], span["end_token"]) if span["start_token"] >= 0 else ""
+    yes_no = {1: "Yes", 0: "No"}.get(annotations["yes_no_answer"][0], "")
+    answer = ", ".join(annotations["short_answers"][0]["text"]) or yes_no or long
+    question = f"Question: {record['question']['text']}"
+    return about(text_of(0, len(words)), [(question, answer)], evidence=long) if answer else None
+
+
+def l_eval(record: dict) -> Conversation:
+    """input (a long document), instructions and outputs: one turn each."""
+    return about(record["input"], list(zip(record["instructions"], record["outputs"], strict=True)))
+
+
+def lost_in_the_middle(record: dict) -> Conversation:
+    """question, answers, ctxs (title and text of each passage)."""
+    passages = [f"Document [{i}](Title: {part['title']}) {part['text']}" for i, part in enumerate(record["ctxs"], start=1)]
+    answer = record["answers"][0]
+    return about("\n\n".join(passages), [(f"Question: {record['question']}", answer)], evidence=answer)
+
+
+def alpaca(record: dict) -> Conversation:
+    """instruction, output, and an ``input`` that is put below the instruction: Alpaca and Evol-Instruct."""
+    return Conversation(
+        [("\n\n".join(part for part in (record["instruction"], record.get("input")) if part), record["output"])]
+    )
+
+
+def sharegpt(record: dict) -> Conversation:
+    """conversations: messages (from, value) that alternate, after a system message or none; an unanswered end is left out."""
+    messages = [(SPEAKERS[message["from"]], message["value"]) for message in record["conversations"]]
+    system = messages.pop(0)[1] if messages[0][0] == "system" else ""
+    if [role for role, _ in messages] != (["user", "assistant"] * len(messages))[: len(messages)]:
+        raise TypeError("the speakers do not alternate, a user first")
+    questions, answers = messages[::2], messages[1::2]
+    turns = [(question, answer) for (_, question), (_, answer) in zip(questions, answers, strict=False)]
+    return Conversation(turns, system=system)
+
+
+def booksum(record: dict) -> Conversation:
     """chapter, summary_text."""
-    return [(f"{record['chapter']}\n\nSummarise the text above.", record["summary_text"])]
+    return about(record["chapter"], [("Summarise the text above.", record["summary_text"])])
 
 
-def long_alpaca(record: dict) -> Turns:
-    """instruction (with the text that it is about), output."""
-    return [(record["instruction"], record["output"])]
+def long_alpaca(record: dict) -> Conversation:
+    """instruction, with the text that it is about between "The … begins." and "Now the … ends.", and output."""
+    instruction, parts = record["instruction"], LONG_ALPACA.fullmatch(record["instruction"])
+    return Conversation([(instruction, record["output"])], parts.span(2) if parts else None)
 
 
-def input_output(record: dict) -> Turns:
+def qmsum(record: dict) -> Conversation:
+    """meeting_transcripts (speaker and content of each), general_query_list and specific_query_list: one turn a query."""
+    transcript = "\n".join(f"{part['speaker']}: {part['content']}" for part in record["meeting_transcripts"])
+    queries = record["general_query_list"] + record["specific_query_list"]
+    return about(transcript, [(query["query"], query["answer"]) for query in queries])
+
+
+def input_output(record: dict) -> Conversation:
     """input, output: the schema of the set published with LongQLoRA."""
-    return [(record["input"], record["output"])]
+    return Conversation([(record["input"], record["output"])])
 
 
-ADAPTERS: dict[str, Callable[[dict], Turns]] = {
+ADAPTERS: dict[str, Callable[[dict], Conversation | None]] = {
     "natural_questions": natural_questions,
-    "evol_instruct": evol_instruct,
+    "natural_questions_hub": natural_questions_hub,
+    "natural_questions_simplified": natural_questions_simplified,
+    "l_eval": l_eval,
+    "lost_in_the_middle": lost_in_the_middle,
+    "alpaca": alpaca,
+    "sharegpt": sharegpt,
     "booksum": booksum,
     "long_alpaca": long_alpaca,
+    "qmsum": qmsum,
     "input_output": input_output,
 }
 
 
-def read_conversations(path: str, schema: str) -> Iterator[Turns]:
-    """Yield the turns of every record of a file.
-
-    Raises:
-        ValueError: on a record that the schema's adapter does not understand; the message shows file, number and fields.
-    """
-    for number, record in enumerate(read_records(path), start=1):
-        try:
-            turns = ADAPTERS[schema](record)
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}, record {number}: not a record of schema {schema!r} ({error!r}); its fields are {', '.join(record)}"
-            ) from None
-        if not all(isinstance(text, str) and text.strip() for turn in turns for text in turn):
-            raise ValueError(f"{path}, record {number}: schema {schema!r} found an empty question or answer")
-        yield turns
+def understands(schema: str, record: dict) -> bool:
+    """Whether a schema's adapter makes a conversation of a record."""
+    try:
+        return ADAPTERS[schema](record) is not None
+    except NOT_UNDERSTOOD:
+        return False
 
 
-def as_messages(turns: Turns) -> list[dict[str, str]]:
-    """Turns in the form that chat templates take."""
-    roles = ("user", "assistant")
-    return [{"role": role, "content": text} for turn in turns for role, text in zip(roles, turn, strict=True)]
-
-
-def tokenize_conversation(tokenizer, turns: Turns) -> tuple[list[int], list[int]]:
-    """Token ids of a conversation and its labels: the id where an answer (its end-of-text token included) is learned, -100
-    elsewhere.
-
-    Args:
-        tokenizer: of transformers; its own chat template is used only if it marks the answers with a generation block.
-        turns: (question, answer) pairs.
-    """
-    own = tokenizer.chat_template or ""
-    encoded = tokenizer.apply_chat_template(
-        as_messages(turns),
-        chat_template=own if "{% generation" in own else CHAT_TEMPLATE,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
+def not_understood(place: str, schema: str, record: dict, error: Exception) -> str:
+    """Which record a schema does not describe, what it holds, and which schemas would do."""
+    others = [name for name in ADAPTERS if understands(name, record)]
+    hint = f"it reads as {', '.join(others)}" if others else f"no schema describes it ({', '.join(ADAPTERS)})"
+    shown = repr(record)
+    shown = shown if len(shown) <= SHOWN_CHARACTERS else shown[:SHOWN_CHARACTERS] + " …"
+    return (
+        f"{place}: not a record of schema {schema!r} ({type(error).__name__}: {error}); its fields are {', '.join(record)}; "
+        f"{hint}\n  {shown}"
     )
-    ids, learned = encoded["input_ids"], encoded["assistant_masks"]
-    return ids, [token if is_learned else -100 for token, is_learned in zip(ids, learned, strict=True)]
 
 
-def build_sft_set(*, sources: list[dict], tokenizer, num_records: int, max_tokens: int, seed: int, output: str) -> dict:
-    """Sample records of every source to its share and write them as Parquet (source, messages as JSON, num_tokens).
+def read_conversations(
+    path: str, schema: str, reject: Callable[[Malformed], None] = refuse, digest=None
+) -> Iterator[Conversation | None]:
+    """Yield what the adapter of a schema makes of every record of a file.
 
     Args:
-        sources: name, schema, paths and share (of ``num_records``) of each.
-        tokenizer: counts the tokens of a conversation in the chat template.
-        num_records: size of the set.
-        max_tokens: records of more tokens are left out, and counted.
-        seed: of the sample (bottom-k by hash, see :mod:`longqlora.sampling`).
-        output: path of the Parquet file.
-
-    Returns:
-        The data card: counts per source.
+        path, reject, digest: see :func:`longqlora.documents.read_records`; a record with an empty question or answer is
+            malformed.
+        schema: key of ``ADAPTERS``.
 
     Raises:
-        ValueError: if a source has too few records for its share; the message says which has how many of how many.
+        ValueError: on a record that the adapter does not understand; the message shows it.
     """
-    rows, card, short = [], {}, []
-    for source in sources:
-        conversations = {}
-        for path in source["paths"]:
-            for turns in read_conversations(path, source["schema"]):
-                conversations[hashlib.blake2b(orjson.dumps(turns), digest_size=16).hexdigest()] = turns
-        wanted, too_long, taken = round(num_records * source["share"]), 0, []
-        order = bottom_k(((priority(key, seed), key, turns) for key, turns in conversations.items()), len(conversations))
-        for _, _, turns in order:
-            if len(taken) == wanted:
-                break
-            num_tokens = len(tokenize_conversation(tokenizer, turns)[0])
-            if num_tokens > max_tokens:
-                too_long += 1
-            else:
-                messages = orjson.dumps(as_messages(turns)).decode()
-                taken.append({"source": source["name"], "messages": messages, "num_tokens": num_tokens})
-        rows.extend(taken)
-        card[source["name"]] = {
-            "read": len(conversations), "wanted": wanted, "taken": len(taken), "too long before the quota was met": too_long
-        }  # fmt: skip
-        if len(taken) < wanted:
-            short.append(f"{source['name']} has {len(taken)} of {wanted}")
-    if short:
-        raise ValueError(f"sft.num_records {num_records} of at most {max_tokens} tokens cannot be met: {'; '.join(short)}")
-    schema = pyarrow.schema([("source", "string"), ("messages", "string"), ("num_tokens", "int64")])
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), output)
-    return {"records": len(rows), "max_tokens": max_tokens, "seed": seed, "sources": card}
-
-
-def tokenize_sft(*, records: str, tokenizer, output: str) -> int:
-    """Tokenise an instruction set and save it as a dataset on disk (``input_ids``, ``labels``); return how many rows."""
-    import datasets
-
-    rows = pyarrow.parquet.read_table(records, columns=["messages"]).column("messages").to_pylist()
-    encoded = []
-    for row in rows:
-        messages = orjson.loads(row)
-        turns = [(messages[i]["content"], messages[i + 1]["content"]) for i in range(0, len(messages), 2)]
-        ids, labels = tokenize_conversation(tokenizer, turns)
-        encoded.append({"input_ids": ids, "labels": labels})
-    datasets.Dataset.from_list(encoded).save_to_disk(output)
-    return len(encoded)
+    for line, record in read_records(path, reject, digest):
+        try:
+            conversation = ADAPTERS[schema](record)
+        except NOT_UNDERSTOOD as error:
+            raise ValueError(not_understood(f"{path}, record {line}", schema, record, error)) from None
+        texts = [text for turn in conversation.turns for text in turn] if conversation else ["no answer"]
+        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            reject(Malformed(path, line, f"schema {schema!r} found an empty question or answer"))
+        elif any("\0" in text for text in texts):
+            reject(Malformed(path, line, "NUL character"))
+        else:
+            yield conversation

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from longqlora.positions import extend_context
+from longqlora.tokens import IGNORED
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16", "nf4")
 
@@ -111,7 +112,8 @@ def next_token_loss(model: PreTrainedModel, input_ids, labels, num_items_in_batc
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     losses = linear_cross_entropy(hidden, weight, targets, reduction="none", options=LinearCrossEntropyOptions())
     total = losses.float().sum()  # a sum in bfloat16 would keep two digits
-    return total / (num_items_in_batch if num_items_in_batch is not None else (targets != -100).sum())
+    count = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORED).sum()
+    return total / torch.as_tensor(count).clamp(min=1)  # nothing to learn is no loss; 0 / 0 would spoil the whole adapter
 
 
 def use_chunked_loss(model: PreTrainedModel) -> PreTrainedModel:

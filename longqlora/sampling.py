@@ -1,114 +1,90 @@
-"""A seeded uniform sample of long texts: bottom-k by a hash of the document.
+"""Seeded uniform samples: bottom-k by a hash.
 
-Every document gets a priority from a hash of the seed and its text; the k smallest priorities among the texts of the right
-length are the sample. It depends on the set of documents alone, not on their order or on how they lie in files, a larger k
-gives a superset, and equal texts count once.
+Every item gets a priority from a hash of the seed and its own key; the k smallest priorities are the sample. It depends on the
+set of items alone, not on their order or on how they lie in files: each part keeps its k smallest, and the k smallest of those
+are the k smallest of all. A larger k gives a superset, and items of equal keys count once.
 """
 
 import hashlib
 import heapq
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterator
 
-import pyarrow
-import pyarrow.parquet
+import orjson
 
-from longqlora.documents import Document, read_documents
-from longqlora.tokens import encode
-
-SCHEMA = pyarrow.schema([("id", "string"), ("source", "string"), ("num_tokens", "int64"), ("text", "string")])
+NUM_PRIORITIES = 2**64
 
 
-def priority(document_id: str, seed: int) -> int:
-    """64 uniform bits from the seed and the document."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{document_id}".encode(), digest_size=8).digest(), "big")
+def priority(key: str, seed: int) -> int:
+    """64 uniform bits from the seed and the key of an item."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest(), "big")
 
 
-def bottom_k(items: Iterable[tuple[int, str, object]], k: int) -> Iterator[tuple[int, str, object]]:
-    """Yield the k items (priority, key, value) of the smallest priorities in their order, one item a key, in O(k) memory."""
-    heap, keys = [], set()  # of negated priorities: the largest one kept is at the top
-    for order, key, value in items:
-        if key in keys or (len(heap) == k and order >= -heap[0][0]):
-            continue
-        keys.add(key)
-        heapq.heappush(heap, (-order, key, value))
-        if len(heap) > k:
-            keys.remove(heapq.heappop(heap)[1])
-    for negated, key, value in sorted(heap, key=lambda item: (-item[0], item[1])):
-        yield -negated, key, value
+def apportion(total: int, shares: dict[str, float]) -> dict[str, int]:
+    """Divide ``total`` by shares into whole numbers that add up to it, by the method of Sainte-Laguë.
 
-
-def texts_in_range(
-    documents: Iterable[Document], tokenizer, min_tokens: int, max_tokens: int, counts: Counter
-) -> Iterator[tuple[Document, int]]:
-    """Yield (document, number of tokens) of those with ``min_tokens`` to ``max_tokens`` tokens, and count what is read.
-
-    No tokenizer makes more tokens of a text than it has bytes in UTF-8, so texts with fewer bytes are never tokenised.
-    """
-
-    def long_enough() -> Iterator[Document]:
-        for document in documents:
-            counts["read"] += 1
-            if len(document.text.encode("utf-8", "surrogatepass")) < min_tokens:
-                counts["too short"] += 1
-            else:
-                yield document
-
-    pending = []
-
-    def texts() -> Iterator[str]:
-        for document in long_enough():
-            pending.append(document)
-            yield document.text
-
-    for ids in encode(tokenizer, texts()):
-        document = pending.pop(0)
-        size = "too short" if len(ids) < min_tokens else "too long" if len(ids) > max_tokens else "in range"
-        counts[size] += 1
-        if size == "in range":
-            yield document, len(ids)
-
-
-def sample_corpus(
-    *, sources: list[str], text_field: str, tokenizer, num_texts: int, min_tokens: int, max_tokens: int, seed: int, output: str
-) -> dict:
-    """Sample texts by their length in tokens and write them as Parquet (id, source, num_tokens, text).
+    It grows one by one: each further item goes to the part that is furthest behind, so no part of a larger total is smaller.
 
     Args:
-        sources: files, see :func:`longqlora.documents.read_documents`.
-        text_field: name of the text's field in records.
-        tokenizer: of transformers; it counts the tokens.
-        num_texts: k, the size of the sample.
-        min_tokens, max_tokens: range of a text's length, both ends included.
-        seed: of the sample.
-        output: path of the Parquet file.
-
-    Returns:
-        The data card: counts per outcome and per source of the sample, total tokens, settings.
-
-    Raises:
-        ValueError: if there are fewer texts in the range than asked for; the message says how many there are.
+        total: what is divided.
+        shares: of each part, not negative.
     """
-    counts = Counter()
-    documents = (document for path in sources for document in read_documents(path, text_field))
-    found = texts_in_range(documents, tokenizer, min_tokens, max_tokens, counts)
-    items = ((priority(document.id, seed), document.id, (document, size)) for document, size in found)
-    sample = [value for _, _, value in bottom_k(items, num_texts)]
-    if len(sample) < num_texts:
-        outcome = ", ".join(f"{number} {name}" for name, number in counts.items())
-        raise ValueError(
-            f"corpus.num_texts asks for {num_texts} texts of {min_tokens} to {max_tokens} tokens, but the sources hold "
-            f"{len(sample)} different ones ({outcome})"
-        )
-    rows = [{"id": d.id, "source": d.source, "num_tokens": size, "text": d.text} for d, size in sample]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=SCHEMA), output)
-    return {
-        "texts": {**counts, "sampled": len(sample)},
-        "sampled_per_source": dict(Counter(document.source for document, _ in sample).most_common()),
-        "sampled_tokens": sum(size for _, size in sample),
-        "num_texts": num_texts,
-        "min_tokens": min_tokens,
-        "max_tokens": max_tokens,
-        "seed": seed,
-        "sources": sources,
-    }
+    parts = dict.fromkeys(shares, 0)
+    queue = [(0.5 / share, number, name) for number, (name, share) in enumerate(shares.items()) if share > 0]
+    heapq.heapify(queue)
+    for _ in range(total):
+        _, number, name = queue[0]
+        parts[name] += 1
+        heapq.heapreplace(queue, ((parts[name] + 0.5) / shares[name], number, name))
+    return parts
+
+
+class BottomK:
+    """The k items of the smallest priorities, one a key, in memory that grows with k alone: their values lie in a temporary
+    file. Where two values come under one key, the smaller one stays (field by field), whichever came first.
+
+    Args:
+        k: how many items are kept.
+        folder: for the temporary file; some k · (1 + ln(n / k)) values of n items pass through it.
+    """
+
+    def __init__(self, k: int, folder: str):
+        self.k = k
+        self.heap: list[tuple[int, str]] = []  # of negated priorities: the largest one kept is at the top
+        self.places: dict[str, tuple[int, int]] = {}  # key → offset and number of bytes of the value
+        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it lives as long as the object
+
+    @property
+    def threshold(self) -> int:
+        """Items of this priority or a larger one are no longer taken."""
+        if len(self.heap) < self.k:
+            return NUM_PRIORITIES
+        return -self.heap[0][0] + 1 if self.k else 0  # + 1: another value may come under the key of the last one kept
+
+    def add(self, order: int, key: str, value: dict) -> None:
+        """Offer an item; ``order`` is its priority."""
+        if order >= self.threshold:
+            return
+        if key in self.places:
+            if [*value.values()] < [*self.read(key).values()]:
+                self.places[key] = self.write(value)
+            return
+        self.places[key] = self.write(value)
+        heapq.heappush(self.heap, (-order, key))
+        if len(self.heap) > self.k:
+            del self.places[heapq.heappop(self.heap)[1]]
+
+    def write(self, value: dict) -> tuple[int, int]:
+        """Put a value at the end of the file; return where it lies."""
+        return self.file.seek(0, 2), self.file.write(orjson.dumps(value))
+
+    def read(self, key: str) -> dict:
+        """The value of an item that is kept."""
+        offset, size = self.places[key]
+        self.file.seek(offset)
+        return orjson.loads(self.file.read(size))
+
+    def __iter__(self) -> Iterator[tuple[int, str, dict]]:
+        """Yield (priority, key, value) by priority."""
+        for negated, key in sorted(self.heap, key=lambda item: (-item[0], item[1])):
+            yield -negated, key, self.read(key)

@@ -5,14 +5,14 @@ of the ids, the size of the vocabulary, and where each document ends.
 """
 
 import json
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy
 
 DTYPES = {"uint16": numpy.dtype("<u2"), "uint32": numpy.dtype("<u4")}
-TEXTS_PER_BATCH = 256  # encoded at once: enough for every core, little beside the texts themselves
+IGNORED = -100  # label of a token that is not learned
+CHARACTERS_PER_BATCH = 2_000_000  # encoded at once: enough for every core; their tokens take some 50 MB meanwhile
 
 
 def description_path(path: str | Path) -> Path:
@@ -20,11 +20,48 @@ def description_path(path: str | Path) -> Path:
     return Path(path).with_suffix(".json")
 
 
+def batches(items: Iterable, text_of: Callable[[object], str] = lambda item: item) -> Iterator[list]:
+    """Cut a stream of items into lists whose texts have about ``CHARACTERS_PER_BATCH`` together."""
+    batch, characters = [], 0
+    for item in items:
+        batch.append(item)
+        characters += len(text_of(item))
+        if characters >= CHARACTERS_PER_BATCH:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def backend_of(tokenizer):
+    """The ``tokenizers.Tokenizer`` behind a tokenizer of transformers.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has no tokenizer.json, only a slow implementation in Python")
+    return tokenizer.backend_tokenizer
+
+
+def encode_batch(tokenizer, texts: list[str]) -> list:
+    """Encode texts at once on all cores, without special tokens: the end-of-text token spelt out in a text is text as well.
+
+    Returns:
+        For each text something that has its ids as ``ids`` and their number as its length.
+    """
+    backend = backend_of(tokenizer)  # transformers' own call would copy all ids into Python lists, and more
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return backend.encode_batch_fast(texts, add_special_tokens=False)
+
+
 def encode(tokenizer, texts: Iterable[str]) -> Iterator[list[int]]:
     """Yield the token ids of each text, without special tokens, a batch of texts at a time."""
-    texts = iter(texts)
-    while batch := list(islice(texts, TEXTS_PER_BATCH)):
-        yield from tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    for batch in batches(texts):
+        for encoding in encode_batch(tokenizer, batch):
+            yield encoding.ids
 
 
 def write_tokens(path: str | Path, documents: Iterable[list[int]], *, vocab_size: int, eos_token_id: int) -> dict:

@@ -10,48 +10,14 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from longqlora.attention import register_shifted_sparse_attention
 from longqlora.models import autocast_dtype, find_device, load_config, load_model, use_chunked_loss
-from longqlora.tokens import check_vocabulary, read_tokens
+from longqlora.packing import load_training_data, pad_at_right
+from longqlora.tokens import check_vocabulary
 
 log = logging.getLogger(__name__)
-
-IGNORED = -100  # label of a token that is not learned
-
-
-class PackedWindows(Dataset):
-    """A stream of tokens cut into consecutive windows: every token is in exactly one, the last window may be shorter."""
-
-    def __init__(self, path: str, length: int):
-        self.tokens, self.length = read_tokens(path), length
-
-    def __len__(self) -> int:
-        return -(-len(self.tokens) // self.length)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        window = torch.from_numpy(self.tokens[index * self.length : (index + 1) * self.length].astype("int64"))
-        return {"input_ids": window, "labels": window}
-
-
-def load_training_data(path: str, context_length: int) -> Dataset:
-    """Windows of a ``.bin`` stream, or the rows (``input_ids``, ``labels``) of a tokenised instruction set on disk."""
-    if str(path).endswith(".bin"):
-        return PackedWindows(path, context_length)
-    import datasets
-
-    return datasets.load_from_disk(str(path)).with_format("torch")
-
-
-def pad_at_right(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Stack rows to ``[b, n]``, the shorter ones filled up at their ends: causal attention needs no mask for that."""
-    return {
-        "input_ids": pad_sequence([row["input_ids"] for row in rows], batch_first=True, padding_value=0),
-        "labels": pad_sequence([row["labels"] for row in rows], batch_first=True, padding_value=IGNORED),
-    }
 
 
 class LogProgress(TrainerCallback):
@@ -140,14 +106,17 @@ def train_adapter(
         What ``training.json`` holds.
 
     Raises:
-        ValueError: if the model's context cannot be extended to the target, or the data were made with another tokenizer.
+        ValueError: if the model's context cannot be extended to the target, the data were made with another tokenizer, or
+            they cannot be packed as the settings ask.
     """
     where = find_device(device)
     vocab_size = load_config(base_model, context_length).vocab_size
     if data.endswith(".bin"):
         check_vocabulary(data, vocab_size)
     set_seed(seed)
-    windows = load_training_data(data, context_length)
+    windows = load_training_data(
+        data, context_length, isolate_documents=settings["isolate_documents"], pack_records=settings["pack_records"]
+    )
     model = adapt(base_model, context_length=context_length, device=where, settings=settings)
     trainable, total = model.get_nb_trainable_parameters()
     log.info("%d windows of at most %d tokens; %d of %d parameters are trained", len(windows), context_length, trainable, total)

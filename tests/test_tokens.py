@@ -2,12 +2,9 @@ import json
 
 import numpy
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from longqlora.evaluation_sets import prepare_evaluation_set
 from longqlora.tokens import check_vocabulary, read_tokens, tokenize_documents, write_tokens
-from longqlora.training import PackedWindows
 
 
 @pytest.mark.parametrize(("vocab_size", "item_bytes"), [(2**16, 2), (2**16 + 1, 4)])
@@ -62,14 +59,3 @@ def test_texts_come_back_from_their_tokens(tmp_path, texts, tokenizer):
     for text, start, end in zip(texts, starts, description["document_ends"], strict=True):
         assert tokenizer.decode(tokens[start : end - 1]) == text
         assert tokens[end - 1] == tokenizer.eos_token_id
-
-
-@settings(max_examples=50)
-@given(num_tokens=st.integers(1, 300), length=st.integers(2, 64))
-def test_packed_windows_hold_every_token_once(tmp_path_factory, num_tokens, length):
-    path = tmp_path_factory.mktemp("w") / "x.bin"
-    numpy.arange(num_tokens, dtype="<u2").tofile(path)
-    windows = PackedWindows(str(path), length)
-    rows = [windows[i]["input_ids"].tolist() for i in range(len(windows))]
-    assert [token for row in rows for token in row] == list(range(num_tokens))
-    assert all(len(row) == length for row in rows[:-1])

@@ -2,22 +2,26 @@ import json
 import subprocess
 import sys
 
+import datasets
 import pytest
 import torch
 from conftest import tiny_llama
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from longqlora.merging import merge_adapter
 from longqlora.models import load_model, next_token_loss, use_chunked_loss
+from longqlora.packing import load_training_data, pad_at_right
 from longqlora.tokens import tokenize_documents
-from longqlora.training import pad_at_right, train_adapter
+from longqlora.training import train_adapter
 
 SETTINGS = {
     "attention": "shifted_sparse", "group_ratio": 0.25, "rank": 4, "alpha": 16, "dropout": 0.0, "target_modules": "all-linear",
     "steps": 30, "batch_size": 4, "gradient_accumulation": 1, "learning_rate": 5e-3, "warmup_steps": 2, "max_grad_norm": 1.0,
     "weight_decay": 0.0, "optimizer": "adamw_torch", "activation_checkpointing": False, "logging_steps": 1,
+    "isolate_documents": False, "pack_records": False,
 }  # fmt: skip
 
 
@@ -54,13 +58,6 @@ def test_the_chunked_loss_and_its_gradients_are_the_plain_ones():
     torch.testing.assert_close(use_chunked_loss(model)(input_ids=ids, labels=labels).loss, plain)
 
 
-def test_rows_are_padded_at_the_right_and_padding_is_not_learned():
-    rows = [{"input_ids": torch.tensor(x), "labels": torch.tensor(x)} for x in ([5, 6, 7], [8])]
-    batch = pad_at_right(rows)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
-    assert batch["labels"].tolist() == [[5, 6, 7], [8, -100, -100]]
-
-
 def test_training_learns_reproducibly_and_leaves_a_standard_adapter(model_folder, corpus, tmp_path):
     card = train(model_folder, corpus, tmp_path / "a")
     losses = [row["loss"] for row in card["trace"]]
@@ -83,6 +80,56 @@ def test_accumulation_and_checkpointing_change_no_loss(model_folder, corpus, tmp
     other = train(model_folder, corpus, tmp_path / "b", steps=3, **settings)
     for row, expected in zip(other["trace"], reference["trace"], strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], abs=2e-2)  # bfloat16 where the CPU has it
+
+
+@pytest.fixture
+def lines(tmp_path, texts, tokenizer) -> str:
+    """A corpus whose documents are shorter than a window."""
+    tokenize_documents((line for text in texts for line in text.splitlines()), tokenizer, str(tmp_path / "lines.bin"))
+    return str(tmp_path / "lines.bin")
+
+
+@pytest.fixture
+def instructions(tmp_path, texts, tokenizer) -> str:
+    """Records of 10 to 60 tokens, the second half of each learned."""
+    ids = tokenizer(texts[0])["input_ids"]
+    rows = [ids[start : start + 10 + start % 51] for start in range(0, 1000, 7)]
+    labels = [[-100] * (len(row) // 2) + row[len(row) // 2 :] for row in rows]
+    datasets.Dataset.from_dict({"input_ids": rows, "labels": labels}).save_to_disk(str(tmp_path / "sft"))
+    return str(tmp_path / "sft")
+
+
+@pytest.mark.parametrize("settings", [{"attention": "full"}, {"activation_checkpointing": True}])
+@pytest.mark.parametrize(("option", "data"), [("isolate_documents", "lines"), ("pack_records", "instructions")])
+def test_packed_documents_reach_the_model_and_are_learned(model_folder, tmp_path, monkeypatch, request, option, data, settings):
+    positions, rotate = [], LlamaRotaryEmbedding.forward
+
+    def spy(self, hidden, position_ids):
+        positions.append(position_ids)
+        return rotate(self, hidden, position_ids)
+
+    monkeypatch.setattr(LlamaRotaryEmbedding, "forward", spy)
+    card = train(model_folder, request.getfixturevalue(data), tmp_path / "a", **{option: True}, **settings, steps=12)
+    losses = [row["loss"] for row in card["trace"]]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert len(positions) == 12
+    assert all((rows == 0).sum() > 2 * 4 for rows in positions)  # beginnings in four windows
+
+
+def test_the_loss_of_packed_records_is_that_of_the_records_alone(instructions):
+    model = tiny_llama(max_position_embeddings=128).train()
+    packed, plain = (load_training_data(instructions, 128, pack_records=packed) for packed in (True, False))
+    alone = [next_token_loss(model, row["input_ids"][None], row["labels"][None], num_items_in_batch=1) for row in plain]
+    batch = pad_at_right([packed[index] for index in range(len(packed))])
+    together = next_token_loss(model, **batch, num_items_in_batch=1)
+    torch.testing.assert_close(together, sum(alone))
+
+
+def test_options_of_packing_are_checked_before_weights_are_loaded(model_folder, corpus, instructions, tmp_path):
+    with pytest.raises(ValueError, match="pack_records is for an instruction set"):
+        train(model_folder, corpus, tmp_path / "a", pack_records=True)
+    with pytest.raises(ValueError, match="isolate_documents is for a corpus"):
+        train(model_folder, instructions, tmp_path / "a", isolate_documents=True)
 
 
 def test_a_merged_model_is_base_plus_adapter_and_loads_without_this_project(model_folder, corpus, tmp_path, tokenizer):

@@ -5,7 +5,7 @@ import os
 import yaml
 from snakemake.exceptions import WorkflowError
 
-from longqlora.experiment import ConfigError, is_hub_model, is_local, load_experiment
+from longqlora.experiment import ConfigError, corpus_shards, is_hub_model, is_local, load_experiment, sample_shares
 from longqlora.provenance import code_of as files_behind
 
 ROOT = Path(workflow.basedir)
@@ -22,12 +22,17 @@ SYSTEMS = experiment["systems"]
 TRAINED = [name for name, system in SYSTEMS.items() if "training" in system]
 DATASETS = experiment["evaluation"]["datasets"]
 LENGTHS = experiment["evaluation"]["lengths"]
+CORPUS = experiment.get("corpus", {"sources": []})
+SHARDS = corpus_shards(CORPUS["sources"])
+SFT = experiment.get("sft", {"sources": []})
+GATE = experiment["decontamination"]
 GPUS = int(experiment["device"] == "cuda")  # of a job that runs a model; a profile says how many the machine has
 
 
 wildcard_constraints:
     system="|".join(map(re.escape, SYSTEMS)),
     dataset="|".join(map(re.escape, DATASETS)),
+    shard="|".join(map(re.escape, SHARDS)) or "none",
     length=r"\d+",
 
 

@@ -47,6 +47,7 @@ rule merge_adapter:
     params:
         base_model=base_model,
         context_length=lambda wildcards: SYSTEMS[wildcards.system]["context_length"],
+        is_chat_model=lambda wildcards: SYSTEMS[wildcards.system]["training"]["data"] == "sft",
     script:
         "../scripts/merge_adapter.py"
 

@@ -1,7 +1,7 @@
 """Build the instruction set.
 
-Reads records in their native schemas; writes conversations (Parquet) and a data card (JSON). Fails when a source has too
-few records for its share, or a record that its schema does not describe.
+Reads records in their native schemas; writes conversations (Parquet), a data card (JSON) and the report of removed records
+(CSV). Fails when a source has too few records for its share, or a record that its schema does not describe.
 """
 
 import json
@@ -11,7 +11,8 @@ from longqlora.joblog import job_log
 
 from transformers import AutoTokenizer
 
-from longqlora.instructions import build_sft_set
+from longqlora.contamination import EvaluationNgrams
+from longqlora.instruction_set import build_sft_set
 
 with job_log(snakemake.log[0]):
     card = build_sft_set(
@@ -20,6 +21,10 @@ with job_log(snakemake.log[0]):
         num_records=snakemake.params.num_records,
         max_tokens=snakemake.params.max_tokens,
         seed=snakemake.params.seed,
+        allow_fewer=snakemake.params.allow_fewer,
+        max_malformed_share=snakemake.params.max_malformed_share,
+        ngrams=EvaluationNgrams(snakemake.input.ngrams, snakemake.params.threshold),
         output=snakemake.output.records,
+        removed=snakemake.output.removed,
     )
     Path(snakemake.output.card).write_text(json.dumps(card, indent=2, ensure_ascii=False))

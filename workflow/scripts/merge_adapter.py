@@ -13,4 +13,5 @@ with job_log(snakemake.log[0]):
         adapter=snakemake.input.adapter,
         output=snakemake.output.model,
         context_length=snakemake.params.context_length,
+        is_chat_model=snakemake.params.is_chat_model,
     )

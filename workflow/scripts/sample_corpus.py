@@ -1,7 +1,7 @@
-"""Sample long texts from the corpus.
+"""Join the shards into the sample.
 
-Reads the sources (local or remote shards); writes the sample (Parquet) and its data card (JSON). Fails when the sources
-hold too few texts of the wanted length, or a malformed record.
+Reads what was kept of each shard; writes the sample (Parquet), its data card (JSON) and the report of removed texts (CSV).
+Fails when there are too few texts of the wanted length, too many malformed records, or an overlap with an evaluation set.
 """
 
 import json
@@ -9,19 +9,21 @@ from pathlib import Path
 
 from longqlora.joblog import job_log
 
-from transformers import AutoTokenizer
-
-from longqlora.sampling import sample_corpus
+from longqlora.contamination import EvaluationNgrams
+from longqlora.corpus import sample_corpus
+from longqlora.shards import SampleSettings
 
 with job_log(snakemake.log[0]):
     card = sample_corpus(
-        sources=snakemake.params.sources,
-        text_field=snakemake.params.text_field,
-        tokenizer=AutoTokenizer.from_pretrained(snakemake.params.tokenizer),
-        num_texts=snakemake.params.num_texts,
-        min_tokens=snakemake.params.min_tokens,
-        max_tokens=snakemake.params.max_tokens,
-        seed=snakemake.params.seed,
+        settings=SampleSettings(**snakemake.params.settings),
+        shards=snakemake.input.shards,
+        priorities=snakemake.input.priorities,
+        cards=[json.loads(Path(path).read_text()) for path in snakemake.input.cards],
+        near_duplicates=snakemake.params.near_duplicates,
+        allow_fewer=snakemake.params.allow_fewer,
+        max_malformed_share=snakemake.params.max_malformed_share,
+        ngrams=EvaluationNgrams(snakemake.input.ngrams, snakemake.params.threshold),
         output=snakemake.output.texts,
+        removed=snakemake.output.removed,
     )
     Path(snakemake.output.card).write_text(json.dumps(card, indent=2, ensure_ascii=False))

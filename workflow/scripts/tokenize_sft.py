@@ -1,13 +1,13 @@
 """Tokenise the instruction set.
 
-Reads conversations (Parquet); writes token ids and labels, the answers alone to be learned, as a dataset on disk.
+Reads conversations (Parquet); writes token ids and labels, the answers alone to be learned, as an Arrow file.
 """
 
 from longqlora.joblog import job_log
 
 from transformers import AutoTokenizer
 
-from longqlora.instructions import tokenize_sft
+from longqlora.instruction_set import tokenize_sft
 
 with job_log(snakemake.log[0]):
     tokenize_sft(

@@ -1,0 +1,67 @@
+"""Plots of the training data: how long the texts are, and what the instruction set consists of."""
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as pyplot
+import pandas
+from matplotlib.ticker import StrMethodFormatter
+
+BINS = 40
+SHOWN_SOURCES = 8  # the others are one
+
+
+@contextmanager
+def figure_for(outputs: list[str], width: float):
+    """Axes to draw on, written to each path of ``outputs`` afterwards, the format by its suffix."""
+    with pyplot.rc_context({"svg.hashsalt": "longqlora", "font.size": 10}):  # the salt makes the SVG reproducible
+        figure, axes = pyplot.subplots(figsize=(width, 4.2), layout="constrained")
+        yield axes
+        for path in outputs:
+            figure.savefig(path, dpi=150, metadata={"Date": None} if path.endswith(".svg") else None)
+        pyplot.close(figure)
+
+
+def plot_text_lengths(texts: str, outputs: list[str]) -> None:
+    """Draw a histogram of the texts' lengths in tokens, stacked by source.
+
+    Args:
+        texts: the sample (Parquet: source, num_tokens).
+        outputs: image files.
+    """
+    sample = pandas.read_parquet(texts, columns=["source", "num_tokens"])
+    largest = sample["source"].value_counts().index[:SHOWN_SOURCES]
+    sample["source"] = sample["source"].where(sample["source"].isin(largest), "others")
+    groups = [(name, sample.loc[sample["source"] == name, "num_tokens"]) for name in sample["source"].value_counts().index]
+    with figure_for(outputs, width=7) as axes:
+        labels = [f"{name} ({len(lengths):,})" for name, lengths in groups]
+        axes.hist([lengths for _, lengths in groups], bins=BINS, stacked=True, label=labels)
+        median = sample["num_tokens"].median()
+        axes.axvline(median, color="black", linestyle="--", linewidth=1, label=f"median ({median:,.0f} tokens)")
+        axes.set_xlabel("length of a text (tokens)")
+        axes.set_ylabel("texts")
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.set_title(f"{len(sample):,} texts, {sample['num_tokens'].sum():,} tokens")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+
+
+def plot_sft_shares(card: str, outputs: list[str]) -> None:
+    """Draw the sources' shares of an instruction set's records as a pie.
+
+    Args:
+        card: data card (JSON) of the set.
+        outputs: image files.
+    """
+    content = json.loads(Path(card).read_text())
+    taken = {name: source["taken"] for name, source in content["sources"].items() if source["taken"]}
+    with figure_for(outputs, width=6) as axes:
+        labels = [f"{name}\n{number:,}" for name, number in taken.items()]
+        wedges = {"edgecolor": "white", "linewidth": 1.5}
+        axes.pie(list(taken.values()), labels=labels, autopct="%.0f %%", startangle=90, counterclock=False, wedgeprops=wedges)
+        axes.set_title(f"{content['records']:,} records, {content['tokens']:,} tokens")

@@ -1,0 +1,21 @@
+"""List the n-grams of all evaluation sets, to hold the training texts against.
+
+Reads token streams (``.bin``); writes hashes of n-grams by evaluation set (Parquet). Fails when a set is too short.
+"""
+
+import logging
+
+from longqlora.joblog import job_log
+
+from transformers import AutoTokenizer
+
+from longqlora.contamination import index_evaluation_sets
+
+with job_log(snakemake.log[0]):
+    counts = index_evaluation_sets(
+        evaluation_sets=dict(zip(snakemake.params.names, snakemake.input.tokens, strict=True)),
+        tokenizer=AutoTokenizer.from_pretrained(snakemake.params.tokenizer),
+        n=snakemake.params.ngram_words,
+        output=snakemake.output.ngrams,
+    )
+    logging.info("different n-grams: %s", counts)

@@ -1,0 +1,11 @@
+"""Plot what the instruction set consists of.
+
+Reads its data card (JSON); writes PNG and SVG.
+"""
+
+from longqlora.joblog import job_log
+
+from longqlora.distributions import plot_sft_shares
+
+with job_log(snakemake.log[0]):
+    plot_sft_shares(card=snakemake.input.card, outputs=[snakemake.output.png, snakemake.output.svg])

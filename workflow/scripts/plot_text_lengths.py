@@ -1,0 +1,11 @@
+"""Plot how long the sampled texts are.
+
+Reads the sample (Parquet); writes PNG and SVG.
+"""
+
+from longqlora.joblog import job_log
+
+from longqlora.distributions import plot_text_lengths
+
+with job_log(snakemake.log[0]):
+    plot_text_lengths(texts=snakemake.input.texts, outputs=[snakemake.output.png, snakemake.output.svg])
