@@ -30,7 +30,8 @@ class Join:
     def __init__(self, settings: SampleSettings, near_duplicates: float | None):
         self.quotas, self.limits = settings.quotas(), {place: 2 * quota for place, quota in settings.quotas().items()}
         self.taken, self.seen = Counter(), Counter()  # by stratum
-        self.sampled, self.near, self.moved = Counter(), Counter(), Counter()  # by source
+        self.sampled, self.near = Counter(), Counter()  # by source
+        self.chosen: dict[int, str] = {}  # by priority, the source whose copy of a text was used
         self.removed = []
         self.known = None
         if near_duplicates:
@@ -44,13 +45,12 @@ class Join:
         for _, copies in groupby(heapq.merge(*streams, key=PLACE_IN_ORDER), key=itemgetter("priority", "id")):
             copies = list(copies)
             row = next((copy for copy in copies if self.has_room(copy["stratum"])), None)
+            self.seen.update({copy["stratum"] for copy in copies})  # every shard kept it in each of these, in place of another
             if row is None:
                 continue
-            self.seen[row["stratum"]] += 1
             near = self.known and self.known.find_or_add(row["id"], row["text"])
-            source, first = row["source"], min(copy["source"] for copy in copies)
-            if source != first:  # count_duplicates took the first for the one that stays
-                self.moved.update({source: -1, first: 1})
+            source = row["source"]
+            self.chosen[row["priority"]] = source
             if near:
                 self.near[source] += 1
                 self.removed.append({"source": source, "id": row["id"], "near_duplicate_of": near[0], "similarity": near[1]})
@@ -70,9 +70,14 @@ class Join:
         ]
 
 
-def count_duplicates(priorities: list[str]) -> Counter:
-    """How many texts of each source are copies of another; of equal texts the one whose source comes first by name is none."""
-    rows = pandas.concat([pandas.read_parquet(path) for path in priorities]).sort_values(["priority", "source"])
+def count_duplicates(priorities: list[str], chosen: dict[int, str]) -> Counter:
+    """How many texts of each source are copies of another; of equal texts the one that was used is none, or, where none was,
+    the one whose source comes first by name."""
+    rows = pandas.concat([pandas.read_parquet(path) for path in priorities], ignore_index=True)
+    rows["unused"] = [
+        chosen.get(order, source) != source for order, source in zip(rows["priority"], rows["source"], strict=True)
+    ]
+    rows = rows.sort_values(["priority", "unused", "source"])
     return Counter(rows.loc[rows.duplicated("priority"), "source"].value_counts().to_dict())
 
 
@@ -89,7 +94,6 @@ def ledger(cards: list[dict], duplicates: Counter, join: Join) -> pandas.DataFra
                 counts.loc[source, outcome] += number
     for outcome, numbers in {"duplicate": duplicates, "near-duplicate": join.near, "sampled": join.sampled}.items():
         counts[outcome] = counts.index.map(numbers)
-    counts["duplicate"] += counts.index.map(join.moved)
     used = ["contaminated", "of no share", "duplicate", "near-duplicate", "sampled"]
     counts["not drawn"] = counts["in range"] - counts[used].sum(axis=1)
     return counts
@@ -152,7 +156,7 @@ def sample_corpus(
     check_malformed(malformed, documents, card["malformed"], max_malformed_share)
     join = Join(settings, near_duplicates)
     write_parquet(output, SAMPLE, ({name: row[name] for name in SAMPLE.names} for row in join.rows(shards)))
-    counts = ledger(cards, count_duplicates(priorities), join)
+    counts = ledger(cards, count_duplicates(priorities, join.chosen), join)
     if join.missing() and not allow_fewer:
         raise ValueError(shortage(settings, join, counts))
     check_clean(((row["id"], row["text"]) for _, row in read_parquet(output)), ngrams, "the sample")

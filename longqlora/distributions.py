@@ -60,8 +60,10 @@ def plot_sft_shares(card: str, outputs: list[str]) -> None:
     """
     content = json.loads(Path(card).read_text())
     taken = {name: source["taken"] for name, source in content["sources"].items() if source["taken"]}
-    with figure_for(outputs, width=6) as axes:
-        labels = [f"{name}\n{number:,}" for name, number in taken.items()]
-        wedges = {"edgecolor": "white", "linewidth": 1.5}
-        axes.pie(list(taken.values()), labels=labels, autopct="%.0f %%", startangle=90, counterclock=False, wedgeprops=wedges)
+    labels = [f"{name}: {number:,} ({number / content['records']:.0%})" for name, number in taken.items()]
+    with figure_for(outputs, width=7) as axes:  # names stand beside the pie: small slices would write over each other
+        wedges, _ = axes.pie(
+            list(taken.values()), startangle=90, counterclock=False, wedgeprops={"edgecolor": "white", "linewidth": 1.5}
+        )
+        axes.figure.legend(wedges, labels, loc="outside right center", frameon=False)
         axes.set_title(f"{content['records']:,} records, {content['tokens']:,} tokens")

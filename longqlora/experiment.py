@@ -140,10 +140,10 @@ def corpus_shards(sources: list[dict]) -> dict[str, dict]:
         usual = 1 if all(path.endswith(".txt") for path in files) else min(len(source["paths"]), MAX_SHARDS)
         jobs = source.get("jobs", usual)
         for number in range(jobs):
-            part = files[number::jobs] + patterns
-            name = Path(part[0]).name if len(part) == 1 and not patterns else f"part-{number}-of-{jobs}"
-            shard = f"{name}-{digest_of_values([source['name'], part, number])[:8]}"
-            shards[shard] = {"source": source, "paths": part, "part": (number, jobs)}
+            paths, part = files[number::jobs] + patterns, (number, jobs) if patterns else (0, 1)
+            name = Path(paths[0]).name if len(files) == jobs and not patterns else f"part-{number}-of-{jobs}"
+            shard = f"{name}-{digest_of_values([source['name'], paths, part])[:8]}"
+            shards[shard] = {"source": source, "paths": paths, "part": part}
     return shards
 
 

@@ -6,7 +6,7 @@ A record that is too long loses the end of its document, at a sentence; question
 import heapq
 import logging
 import re
-from bisect import bisect
+from bisect import bisect, bisect_left
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -43,24 +43,23 @@ def count_tokens(tokenizer, conversation: Conversation) -> int:
     return len(tokenize_conversation(tokenizer, conversation.messages())[0])
 
 
-def whole_sentences(document: str, begin: int, end: int) -> tuple[int, int]:
-    """The largest part of ``document[begin:end]`` that starts and ends at a boundary between sentences (or of the document)."""
-    boundaries = [0, *(match.end() for match in SENTENCE_END.finditer(document)), len(document)]
-    inside = [place for place in boundaries if begin <= place <= end]
+def whole_sentences(boundaries: list[int], begin: int, end: int) -> tuple[int, int]:
+    """The largest part of ``begin`` to ``end`` that starts and ends at boundaries between sentences."""
+    inside = boundaries[bisect_left(boundaries, begin) : bisect(boundaries, end)]
     return (inside[0], inside[-1]) if inside else (begin, begin)
 
 
-def stretch(offsets: list[tuple[int, int]], room: int, middle: int) -> tuple[int, int]:
-    """Where ``room`` tokens of a document begin and end, in characters: its first ones, or those around the character
-    ``middle`` if that is not among the first.
+def stretch(offsets: list[tuple[int, int]], room: int, begin: int, end: int) -> tuple[int, int]:
+    """Where ``room`` tokens of a document begin and end, in characters: its first ones, or those around the characters
+    ``begin`` to ``end`` if these are not among the first.
 
     Args:
         offsets: begin and end of each token of the document.
         room: how many tokens, from 1 to all.
     """
-    if middle < offsets[room - 1][1]:
+    if end <= offsets[room - 1][1]:
         return 0, offsets[room - 1][1]
-    centre = bisect(offsets, middle, key=itemgetter(0))
+    centre = (bisect(offsets, begin, key=itemgetter(0)) - 1 + bisect(offsets, end, key=itemgetter(0))) // 2
     first = max(0, min(centre - room // 2, len(offsets) - room))
     return offsets[first][0], offsets[first + room - 1][1]
 
@@ -80,15 +79,19 @@ def shorten(conversation: Conversation, tokenizer, max_tokens: int) -> tuple[Con
     begin, end = conversation.document
     document = question[begin:end]
     place = document.find(conversation.evidence) if conversation.evidence else -1
-    evidence = (place, place + len(conversation.evidence)) if place >= 0 else (0, 0)
+    boundaries = [0, *(match.end() for match in SENTENCE_END.finditer(document)), len(document)]
+    kept = (0, 0)  # the sentences of the evidence
+    if place >= 0:
+        after = place + len(conversation.evidence)
+        kept = boundaries[bisect(boundaries, place) - 1], boundaries[bisect_left(boundaries, after)]
     offsets = tokenizer(document, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     room = len(offsets)
     while num_tokens > max_tokens:
         room -= num_tokens - max_tokens
         if room <= 0:
             return None
-        first, last = whole_sentences(document, *stretch(offsets, room, middle=evidence[1]))
-        if first == last or (place >= 0 and not first <= evidence[0] < evidence[1] <= last):
+        first, last = whole_sentences(boundaries, *stretch(offsets, room, *kept))
+        if not document[first:last].strip() or not first <= kept[0] <= kept[1] <= last:
             return None
         cut = question[:begin] + document[first:last].strip() + question[end:]
         shortened = replace(conversation, turns=[(cut, answer), *others], document=None)

@@ -20,8 +20,8 @@ NOT_UNDERSTOOD = (
 )  # what an adapter raises on a record of another schema
 SHOWN_CHARACTERS = 400  # of a record in an error
 
-HTML_TAG = re.compile(r"\s*<[^<>]+>\s*")
-LONG_ALPACA = re.compile(r"(.*?(?:The \w+ begins\.\s*|\n))(.*?)(\s*Now the \w+ ends\..*)", re.DOTALL)
+HTML_TAG = re.compile(r"\s*(?:<[^<>\s]+>\s*)+")  # one word each in Natural Questions; "1 < 2 and 3 > 2" holds none
+LONG_ALPACA = re.compile(r"([^\n]*?\s*The \w+ begins\.\s*|[^\n]*\n)(.*?)(\s*Now the \w+ ends\..*)", re.DOTALL)
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -115,11 +115,14 @@ def alpaca(record: dict) -> Conversation:
 
 
 def sharegpt(record: dict) -> Conversation:
-    """conversations: messages (from, value) that alternate, after a system message or none; an unanswered end is left out."""
+    """conversations: messages (from, value) that alternate, after a system message or none. Answers before the first question
+    and a last question without an answer are left out."""
     messages = [(SPEAKERS[message["from"]], message["value"]) for message in record["conversations"]]
-    system = messages.pop(0)[1] if messages[0][0] == "system" else ""
+    system = messages.pop(0)[1] if messages and messages[0][0] == "system" else ""
+    while messages and messages[0][0] == "assistant":
+        messages.pop(0)
     if [role for role, _ in messages] != (["user", "assistant"] * len(messages))[: len(messages)]:
-        raise TypeError("the speakers do not alternate, a user first")
+        raise TypeError("the speakers do not alternate")
     questions, answers = messages[::2], messages[1::2]
     turns = [(question, answer) for (_, question), (_, answer) in zip(questions, answers, strict=False)]
     return Conversation(turns, system=system)

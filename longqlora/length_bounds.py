@@ -73,9 +73,12 @@ def loses_nothing(description: dict, pieces: set[str], splitting: list[dict]) ->
     removes text, and no added token swallows the blanks around it."""
     byte_level = any(step["type"] == "ByteLevel" for step in splitting)
     needed = ByteLevel.alphabet() if byte_level else [f"<0x{byte:02X}>" for byte in range(256)]
+    model = description["model"]
+    falling_back = model["type"] == "BPE" if byte_level else model.get("byte_fallback", False)
     removing = any(step["type"] not in KEEPS_ALL or step.get("behavior") == "Removed" for step in splitting)
     swallowing = any(token["lstrip"] or token["rstrip"] for token in description["added_tokens"])
-    return pieces.issuperset(needed) and not removing and not swallowing
+    # without the bytes to fall back on, a run of unknown characters is one token, however long
+    return falling_back and pieces.issuperset(needed) and not removing and not swallowing
 
 
 def length_bounds(tokenizer) -> LengthBounds:
@@ -90,10 +93,11 @@ def length_bounds(tokenizer) -> LengthBounds:
     pieces = {piece[0] if isinstance(piece, list) else piece for piece in vocabulary}  # a list has scores beside the pieces
     splitting = parts(description["pre_tokenizer"], "pretokenizers")
     expansion, shrinkage, extra = 1, 1, 0
-    for step in splitting:
-        if step["type"] == "Metaspace" and step["replacement"] not in pieces:
-            return nothing
-        extra += step["type"] == "Metaspace" or bool(step.get("add_prefix_space"))
+    for number, step in enumerate(splitting):
+        adds_one = step["type"] == "Metaspace" or bool(step.get("add_prefix_space"))
+        if adds_one and (number > 0 or step.get("replacement", "Ġ") not in pieces):
+            return nothing  # after another step, it adds one to every part of the text
+        extra += adds_one
     for step in parts(description["normalizer"], "normalizers"):
         if step["type"] in EXPANSION:
             expansion *= EXPANSION[step["type"]]
@@ -102,5 +106,7 @@ def length_bounds(tokenizer) -> LengthBounds:
             extra += len(step["prepend"])
         elif not (step["type"] == "Replace" and step["pattern"].get("String") == " " and step["content"] in pieces):
             return nothing
+    if any(len(token.encode()) <= extra for token in added):  # they part a text, and each part gets the extra tokens
+        return nothing
     longest = max(map(len, [*pieces, *added])) * shrinkage if loses_nothing(description, pieces, splitting) else None
     return LengthBounds(expansion, extra, longest)

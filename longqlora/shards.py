@@ -90,21 +90,23 @@ class Shard:
                 yield document
             documents, malformed = self.malformed.read - documents, self.malformed.count - malformed
             self.files.append({"path": path, "sha256": digest.hexdigest(), "documents": documents, "malformed": malformed})
-            self.counts[name]["malformed"] += malformed
+            if malformed:
+                self.counts[name]["malformed"] += malformed
+            log.info("%s: %d documents, %d malformed records", path, documents, malformed)
         self.malformed.check_form()
 
     def examined(self, documents: Iterable[Document]) -> Iterator[Candidate]:
         """Yield what must be looked at closely: neither proved to be of the wrong length, nor outside the examined share."""
         settings, bounds, end = self.settings, self.bounds, int(self.settings.examined_share * NUM_PRIORITIES)
         for document in documents:
-            tally = self.counts[document.source]
+            text, tally = document.text, self.counts[document.source]
             tally["read"] += 1
-            if bounds.is_too_short(document.text, settings.min_tokens):
+            if bounds.is_too_short(text, settings.min_tokens):
                 tally["too short by characters"] += 1
-            elif bounds.is_too_long(document.text, settings.max_tokens):
+            elif bounds.is_too_long(text, settings.max_tokens):
                 tally["too long by characters"] += 1
             else:
-                identity = text_id(document.text)
+                identity = text_id(text)
                 order = priority(identity, settings.seed)
                 if order < end:
                     yield Candidate(document, identity, order)
@@ -142,7 +144,7 @@ class Shard:
         for document, identity, order, num_tokens in candidates:
             place = (stratum or document.source) if self.settings.shares else ALL
             if place in kept:
-                metadata = orjson.dumps(document.metadata).decode()
+                metadata = orjson.dumps(document.metadata, default=str).decode()  # Parquet has decimals and bytes
                 value = {"source": document.source, "num_tokens": num_tokens, "metadata": metadata, "text": document.text}
                 kept[place].add(order, identity, value)
                 yield {"priority": order, "source": document.source}

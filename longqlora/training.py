@@ -95,7 +95,7 @@ def train_adapter(
 
     Args:
         base_model: directory or hub id of a RoPE model.
-        data: a ``.bin`` token stream, or the folder of a tokenised instruction set.
+        data: a ``.bin`` token stream, or the Arrow file of a tokenised instruction set.
         output: folder of the adapter.
         context_length: target context in tokens.
         settings: the experiment's ``training`` section.

@@ -1,13 +1,14 @@
 import copy
 import json
+import re
 
 import numpy
 import pytest
 import yaml
 
-from longqlora.experiment import ConfigError, load_experiment
+from longqlora.experiment import ConfigError, check_corpus, corpus_shards, load_experiment, sample_shares
 
-CONFIGS = ["config", "llama2-7b-8k", "llama2-7b-12k", "llama2-13b-8k", "vicuna-13b-8k"]
+CONFIGS = ["config", "llama2-7b-8k", "llama2-7b-12k", "llama2-13b-8k", "vicuna-13b-8k", "vicuna-13b-8k-mixture"]
 
 
 @pytest.fixture(scope="session")
@@ -134,3 +135,92 @@ def test_globs_become_files_and_remote_paths_stay(tmp_path, schema, demo):
     demo["corpus"]["sources"] = [{"paths": [f"{tmp_path}/*.jsonl*", remote]}]
     paths = load_experiment(demo, schema)["corpus"]["sources"][0]["paths"]
     assert paths == [f"{tmp_path}/a.jsonl.gz", f"{tmp_path}/b.jsonl", remote]
+
+
+def test_every_file_of_a_corpus_is_in_exactly_one_shard():
+    files = [f"data/{number:03}.jsonl.gz" for number in range(300)]
+    for options in ({}, {"jobs": 1}, {"jobs": 7}, {"jobs": 300}, {"jobs": 400}):
+        shards = corpus_shards([{"name": "x", "paths": files, **options}])
+        assert sorted(path for shard in shards.values() for path in shard["paths"]) == files
+        assert len(shards) == options.get("jobs", 256)
+        assert all(re.fullmatch(r"[\w.-]+", name) for name in shards)  # they become names of files
+
+
+def test_a_shard_of_one_file_has_its_name_and_keeps_it_when_a_file_is_added():
+    files = [f"data/{number}.jsonl" for number in range(4)]
+    before = corpus_shards([{"name": "x", "paths": files}])
+    after = corpus_shards([{"name": "x", "paths": [*files, "data/4.jsonl"]}])
+    assert set(before) < set(after)
+    assert [name.rsplit("-", 1)[0] for name in before] == ["0.jsonl", "1.jsonl", "2.jsonl", "3.jsonl"]
+    assert len(corpus_shards([{"name": "x", "paths": ["a/0.jsonl", "b/0.jsonl"]}])) == 2
+
+
+def test_a_shard_of_one_file_stays_as_it_is_when_a_file_before_it_is_added():
+    files = [f"data/{number}.jsonl" for number in range(1, 5)]
+    before = corpus_shards([{"name": "x", "paths": files}])
+    after = corpus_shards([{"name": "x", "paths": ["data/0.jsonl", *files]}])
+    assert set(before) < set(after)
+    assert all(after[name]["part"] == before[name]["part"] for name in before)  # Snakemake reruns a job whose parameters change
+
+
+def test_the_same_file_in_two_sources_is_read_for_both():
+    shards = corpus_shards([{"name": name, "paths": ["data/0.jsonl"]} for name in ("a", "b")])
+    assert [shard["source"]["name"] for shard in shards.values()] == ["a", "b"]
+
+
+def test_text_files_are_read_by_one_job_unless_more_are_asked_for():
+    files = [f"books/{number}.txt" for number in range(50)]
+    assert [shard["paths"] for shard in corpus_shards([{"name": "x", "paths": files}]).values()] == [files]
+    assert len(corpus_shards([{"name": "x", "paths": files, "jobs": 4}])) == 4
+
+
+def test_what_a_remote_pattern_matches_is_split_by_jobs():
+    pattern, file = "hf://datasets/owner/name/*.jsonl.zst", "hf://datasets/owner/name/one.jsonl"
+    (single,) = corpus_shards([{"name": "x", "paths": [pattern]}]).values()
+    assert (single["paths"], single["part"]) == ([pattern], (0, 1))
+    shards = corpus_shards([{"name": "x", "paths": [pattern, file], "jobs": 3}])
+    assert [shard["part"] for shard in shards.values()] == [(0, 3), (1, 3), (2, 3)]
+    assert [shard["paths"] for shard in shards.values()] == [[file, pattern], [pattern], [pattern]]
+    assert all(name.startswith(f"part-{number}-of-3-") for number, name in enumerate(shards))
+
+
+def corpus_with(names, shares=None, **options):
+    sources = [{"name": name, "paths": [f"{n}.jsonl"]} for n, name in enumerate(names)]
+    for source, share in zip(sources, shares or [], strict=False):
+        if share is not None:
+            source["share"] = share
+    return {"sources": sources, **options}
+
+
+@pytest.mark.parametrize(
+    ("corpus", "problem"),
+    [
+        (corpus_with("ab"), None),
+        (corpus_with("aa"), None),
+        (corpus_with("ab", [0.3, 0.7]), None),
+        (corpus_with("a", shares=None) | {"shares": {"C4": 0.25, "Book": 0.75}}, None),
+        (corpus_with("abc", [0.1, 0.2, 0.7]), None),
+        (corpus_with("ab", [0.3, 0.6]), r"corpus\.sources: the shares add up to 0\.9, they must add up to 1"),
+        (corpus_with("ab") | {"shares": {"C4": 0.5, "Book": 0.6}}, r"corpus\.shares: the shares add up to 1\.1"),
+        (corpus_with("ab", [0.3, 0.7]) | {"shares": {"C4": 1}}, r"corpus\.shares: give shares either here or to the sources"),
+        (corpus_with("abc", [0.3, None, 0.7]), r"corpus\.sources: b has no share but a, c has; give one to all or to none"),
+        (corpus_with("aa", [0.3, 0.7]), r"every source with a share needs a name of its own, found a, a"),
+    ],
+)
+def test_shares_of_a_corpus_are_checked(corpus, problem):
+    problems = list(check_corpus(corpus))
+    assert len(problems) == (problem is not None)
+    assert problem is None or re.search(problem, problems[0])
+
+
+def test_shares_of_a_sample_come_from_the_sources_or_the_section():
+    assert sample_shares(corpus_with("ab")) is None
+    assert sample_shares(corpus_with("ab", [0.3, 0.7])) == {"a": 0.3, "b": 0.7}
+    assert sample_shares(corpus_with("ab") | {"shares": {"C4": 1.0}}) == {"C4": 1.0}
+
+
+def test_shares_of_a_corpus_are_checked_before_any_job_starts(tmp_path, schema, demo):
+    (tmp_path / "a.jsonl").touch()
+    demo["corpus"]["sources"] = [{"paths": [f"{tmp_path}/a.jsonl"], "share": 0.5}]
+    with pytest.raises(ConfigError, match=r"corpus\.sources: the shares add up to 0\.5"):
+        load_experiment(demo, schema)

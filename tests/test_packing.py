@@ -1,20 +1,31 @@
-import datasets
 import numpy
+import pyarrow
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longqlora.packing import PackedRecords, PackedWindows, best_fit_decreasing, load_training_data, pad_at_right
+from longqlora.instruction_set import TOKENS
+from longqlora.packing import (
+    PackedRecords,
+    PackedWindows,
+    best_fit_decreasing,
+    count_tokens,
+    load_training_data,
+    pad_at_right,
+    read_tokenized_records,
+)
 from longqlora.tokens import description_path, write_tokens
 
 
 def write_records(path, lengths: list[int]) -> str:
-    """Records of distinct tokens, 0, 1, 2, … through all of them; the first half of each is not learned."""
+    """Records of distinct tokens, 0, 1, 2, … through all of them, in batches of 3; the first half of each is not learned."""
     starts = numpy.cumsum([0, *lengths])[:-1].tolist()
     rows = [list(range(start, start + length)) for start, length in zip(starts, lengths, strict=True)]
     labels = [[-100] * (len(row) // 2) + row[len(row) // 2 :] for row in rows]
-    datasets.Dataset.from_dict({"input_ids": rows, "labels": labels}).save_to_disk(str(path))
+    table = pyarrow.table({"input_ids": rows, "labels": labels}, schema=TOKENS)
+    with pyarrow.ipc.new_stream(str(path), TOKENS) as writer:
+        writer.write_table(table, max_chunksize=3)
     return str(path)
 
 
@@ -80,7 +91,7 @@ def test_the_fullest_window_with_room_is_taken():
 @settings(max_examples=25, deadline=None)
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=20))
 def test_packed_records_are_whole_each_once_and_begin_again(tmp_path_factory, lengths):
-    data = PackedRecords(write_records(tmp_path_factory.mktemp("w") / "records", lengths), 32)
+    data = PackedRecords(write_records(tmp_path_factory.mktemp("w") / "sft.arrow", lengths), 32)
     assert len(data) <= len(lengths)
     records = []
     for window in (data[i] for i in range(len(data))):
@@ -96,9 +107,19 @@ def test_packed_records_are_whole_each_once_and_begin_again(tmp_path_factory, le
     assert sorted(token for ids in records for token in ids) == list(range(sum(lengths)))
 
 
+@settings(max_examples=25, deadline=None)
+@given(lengths=st.lists(st.integers(0, 30), max_size=20))
+def test_tokens_of_records_are_counted_and_read_in_order(tmp_path_factory, lengths):
+    records = read_tokenized_records(write_records(tmp_path_factory.mktemp("w") / "sft.arrow", lengths))
+    assert count_tokens(records).tolist() == lengths
+    rows = [row["input_ids"].tolist() for row in records]
+    assert [len(row) for row in rows] == lengths
+    assert [int(token) for row in rows for token in row] == list(range(sum(lengths)))
+
+
 def test_packing_needs_fewer_windows_than_a_record_each(tmp_path):
     lengths = numpy.random.default_rng(0).integers(5, 40, 200).tolist()
-    path = write_records(tmp_path / "records", lengths)
+    path = write_records(tmp_path / "sft.arrow", lengths)
     packed, plain = (load_training_data(path, 64, pack_records=packed) for packed in (True, False))
     assert len(plain) == 200
     assert len(packed) <= 1.02 * sum(lengths) / 64
@@ -117,8 +138,10 @@ def test_rows_are_padded_at_the_right_and_padding_is_not_learned():
 
 
 def test_a_record_longer_than_a_window_is_named(tmp_path):
-    path = write_records(tmp_path / "records", [3, 16, 17, 30])
-    with pytest.raises(ValueError, match=r"records: record 2 has 17 tokens, more than a window of 16; pack_records never cuts"):
+    path = write_records(tmp_path / "sft.arrow", [3, 16, 17, 30])
+    with pytest.raises(
+        ValueError, match=r"sft\.arrow: record 2 has 17 tokens, more than a window of 16; pack_records never cuts"
+    ):
         load_training_data(path, 16, pack_records=True)
     assert len(load_training_data(path, 30, pack_records=True)) == 3
 
@@ -138,5 +161,5 @@ def test_options_for_the_other_kind_of_data_are_refused(tmp_path):
     write_tokens(tmp_path / "x.bin", [[1, 2, 3]], vocab_size=512, eos_token_id=2)
     with pytest.raises(ValueError, match=r"x\.bin: pack_records is for an instruction set"):
         load_training_data(str(tmp_path / "x.bin"), 16, pack_records=True)
-    with pytest.raises(ValueError, match=r"records: isolate_documents is for a corpus"):
-        load_training_data(write_records(tmp_path / "records", [3]), 16, isolate_documents=True)
+    with pytest.raises(ValueError, match=r"sft\.arrow: isolate_documents is for a corpus"):
+        load_training_data(write_records(tmp_path / "sft.arrow", [3]), 16, isolate_documents=True)

@@ -2,15 +2,17 @@ import json
 import subprocess
 import sys
 
-import datasets
+import pyarrow
 import pytest
 import torch
 from conftest import tiny_llama
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from longqlora.chat_template import CHAT_TEMPLATE
+from longqlora.instruction_set import TOKENS
 from longqlora.merging import merge_adapter
 from longqlora.models import load_model, next_token_loss, use_chunked_loss
 from longqlora.packing import load_training_data, pad_at_right
@@ -89,14 +91,19 @@ def lines(tmp_path, texts, tokenizer) -> str:
     return str(tmp_path / "lines.bin")
 
 
+def write_tokenized(path, rows: list[list[int]], labels: list[list[int]]) -> str:
+    with pyarrow.ipc.new_stream(str(path), TOKENS) as writer:
+        writer.write_table(pyarrow.table({"input_ids": rows, "labels": labels}, schema=TOKENS))
+    return str(path)
+
+
 @pytest.fixture
 def instructions(tmp_path, texts, tokenizer) -> str:
     """Records of 10 to 60 tokens, the second half of each learned."""
     ids = tokenizer(texts[0])["input_ids"]
     rows = [ids[start : start + 10 + start % 51] for start in range(0, 1000, 7)]
     labels = [[-100] * (len(row) // 2) + row[len(row) // 2 :] for row in rows]
-    datasets.Dataset.from_dict({"input_ids": rows, "labels": labels}).save_to_disk(str(tmp_path / "sft"))
-    return str(tmp_path / "sft")
+    return write_tokenized(tmp_path / "sft.arrow", rows, labels)
 
 
 @pytest.mark.parametrize("settings", [{"attention": "full"}, {"activation_checkpointing": True}])
@@ -125,6 +132,29 @@ def test_the_loss_of_packed_records_is_that_of_the_records_alone(instructions):
     torch.testing.assert_close(together, sum(alone))
 
 
+@pytest.mark.parametrize("num_items_in_batch", [None, 0, torch.tensor(0)])
+def test_where_nothing_is_to_be_learned_loss_and_gradients_are_zero(num_items_in_batch):
+    model, ids = tiny_llama(), torch.randint(512, (2, 20))
+    loss = next_token_loss(model, ids, torch.full_like(ids, -100), num_items_in_batch)
+    assert loss.item() == 0
+    loss.backward()
+    assert all(weight.grad is None or not weight.grad.any() for weight in model.parameters())
+
+
+def test_a_batch_with_nothing_to_learn_leaves_the_adapter_finite(model_folder, tmp_path, texts, tokenizer):
+    ids = tokenizer(texts[0])["input_ids"]
+    rows = [ids[start : start + 40] for start in range(0, 160, 10)]
+    masked, half = [[-100] * 40] * 16, [[-100] * 20 + row[20:] for row in rows]
+    for name, labels, learns in [("nothing", masked, False), ("some", masked[:8] + half[:8], True)]:
+        data = write_tokenized(tmp_path / f"{name}.arrow", rows, labels)
+        card = train(model_folder, data, tmp_path / name, steps=32, batch_size=1, attention="full")
+        losses = [row["loss"] for row in card["trace"]]
+        assert losses.count(0) == (16 if learns else 32)  # two epochs of 16 rows
+        weights = load_file(tmp_path / name / "adapter_model.safetensors")
+        assert all(torch.isfinite(weight).all() for weight in weights.values())
+        assert any(weight.any() for key, weight in weights.items() if "lora_B" in key) == learns
+
+
 def test_options_of_packing_are_checked_before_weights_are_loaded(model_folder, corpus, instructions, tmp_path):
     with pytest.raises(ValueError, match="pack_records is for an instruction set"):
         train(model_folder, corpus, tmp_path / "a", pack_records=True)
@@ -135,7 +165,7 @@ def test_options_of_packing_are_checked_before_weights_are_loaded(model_folder, 
 def test_a_merged_model_is_base_plus_adapter_and_loads_without_this_project(model_folder, corpus, tmp_path, tokenizer):
     train(model_folder, corpus, tmp_path / "adapter")
     arguments = {"base_model": model_folder, "adapter": str(tmp_path / "adapter"), "context_length": 128}
-    merge_adapter(**arguments, output=str(tmp_path / "merged"))
+    merge_adapter(**arguments, output=str(tmp_path / "merged"), is_chat_model=False)
     ids = torch.tensor([tokenizer("def merge(adapter):")["input_ids"]])
     base = load_model(model_folder, device=torch.device("cpu"), context_length=128)
     adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
@@ -157,6 +187,18 @@ def test_a_merged_model_is_base_plus_adapter_and_loads_without_this_project(mode
     run = subprocess.run([sys.executable, "-c", stock, tmp_path / "merged"], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "torch.Size" in run.stdout
+
+
+def test_the_chat_template_goes_with_a_merged_chat_model_alone(model_folder, corpus, tmp_path):
+    train(model_folder, corpus, tmp_path / "adapter", steps=1)
+    arguments = {"base_model": model_folder, "adapter": str(tmp_path / "adapter"), "context_length": 128}
+    for name, is_chat_model in [("chat", True), ("plain", False)]:
+        merge_adapter(**arguments, output=str(tmp_path / name), is_chat_model=is_chat_model)
+    chat, plain = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("chat", "plain"))
+    assert chat.chat_template == CHAT_TEMPLATE
+    assert plain.chat_template is None
+    prompt = chat.apply_chat_template([{"role": "user", "content": "Hi!"}], tokenize=False, add_generation_prompt=True)
+    assert prompt.endswith("to the user's questions. USER: Hi! ASSISTANT:")
 
 
 def test_impossible_trainings_are_refused_before_weights_are_loaded(model_folder, corpus, tmp_path):

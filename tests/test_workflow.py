@@ -105,9 +105,16 @@ def test_the_run_leaves_tables_plots_models_and_records(project):
     assert merged["max_position_embeddings"] == 256
     assert merged["rope_parameters"]["factor"] == 2
     assert "step 2 of 2: loss" in (results / "logs/train_adapter/longqlora.log").read_text()
-    card = json.loads((results / "corpus/sample.json").read_text())
-    assert card["texts"]["sampled"] == 50
-    assert (results / "tokens/sft").is_dir()
+    assert json.loads((results / "corpus/sample.json").read_text())["total"]["sampled"] == 50
+    assert json.loads((results / "sft/records.json").read_text())["records"] == 20
+    for name in (
+        "tokens/corpus.bin",
+        "tokens/sft.arrow",
+        "plots/text_lengths.png",
+        "plots/sft_shares.svg",
+        "corpus/removed.csv",
+    ):
+        assert (results / name).stat().st_size > 50
 
 
 def test_nothing_is_left_to_do(project):
@@ -134,6 +141,29 @@ def test_a_new_length_computes_the_new_cells_only(project, config_file):
     assert planned(project) == {"evaluate_perplexity": 2, "render_table": 1, "plot_perplexity": 1}
 
 
+def test_an_edit_of_the_contamination_module_makes_the_data_anew(project, module):
+    module("longqlora/contamination.py")
+    assert {"index_evaluation_sets", "sample_shard", "sample_corpus", "build_sft_set"} <= set(planned(project))
+
+
+def test_what_only_the_join_uses_joins_the_shards_anew_and_reads_none(project, config_file):
+    edit(config_file, lambda config: config["corpus"].update(allow_fewer=True))
+    jobs = planned(project, "data")
+    assert jobs == {"sample_corpus": 1, "plot_text_lengths": 1, "tokenize_corpus": 1}
+
+
+def test_a_damaged_shard_stops_the_run_and_names_the_file(project, tmp_path):
+    folder = shutil.copytree(project, tmp_path / "project")
+    whole = (folder / "results/demo/sources/corpus/shard-0.jsonl.gz").read_bytes()
+    (folder / "torn.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    source = {"paths": ["torn.jsonl.gz"]}
+    edit(folder / "config/config.yaml", lambda config: config["corpus"]["sources"].append(source))
+    run = snakemake(folder, "results/demo/corpus/sample.parquet")
+    output = run.stdout + run.stderr
+    assert run.returncode != 0
+    assert "torn.jsonl.gz: damaged, broken off or not readable (Compressed file ended" in output
+
+
 def test_a_changed_rank_retrains_that_system_only(project, config_file):
     edit(config_file, lambda config: config["systems"]["longqlora"]["training"].update(rank=8))
     assert planned(project) == {
@@ -150,7 +180,7 @@ def test_targets_run_their_part_alone(project, module, config_file):
     assert set(planned(project, "perplexity_report")) == {"train_adapter", "merge_adapter"} | EVALUATION
 
 
-@pytest.mark.parametrize("name", ["llama2-7b-8k", "llama2-7b-12k", "llama2-13b-8k", "vicuna-13b-8k"])
+@pytest.mark.parametrize("name", ["llama2-7b-8k", "llama2-7b-12k", "llama2-13b-8k", "vicuna-13b-8k", "vicuna-13b-8k-mixture"])
 def test_the_papers_runs_are_planned_without_network_gpu_or_models(root, name):
     run = snakemake(root, "-n", "--configfile", f"config/{name}.yaml")
     assert run.returncode == 0, run.stdout + run.stderr
