@@ -161,7 +161,7 @@ def test_a_damaged_shard_stops_the_run_and_names_the_file(project, tmp_path):
     run = snakemake(folder, "results/demo/corpus/sample.parquet")
     output = run.stdout + run.stderr
     assert run.returncode != 0
-    assert "torn.jsonl.gz: damaged, broken off or not readable (Compressed file ended" in output
+    assert "torn.jsonl.gz: the file is damaged, breaks off or cannot be read (Compressed file ended" in output
 
 
 def test_a_changed_rank_retrains_that_system_only(project, config_file):
