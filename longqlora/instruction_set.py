@@ -183,6 +183,22 @@ class Source:
             yield {"priority": order, "id": key, **value}
 
 
+def check_quotas(cards: dict[str, dict], num_records: int, max_tokens: int) -> None:
+    """Make sure that every source has its share.
+
+    Raises:
+        ValueError: if one has not; the message says which has how many of how many.
+    """
+    short = [
+        f"{name} has {card['taken']} of {card['wanted']}" for name, card in cards.items() if card["taken"] < card["wanted"]
+    ]
+    if short:
+        raise ValueError(
+            f"sft.num_records {num_records} of at most {max_tokens} tokens cannot be met: {'; '.join(short)}; "
+            "sft.allow_fewer: true would take what there is"
+        )
+
+
 def build_sft_set(
     *,
     sources: list[dict],
@@ -227,14 +243,8 @@ def build_sft_set(
         check_malformed(source.malformed.count, source.malformed.read, source.malformed.examples, max_malformed_share)
         drawn.append(source)
     cards = {source.name: source.card() for source in drawn}
-    short = [
-        f"{name} has {card['taken']} of {card['wanted']}" for name, card in cards.items() if card["taken"] < card["wanted"]
-    ]
-    if short and not allow_fewer:
-        raise ValueError(
-            f"sft.num_records {num_records} of at most {max_tokens} tokens cannot be met: {'; '.join(short)}; "
-            "sft.allow_fewer: true would take what there is"
-        )
+    if not allow_fewer:
+        check_quotas(cards, num_records, max_tokens)
     rows = heapq.merge(*(source.rows() for source in drawn), key=itemgetter("priority"))
     write_parquet(output, RECORDS, ({name: row[name] for name in RECORDS.names} for row in rows))
     report = pandas.DataFrame([row for source in drawn for row in source.removed()], columns=REMOVED)

@@ -424,3 +424,29 @@ def test_a_shard_of_no_files_keeps_nothing(tmp_path, tokenizer, index):
     )  # fmt: skip
     assert pyarrow.parquet.read_table(tmp_path / "o").num_rows == pyarrow.parquet.read_table(tmp_path / "p").num_rows == 0
     assert (card["files"], card["characters_per_token"]) == ([], [])
+
+
+def test_real_shards_and_damaged_copies_of_them(draw, root):
+    """RedPajama's record form with damage of every kind: the good texts are sampled as before, the bad lines are shown."""
+    shards = sorted((root.parent / "shared/data/corpus").glob("shard-00.jsonl"))
+    if not shards:
+        pytest.skip("the corpus to try things on is not on this machine")
+    lines = [line for line in shards[0].read_bytes().splitlines() if len(line) < 20_000][:150]
+    options = {"k": 30, "min_tokens": 500, "max_tokens": 8000}
+    rows, card, _ = draw(lines, shards=2, **options)
+    assert set(card["sources"]) <= {"github", "arxiv", "c4", "docs", "wikipedia", "book"}
+    damage = [
+        lines[0][: len(lines[0]) // 2],
+        b'{"txt": "x"}',
+        b'{"text": ""}',
+        b'{"text": "a\\u0000b"}',
+        b'{"text": "\xff"}',
+        b"[1]",
+    ]
+    damaged, bad, _ = draw([*lines[:70], *damage, *lines[70:]], shards=3, malformed=0.05, **options)
+    assert damaged == rows
+    assert bad["total"]["malformed"] == len(damage) == len(bad["malformed"])
+    for reason in ("not valid JSON", "no text under 'text'", "empty text", "NUL character", "expected a JSON object"):
+        assert any(reason in example and "line" in example for example in bad["malformed"])
+    with pytest.raises(ValueError, match=r"6 of 156 records are malformed \(3\.85%\), max_malformed_share allows 0\.10%"):
+        draw([*lines[:70], *damage, *lines[70:]], malformed=0.001, **options)
