@@ -1,6 +1,6 @@
 """Speed and memory of the data stages, as ratios within one run.
 
-    python benchmarks/data.py                                   # 3 minutes on 2 cores; no network, no GPU
+    python benchmarks/data.py                                   # 4 minutes on 2 cores; no network, no GPU
     python benchmarks/data.py --tokenizer models/llama-2-7b     # with a real tokenizer
 
 The texts are lines of the Python standard library in random order; without --tokenizer one of 2048 pieces is trained on them.

@@ -129,9 +129,10 @@ def expand(pattern: str) -> list[str]:
 
 
 def corpus_shards(sources: list[dict]) -> dict[str, dict]:
-    """The jobs that read a corpus, by name: the source of each, its files, and its part of what a remote pattern matches.
+    """The jobs that read a corpus, by name: what each knows of its source, its files, and its part of what a remote pattern
+    matches.
 
-    A job that has one file is named after it, so that further files bring further jobs and change no other.
+    A job that has one file is named after it and knows of no other, so that further files bring further jobs and change none.
     """
     shards = {}
     for source in sources:
@@ -143,7 +144,8 @@ def corpus_shards(sources: list[dict]) -> dict[str, dict]:
             paths, part = files[number::jobs] + patterns, (number, jobs) if patterns else (0, 1)
             name = Path(paths[0]).name if len(files) == jobs and not patterns else f"part-{number}-of-{jobs}"
             shard = f"{name}-{digest_of_values([source['name'], paths, part])[:8]}"
-            shards[shard] = {"source": source, "paths": paths, "part": part}
+            known = {key: value for key, value in source.items() if key not in ("paths", "jobs")}
+            shards[shard] = {"source": known, "paths": paths, "part": part}
     return shards
 
 

@@ -9,6 +9,7 @@ import hashlib
 import heapq
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import orjson
 
@@ -48,7 +49,7 @@ class BottomK:
         folder: for the temporary file; some k · (1 + ln(n / k)) values of n items pass through it.
     """
 
-    def __init__(self, k: int, folder: str):
+    def __init__(self, k: int, folder: str | Path):
         self.k = k
         self.heap: list[tuple[int, str]] = []  # of negated priorities: the largest one kept is at the top
         self.places: dict[str, tuple[int, int]] = {}  # key → offset and number of bytes of the value

@@ -12,7 +12,7 @@ import numpy
 
 DTYPES = {"uint16": numpy.dtype("<u2"), "uint32": numpy.dtype("<u4")}
 IGNORED = -100  # label of a token that is not learned
-CHARACTERS_PER_BATCH = 500_000  # encoded at once: some texts for every core; the library takes 300 bytes a character meanwhile
+CHARACTERS_PER_BATCH = 500_000  # encoded at once: some texts for every core, and tens of megabytes of memory meanwhile
 
 
 def description_path(path: str | Path) -> Path:

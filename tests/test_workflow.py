@@ -152,6 +152,12 @@ def test_what_only_the_join_uses_joins_the_shards_anew_and_reads_none(project, c
     assert jobs == {"sample_corpus": 1, "plot_text_lengths": 1, "tokenize_corpus": 1}
 
 
+def test_a_further_file_is_read_alone(project, config_file):
+    shutil.copy(project / "results/demo/sources/corpus/shard-0.jsonl.gz", project / "more.jsonl.gz")
+    edit(config_file, lambda config: config["corpus"]["sources"][0]["paths"].append("more.jsonl.gz"))
+    assert planned(project, "data") == {"sample_shard": 1, "sample_corpus": 1, "plot_text_lengths": 1, "tokenize_corpus": 1}
+
+
 def test_a_damaged_shard_stops_the_run_and_names_the_file(project, tmp_path):
     folder = shutil.copytree(project, tmp_path / "project")
     whole = (folder / "results/demo/sources/corpus/shard-0.jsonl.gz").read_bytes()
