@@ -41,3 +41,19 @@ def prepare_evaluation_set(sources: list[str], tokenizer, output: str) -> dict:
     if streams:
         return fetch_tokens(streams[0], tokenizer, output)
     return tokenize_documents((document.text for path in sources for document in read_documents(path)), tokenizer, output)
+
+
+def retokenize(*, tokens: str, tokenizer, new_tokenizer, output: str) -> dict:
+    """Encode an evaluation set anew with the tokenizer of another model, document for document.
+
+    Args:
+        tokens: ``.bin`` file of the set, its description beside it.
+        tokenizer: that it was encoded with.
+        new_tokenizer: of the other model.
+        output: path of the ``.bin`` to write, its description beside it.
+    """
+    stream = read_tokens(tokens)
+    ends = json.loads(description_path(tokens).read_text())["document_ends"]
+    documents = (stream[begin:end] for begin, end in zip([0, *ends], ends, strict=False))
+    texts = (tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in documents)
+    return tokenize_documents(texts, new_tokenizer, output)

@@ -12,11 +12,11 @@ from pathlib import Path
 import jsonschema
 import numpy
 
+from longqlora.compatibility import extension_problems
 from longqlora.provenance import digest_of_values
 from longqlora.tokens import read_tokens
 
 MAX_SHARDS = 256  # that a source is cut into by itself: the join holds a file of each open
-ROPE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 REMOTE = re.compile(r"^\w[\w+.-]*://")
 HUB_ID = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
 
@@ -40,7 +40,7 @@ def load_experiment(config: dict, schema: dict) -> dict:
     if problems:
         raise ConfigError("\n".join(problems[:8]))
     experiment = complete(config, schema)
-    problems = list(cross_checks(experiment)) or list(check_local_model(experiment))
+    problems = list(cross_checks(experiment)) or list(check_models(experiment))
     if problems:
         raise ConfigError("\n".join(problems))
     return experiment
@@ -87,7 +87,8 @@ def complete(config: dict, schema: dict) -> dict:
     common = {**defaults_of(parts["training"], schema), **config.get("training", {})}
     experiment["systems"] = {}
     for name, system in config["systems"].items():
-        merged = {"label": name, **system}
+        merged = {"label": name, "model": experiment["base_model"]["path"], "rope_scaling": "linear", **system}
+        merged["tokenizer"] = system.get("tokenizer", system.get("model", experiment["base_model"]["tokenizer"]))
         if "training" in system:
             merged["training"] = {**common, **(system["training"] or {})}
             if "epochs" in (system["training"] or {}) and "steps" not in system["training"]:
@@ -171,6 +172,11 @@ def cross_checks(experiment: dict):
     for name, system in systems.items():
         if "training" in system:
             yield from check_training(experiment, name, system)
+        if "training" in system and system["model"] != experiment["base_model"]["path"]:
+            yield f"systems.{name}.model: {system['model']} is evaluated as it is; only the base_model is trained"
+    sft = experiment.get("sft")
+    if sft and sft["held_out"] >= sft["num_records"]:
+        yield f"sft.held_out: {sft['held_out']} of sft.num_records {sft['num_records']} leaves nothing to train on"
     for section in ("corpus", "sft"):
         limits = experiment.get(section, {})
         if limits.get("min_tokens", 0) > limits.get("max_tokens", 0):
@@ -230,31 +236,45 @@ def check_training(experiment: dict, name: str, system: dict):
         yield f"{where}.training.pack_records: sft.max_tokens is {longest}, more than the window of {system['context_length']}"
 
 
-def check_local_model(experiment: dict):
-    """Yield why a base model on this machine cannot serve: not there, no RoPE, a longer context than a target, or token ids
-    in a local evaluation file that its vocabulary does not have. A model on the hub is checked by the first job."""
-    path = experiment["base_model"]["path"]
-    if is_made_here(path) or is_hub_model(path):
-        return
+def model_config(experiment: dict, path: str) -> dict | None:
+    """The ``config.json`` of a model of this machine, or what the demo is going to make; None for one on the hub, which its
+    training checks before weights are loaded."""
+    if is_made_here(path):
+        demo, name = experiment.get("demo", {}), Path(path).name
+        if name not in demo.get("pretrained", {}):
+            return None
+        made = {"model_type": "llama", "max_position_embeddings": demo["pretrained"][name], "vocab_size": demo["vocab_size"]}
+        return made | demo["architecture"]
     config_file = Path(path) / "config.json"
-    if not config_file.is_file():
-        yield f"base_model.path: {path} is neither a folder with a config.json nor a hub id (owner/name)"
-        return
-    config = json.loads(config_file.read_text())
-    if config.get("model_type") not in ROPE_FAMILIES:
-        found = config.get("model_type")
-        yield f"base_model.path: {path} is a {found!r} model; RoPE families that can be extended: {', '.join(ROPE_FAMILIES)}"
-        return
-    own = config["max_position_embeddings"]
+    return json.loads(config_file.read_text()) if config_file.is_file() else None
+
+
+def check_models(experiment: dict):
+    """Yield what the configurations of the models say against the systems, and token ids in a local evaluation file that the
+    base's vocabulary does not have."""
+    paths = {f"systems.{name}.model": system["model"] for name, system in experiment["systems"].items()}
+    for key, path in {"base_model.path": experiment["base_model"]["path"], **paths}.items():
+        if not is_made_here(path) and not is_hub_model(path) and not (Path(path) / "config.json").is_file():
+            yield f"{key}: {path} is neither a folder with a config.json nor a hub id (owner/name)"
+            return
     for name, system in experiment["systems"].items():
-        if system.get("context_length", own) < own:
-            yield f"systems.{name}.context_length: {system['context_length']} is below the base model's own context, {own}"
+        config = model_config(experiment, system["model"])
+        if config and "context_length" in system:
+            for problem in extension_problems(config, system["context_length"], system.get("training")):
+                yield f"systems.{name}: {system['model']}: {problem}"
+    config = model_config(experiment, experiment["base_model"]["path"])
+    if config and "vocab_size" in config:
+        yield from check_token_files(experiment, config["vocab_size"])
+
+
+def check_token_files(experiment: dict, vocab_size: int):
+    """Yield which local files of token ids hold one that is beyond the vocabulary."""
     for name, dataset in experiment["evaluation"]["datasets"].items():
         for file in dataset["paths"]:
             if file.endswith(".bin") and is_local(file) and not is_made_here(file):
                 largest = int(numpy.max(read_tokens(file)))
-                if largest >= config["vocab_size"]:
+                if largest >= vocab_size:
                     yield (
-                        f"evaluation.datasets.{name}: {file} holds token id {largest}, but {path} has a vocabulary of "
-                        f"{config['vocab_size']} (legal: 0 to {config['vocab_size'] - 1})"
+                        f"evaluation.datasets.{name}: {file} holds token id {largest}, but "
+                        f"{experiment['base_model']['path']} has a vocabulary of {vocab_size} (legal: 0 to {vocab_size - 1})"
                     )

@@ -18,6 +18,7 @@ from pathlib import Path
 import orjson
 import pandas
 import pyarrow
+import pyarrow.parquet
 
 from longqlora.chat_template import tokenize_conversation, with_chat_template
 from longqlora.contamination import EvaluationNgrams, Overlap
@@ -259,15 +260,22 @@ def build_sft_set(
     }
 
 
-def tokenize_sft(*, records: str, tokenizer, output: str) -> dict[str, int]:
+def tokenize_sft(*, records: str, tokenizer, held_out: int, output: str) -> dict[str, int]:
     """Tokenise an instruction set, a batch in memory at a time, into an Arrow file (``input_ids``, ``labels``) that
     ``datasets`` maps into memory.
+
+    Args:
+        records: Parquet file of :func:`build_sft_set`.
+        tokenizer: of transformers.
+        held_out: how many of the last records are left out; the records are in random order.
+        output: path of the Arrow file.
 
     Returns:
         Number of records, tokens, and tokens that are learned.
     """
     tokenizer, counts = with_chat_template(tokenizer), Counter()
-    encoded = (tokenize_conversation(tokenizer, row["messages"]) for _, row in read_parquet(records))
+    trained = pyarrow.parquet.read_metadata(records).num_rows - held_out
+    encoded = (tokenize_conversation(tokenizer, row["messages"]) for _, row in islice(read_parquet(records), max(0, trained)))
     with pyarrow.OSFile(output, "wb") as file, pyarrow.ipc.new_stream(file, TOKENS) as writer:
         while batch := list(islice(encoded, RECORDS_PER_BATCH)):
             ids, labels = zip(*batch, strict=True)

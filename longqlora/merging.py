@@ -1,34 +1,162 @@
-"""Merging an adapter into its base, so that the result loads with stock transformers and no code of this project."""
+"""Merging an adapter into its base, shard by shard, so that the result loads with stock transformers alone.
+
+An adapter trained on 4-bit weights, added to the 16-bit weights, is not quite the model that was trained. It is exactly that
+when it is added to the weights that the 4-bit ones stand for (the round trip through NF4), which have lost what quantisation
+takes. Which of the two is the better model is measured, see :mod:`longqlora.certificate`.
+"""
 
 import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+from peft import LoraConfig
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from longqlora.chat_template import with_chat_template
-from longqlora.models import load_config
+from longqlora.checkpoints import checkpoint_folder, read_weights, write_weights
+from longqlora.models import resident_dtype
 
 log = logging.getLogger(__name__)
 
+PREFIX = "base_model.model."  # of every name in an adapter's file
+HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
-def merge_adapter(*, base_model: str, adapter: str, output: str, context_length: int, is_chat_model: bool) -> None:
-    """Add the adapter's low-rank products to the base's weights, in the precision that the base is stored in.
 
-    The folder gets the model with its rope scaling and generation configuration, and the tokenizer with its new length.
+class Adapter:
+    """The tensors of a LoRA adapter in peft's format, by the name of the weight that each changes.
+
+    Args:
+        folder: of the adapter.
+
+    Attributes:
+        weights: names of the base's weights that it changes or replaces.
+
+    Raises:
+        ValueError: if it is no plain LoRA.
+    """
+
+    def __init__(self, folder: str):
+        config = LoraConfig.from_pretrained(folder)
+        special = [
+            key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias") if getattr(config, key)
+        ]
+        if special or config.bias != "none":
+            raise ValueError(f"{folder}: only plain LoRA is merged here, found {', '.join(special) or 'bias'}")
+        self.scale = config.lora_alpha / config.r
+        with safe_open(Path(folder) / "adapter_model.safetensors", framework="pt") as file:
+            self.tensors = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        self.weights = {name.replace(".lora_A.", ".").replace(".lora_B.", ".") for name in self.tensors}
+
+    def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """The weight with the adapter in it: replaced where it was trained whole, else W + α/r · B A, summed in float32.
+
+        Args:
+            name: of the weight in the base.
+            weight: ``[out, in]`` of a layer with an adapter; any other comes back as it is.
+        """
+        if name in self.tensors:
+            return self.tensors[name].to(weight.dtype)
+        layer = name.removesuffix(".weight")
+        if f"{layer}.lora_A.weight" not in self.tensors:
+            return weight
+        down, up = (self.tensors[f"{layer}.lora_{part}.weight"].float() for part in "AB")  # [r, in], [out, r]
+        return (weight.float() + self.scale * (up @ down)).to(weight.dtype)
+
+
+def quantised_weights(config) -> set[str]:
+    """Names of the weights that a 4-bit model holds in 4 bit: of all linear layers but the output head."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    layers = [(name, part) for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
+    return {f"{name}.weight" for name, part in layers if part is not model.get_output_embeddings()}
+
+
+def nf4_round_trip(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """What a weight is after quantisation to NF4 with double quantisation, as :func:`longqlora.models.load_model` does it."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    exact = weight.to(device, resident_dtype(device))
+    quantised, state = quantize_4bit(exact, blocksize=64, compress_statistics=True, quant_type="nf4")
+    return dequantize_4bit(quantised, state).to("cpu", weight.dtype)
+
+
+def merged_weights(
+    folder: Path, adapter: Adapter, prepare: Callable[[str, torch.Tensor], torch.Tensor], tied: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the weights of a checkpoint with an adapter in them.
+
+    Args:
+        folder: of the checkpoint.
+        prepare: what happens to a weight before the adapter is added.
+        tied: whether the output head shares the embeddings' weight, and is then written once.
+
+    Raises:
+        ValueError: if the adapter changes weights that the checkpoint does not have, or one of two that share their weight.
+    """
+    if tied and (HEAD in adapter.tensors) != (EMBEDDINGS in adapter.tensors):
+        raise ValueError(
+            f"the adapter has one of {HEAD} and {EMBEDDINGS}, which share a weight in the base: it cannot be merged"
+        )
+    written = set()
+    for name, weight in read_weights(folder):
+        if tied and name == HEAD:  # a checkpoint may hold the shared weight under either name, or both
+            name = EMBEDDINGS
+        if name not in written:
+            written.add(name)
+            yield name, adapter.apply(name, prepare(name, weight))
+    missing = adapter.weights - written - ({HEAD} if tied else set())
+    if missing:
+        raise ValueError(
+            f"{folder}: has no weight {', '.join(sorted(missing)[:3])} that the adapter changes: another base model?"
+        )
+
+
+def merge_weights(
+    base_model: str, adapter: str, output: Path, *, config, from_nf4: bool, device: torch.device, context_length: int
+) -> None:
+    """Write the merged model to a new folder, in the precision that the base is stored in, holding one shard in memory.
 
     Args:
         base_model: directory or hub id that the adapter was trained on.
         adapter: folder of the adapter, in peft's format.
-        output: folder of the merged model.
-        context_length: target context in tokens, as trained.
-        is_chat_model: whether it was trained on conversations; their chat template then goes with the tokenizer.
+        config: of the model, its context extended as in training.
+        from_nf4: whether the adapter is added to the weights after a round trip through NF4.
+        device: that quantises.
+        context_length: target context in tokens.
     """
-    model = AutoModelForCausalLM.from_pretrained(base_model, config=load_config(base_model, context_length), dtype="auto")
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
-    merged.save_pretrained(output)
+    rounded = quantised_weights(config) if from_nf4 else set()
+    output.mkdir(parents=True)
+    weights = merged_weights(
+        checkpoint_folder(base_model),
+        Adapter(adapter),
+        lambda name, weight: nf4_round_trip(weight, device) if name in rounded else weight,
+        config.tie_word_embeddings,
+    )
+    write_weights(output, weights)
+    config.save_pretrained(output)
+    generation_config(base_model, context_length).save_pretrained(output)
+    log.info("merged %s into %s%s", adapter, base_model, " after a round trip through NF4" if from_nf4 else "")
+
+
+def generation_config(base_model: str, context_length: int) -> GenerationConfig:
+    """The base's generation settings at the new context length; empty where it has none."""
+    try:
+        config = GenerationConfig.from_pretrained(base_model)
+    except OSError:
+        return GenerationConfig()
+    if config.max_length and config.max_length > 20:  # a limit to the old context; 20 is the library's default
+        config.max_length = context_length
+    if {config.temperature, config.top_p} - {None, 1.0}:
+        config.do_sample = True  # some published models leave it out, and transformers refuses to save that
+    return config
+
+
+def save_tokenizer(base_model: str, output: str, *, context_length: int, is_chat_model: bool) -> None:
+    """Write the base's tokenizer beside a model of a longer context, with the chat template that it was trained on, if any."""
     tokenizer = AutoTokenizer.from_pretrained(base_model)
     tokenizer.model_max_length = context_length
     if is_chat_model:
         with_chat_template(tokenizer)
     tokenizer.save_pretrained(output)
-    log.info("merged %s into %s: context %d tokens, %s", adapter, base_model, context_length, merged.dtype)

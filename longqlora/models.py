@@ -13,7 +13,8 @@ from transformers.modeling_outputs import CausalLMOutput
 from longqlora.positions import extend_context
 from longqlora.tokens import IGNORED
 
-PRECISIONS = ("auto", "float32", "bfloat16", "float16", "nf4")
+FLOATS = ("float32", "bfloat16", "float16")
+PRECISIONS = ("auto", *FLOATS, "nf4")
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype:
@@ -22,6 +23,11 @@ def autocast_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def resident_dtype(device: torch.device) -> torch.dtype:
+    """The type that weights are kept in if the configuration leaves it open: the autocast type on a GPU, float32 on a CPU."""
+    return autocast_dtype(device) if device.type == "cuda" else torch.float32
 
 
 def find_device(name: str) -> torch.device:
@@ -50,14 +56,35 @@ def keep_freed_memory() -> None:
         mallopt(-2, 64 * 2**20)  # M_TOP_PAD: grow it in steps of 64 MiB
 
 
-def load_config(path: str, context_length: int | None = None):
-    """Configuration of a model, its context extended to ``context_length`` tokens if given."""
+def load_config(path: str, context_length: int | None = None, rope_type: str = "linear"):
+    """Configuration of a model, its context extended to ``context_length`` tokens if given (:mod:`longqlora.positions`)."""
     config = AutoConfig.from_pretrained(path)
-    return extend_context(config, context_length) if context_length else config
+    return extend_context(config, context_length, rope_type) if context_length else config
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """``bfloat16`` of ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def context_of(config) -> int:
+    """Context length that a model is made for, in tokens; that of a dynamic scaling is the length where the scaling begins."""
+    return getattr(config, "max_position_embeddings", None) or config.max_seq_len  # MPT, which has no position embeddings
+
+
+def stored_dtype(config) -> torch.dtype:
+    """The type that a checkpoint holds its weights in, as its configuration says; float32 where it does not."""
+    return config.dtype or torch.float32
 
 
 def load_model(
-    path: str, *, device: torch.device, precision: str = "auto", context_length: int | None = None, **kwargs
+    path: str,
+    *,
+    device: torch.device,
+    precision: str = "auto",
+    context_length: int | None = None,
+    rope_type: str = "linear",
+    **kwargs,
 ) -> PreTrainedModel:
     """Load a causal language model for ``device``, on one device.
 
@@ -65,7 +92,8 @@ def load_model(
         path: a directory or a hub id.
         precision: ``nf4`` (4 bit, double quantisation; QLoRA, arXiv 2305.14314), a float type, or ``auto``: the device's
             autocast type on a GPU, float32 on a CPU.
-        context_length: extend the context by position interpolation; None keeps it.
+        context_length: extend the context to so many tokens; None keeps it.
+        rope_type: how, see :func:`longqlora.positions.extend_context`.
         kwargs: to ``from_pretrained`` (``attn_implementation``).
 
     Raises:
@@ -73,8 +101,6 @@ def load_model(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is unknown; known are {', '.join(PRECISIONS)}")
-    if precision == "auto":
-        precision = "float32" if device.type == "cpu" else str(autocast_dtype(device)).removeprefix("torch.")
     if precision == "nf4":
         from transformers import BitsAndBytesConfig
 
@@ -84,11 +110,9 @@ def load_model(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=autocast_dtype(device),
         )
-    dtype = autocast_dtype(device) if precision == "nf4" and device.type == "cuda" else torch.float32
-    kwargs["dtype"] = dtype if precision == "nf4" else getattr(torch, precision)
-    return AutoModelForCausalLM.from_pretrained(
-        path, config=load_config(path, context_length), device_map={"": device}, **kwargs
-    )
+    kwargs["dtype"] = getattr(torch, precision) if precision in FLOATS else resident_dtype(device)
+    config = load_config(path, context_length, rope_type)
+    return AutoModelForCausalLM.from_pretrained(path, config=config, device_map={"": device}, **kwargs)
 
 
 def next_token_loss(model: PreTrainedModel, input_ids, labels, num_items_in_batch=None, **kwargs) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from longqlora.models import find_device, load_config, load_model
+from longqlora.models import context_of, find_device, load_config, load_model
 from longqlora.tokens import check_vocabulary, read_tokens
 
 TOKENS_PER_BATCH = 8192  # of one forward pass, so that short windows fill the hardware as well as long ones
@@ -127,23 +127,38 @@ def score(model, tokens: numpy.ndarray, window: int, stride: int) -> Perplexity:
 
 
 def evaluate_perplexity(
-    *, model_path: str, rope_context: int | None, tokens_path: str, window: int, stride: int, precision: str, device: str
+    *,
+    model_path: str,
+    rope_context: int | None,
+    rope_scaling: str,
+    tokens_path: str,
+    window: int,
+    stride: int,
+    precision: str,
+    device: str,
 ) -> dict:
     """Load a model, score an evaluation set and return the protocol and the result, ready for JSON.
 
     Args:
         model_path: directory or hub id.
-        rope_context: extend the model's context to this many tokens by position interpolation, untrained; None: as it is.
+        rope_context: extend the model's context to this many tokens, untrained; None: as it is.
+        rope_scaling: how, see :func:`longqlora.positions.extend_context`.
         tokens_path: ``.bin`` file.
         window, stride: in tokens.
         precision: see :func:`longqlora.models.load_model`.
         device: ``cpu`` or ``cuda``.
 
     Raises:
-        ValueError: if the evaluation set was made with another tokenizer, or is empty.
+        ValueError: if the evaluation set was made with another tokenizer, or is empty; if the model cannot take the window.
     """
-    check_vocabulary(tokens_path, load_config(model_path).vocab_size)
-    model = load_model(model_path, device=find_device(device), precision=precision, context_length=rope_context).eval()
+    config = load_config(model_path)
+    if window > getattr(config, "max_seq_len", window):  # ALiBi models make a bias of so many tokens
+        raise ValueError(f"{model_path}: a window of {window} tokens is beyond the {config.max_seq_len} that the model takes")
+    check_vocabulary(tokens_path, config.vocab_size)
+    where = find_device(device)
+    model = load_model(
+        model_path, device=where, precision=precision, context_length=rope_context, rope_type=rope_scaling
+    ).eval()
     result = score(model, read_tokens(tokens_path), window, stride)
     return {
         "window": window,
@@ -158,5 +173,5 @@ def evaluate_perplexity(
         "standard_error": result.standard_error,
         "perplexity": math.exp(result.mean_nll),
         "model": model_path,
-        "model_context": model.config.max_position_embeddings,
+        "model_context": context_of(model.config),
     }

@@ -1,7 +1,14 @@
-"""Position Interpolation (Chen et al. 2023, arXiv 2306.15595): positions divided by ``factor``, so that a longer context
-falls into the range of positions that the model was trained on."""
+"""Extending the context of a model with rotary position embeddings (RoPE), by the scalings that transformers has.
+
+* ``linear``: Position Interpolation (Chen et al. 2023, arXiv 2306.15595): every position divided by the factor;
+* ``dynamic``: NTK-aware scaling of the base by the length of the sequence at hand; within the original length nothing changes;
+* ``yarn``: YaRN (Peng et al. 2023, arXiv 2309.00071): high frequencies kept, low ones interpolated, attention rescaled;
+* ``llama3``: Llama 3.1's: wavelengths beyond the original context divided by the factor, short ones kept.
+"""
 
 import math
+
+ROPE_TYPES = ("linear", "dynamic", "yarn", "llama3")
 
 
 def interpolation_factor(target_length: int, original_length: int) -> float:
@@ -15,25 +22,38 @@ def interpolation_factor(target_length: int, original_length: int) -> float:
     return float(math.ceil(target_length / original_length))
 
 
-def extend_context(config, target_length: int):
-    """Set the model configuration to ``target_length`` tokens by linear interpolation, in place; the model's own
-    ``rope_theta`` is kept (transformers would fall back to 10000 if it were left out).
+def extend_context(config, target_length: int, rope_type: str = "linear"):
+    """Set the model configuration to ``target_length`` tokens, in place; the model's own ``rope_theta`` is kept (transformers
+    would fall back to 10000 if it were left out).
 
     Args:
         config: a transformers configuration of a model with rotary position embeddings.
         target_length: context in tokens; the model's own changes nothing.
+        rope_type: one of :data:`ROPE_TYPES`.
 
     Raises:
-        ValueError: if the model has no rotary embeddings, is scaled already, or has a longer context than the target.
+        ValueError: if the model has no rotary embeddings, is scaled already, or has a longer context than the target; or the
+            scaling is unknown.
     """
+    if rope_type not in ROPE_TYPES:
+        raise ValueError(f"rope scaling {rope_type!r} is unknown; known are {', '.join(ROPE_TYPES)}")
     rope = getattr(config, "rope_parameters", None)
     if not rope:
-        raise ValueError(f"{config.model_type} has no rotary position embeddings (RoPE): its context cannot be interpolated")
-    factor = interpolation_factor(target_length, config.max_position_embeddings)
+        raise ValueError(f"{config.model_type} has no rotary position embeddings (RoPE): its context cannot be extended")
+    original = config.max_position_embeddings
+    factor = interpolation_factor(target_length, original)
     if factor == 1:
         return config
     if rope["rope_type"] != "default":
         raise ValueError(f"the model's positions are scaled already ({rope}); start from the unscaled model")
-    config.rope_parameters = {**rope, "rope_type": "linear", "factor": factor}
-    config.max_position_embeddings = target_length
+    if rope_type != "linear":
+        factor = target_length / original  # Position Interpolation alone was published with whole factors
+    rope = {**rope, "rope_type": rope_type, "factor": factor}
+    if rope_type in ("yarn", "llama3"):
+        rope["original_max_position_embeddings"] = original
+    if rope_type == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # as published with Llama 3.1
+    config.rope_parameters = rope
+    if rope_type != "dynamic":  # which finds the original length there, and scales beyond it
+        config.max_position_embeddings = target_length
     return config

@@ -6,10 +6,14 @@ Standard library only: the workflow imports it on every start.
 import ast
 import hashlib
 import json
+import os
+import platform
 from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGE = "longqlora"
+RECORDED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -50,6 +54,33 @@ def digest_of_files(paths: Iterable[str]) -> str:
     for path in paths:
         digest.update(Path(path).read_bytes())
     return digest.hexdigest()[:16]
+
+
+def digest_of_file(path: str) -> str:
+    """SHA-256 of a file of any size, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this project where it is installed, and of the packages that a training rests on."""
+    found = {"python": platform.python_version()}
+    for package in (PACKAGE, *RECORDED):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # the workflow runs from a clone too
+            continue
+    return found
+
+
+def machine() -> dict[str, str | int]:
+    """The machine that this process runs on: system, processor, and the cores that it may use."""
+    processor, cpuinfo = platform.processor(), Path("/proc/cpuinfo")
+    if cpuinfo.exists():  # Linux has no processor's name in platform
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0] if names else processor
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"system": platform.platform(), "processor": processor, "cores": cores}
 
 
 def digest_of_values(values: object) -> str:

@@ -65,6 +65,9 @@ def render_table(records: list[str], published: list[dict], csv: str, markdown: 
         f"Perplexity by context length; {protocol}; precision {', '.join(measured['precision'].unique())}; "
         "every token but the first of a set is scored once."
     )
+    others = measured.loc[measured["has_own_tokenizer"], "label"].unique()
+    if len(others):
+        caption += f" Per token of its own tokenizer, not of the base model's: {', '.join(others)}."
     parts = [
         f"**{dataset}**\n\n"
         + text[dataset].to_markdown(colalign=["left"] + ["right"] * text[dataset].shape[1], disable_numparse=True)

@@ -1,7 +1,7 @@
-"""Training a LoRA adapter on a 4-bit base (QLoRA, Dettmers et al. 2023, arXiv 2305.14314) at an extended context, with
-shifted sparse attention: LongQLoRA (Yang 2023, arXiv 2311.04879)."""
+"""Training at an extended context, with shifted sparse attention: a LoRA adapter on a 4-bit base (LongQLoRA, Yang 2023,
+arXiv 2311.04879; QLoRA, Dettmers et al. 2023, arXiv 2305.14314), a LoRA adapter on a 16-bit base with further modules trained
+whole, or all weights (LongLoRA, Chen et al. 2023, arXiv 2309.12307)."""
 
-import json
 import logging
 import resource
 import sys
@@ -10,14 +10,24 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from torch.utils.tensorboard import SummaryWriter
+from transformers import AutoConfig, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
 
 from longqlora.attention import register_shifted_sparse_attention
-from longqlora.models import autocast_dtype, find_device, load_config, load_model, use_chunked_loss
+from longqlora.compatibility import extension_problems
+from longqlora.merging import generation_config, save_tokenizer
+from longqlora.model_card import model_card
+from longqlora.models import autocast_dtype, find_device, load_model, name_of, stored_dtype, use_chunked_loss
 from longqlora.packing import load_training_data, pad_at_right
+from longqlora.provenance import digest_of_file, machine, versions
 from longqlora.tokens import check_vocabulary
 
 log = logging.getLogger(__name__)
+
+BASE_PRECISION = {"qlora": "nf4", "lora": "auto", "full": "float32"}
+"""What each method keeps the base's weights in; weights that are trained are float32, under autocast."""
+TRACED = ("step", "loss", "learning_rate", "grad_norm")
 
 
 class LogProgress(TrainerCallback):
@@ -33,31 +43,60 @@ class LogProgress(TrainerCallback):
             log.info(line, state.global_step, state.max_steps, float(logs["loss"]), float(logs["learning_rate"]), rate)
 
 
-def adapt(base_model: str, *, context_length: int, device: torch.device, settings: dict):
-    """Load the base in 4 bit at the extended context and put a LoRA adapter on it.
+def make_trainable(base_model: str, *, context_length: int, rope_type: str, device: torch.device, settings: dict):
+    """Load the base at the extended context, and make what the method trains trainable.
 
     Args:
         base_model: directory or hub id.
         context_length: target context in tokens.
-        settings: the experiment's ``training`` section (rank, alpha, dropout, target_modules, attention, …).
+        rope_type: see :func:`longqlora.positions.extend_context`.
+        settings: the system's ``training`` section (method, rank, alpha, dropout, target_modules, attention, …).
+
+    Returns:
+        A model of transformers (method ``full``), or of peft with an adapter on it.
     """
     attention = "sdpa"
     if settings["attention"] == "shifted_sparse":
         attention = register_shifted_sparse_attention(settings["group_ratio"])
-    model = load_model(base_model, device=device, precision="nf4", context_length=context_length, attn_implementation=attention)
-    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    model = load_model(
+        base_model,
+        device=device,
+        precision=BASE_PRECISION[settings["method"]],
+        context_length=context_length,
+        rope_type=rope_type,
+        attn_implementation=attention,
+    )
+    use_chunked_loss(model)
+    return model if settings["method"] == "full" else add_adapter(model, settings)
+
+
+def add_adapter(model: PreTrainedModel, settings: dict):
+    """Freeze a model and put a LoRA adapter on it; the modules of ``modules_to_save`` are trained whole, as part of it.
+
+    Args:
+        settings: see :func:`make_trainable`.
+    """
+    if settings["method"] == "qlora":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    trains_embeddings = any(name.split(".")[-1] == "embed_tokens" for name in settings["modules_to_save"])
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings["rank"],
         lora_alpha=settings["alpha"],
         lora_dropout=settings["dropout"],
         target_modules=settings["target_modules"],
+        modules_to_save=settings["modules_to_save"] or None,
+        ensure_weight_tying=trains_embeddings and model.config.tie_word_embeddings,
     )
-    return get_peft_model(use_chunked_loss(model), lora)
+    model = get_peft_model(model, lora)
+    for weight in model.parameters():
+        if weight.requires_grad:  # peft leaves the copies of modules_to_save in 16 bit, where small updates would be lost
+            weight.data = weight.data.float()
+    return model
 
 
 def training_arguments(work_folder: str, device: torch.device, seed: int, settings: dict) -> TrainingArguments:
-    """The experiment's ``training`` section in the words of transformers' trainer."""
+    """The system's ``training`` section in the words of transformers' trainer."""
     dtype = autocast_dtype(device)
     length = {"max_steps": settings["steps"]} if "steps" in settings else {"num_train_epochs": settings["epochs"]}
     return TrainingArguments(
@@ -72,7 +111,7 @@ def training_arguments(work_folder: str, device: torch.device, seed: int, settin
         weight_decay=settings["weight_decay"],
         optim=settings["optimizer"],
         bf16=dtype is torch.bfloat16,
-        fp16=dtype is torch.float16,
+        fp16=dtype is torch.float16,  # with loss scaling
         activation_checkpointing=settings["activation_checkpointing"],
         activation_checkpointing_kwargs={"use_reentrant": False},
         use_cpu=device.type == "cpu",
@@ -88,65 +127,94 @@ def training_arguments(work_folder: str, device: torch.device, seed: int, settin
     )
 
 
-def train_adapter(
-    *, base_model: str, data: str, output: str, context_length: int, settings: dict, seed: int, device: str
+def train(
+    *,
+    label: str,
+    base_model: str,
+    data: str,
+    output: str,
+    events: str,
+    context_length: int,
+    rope_type: str,
+    settings: dict,
+    seed: int,
+    device: str,
 ) -> dict:
-    """Train an adapter and write it to ``output`` in peft's format, with ``training.json`` (settings, loss trace, speed).
+    """Train one system and write what was trained to ``output``: an adapter in peft's format, or the whole model in the
+    precision that the base is stored in, with tokenizer, generation settings and model card; the trainer's state beside it.
 
     Args:
+        label: of the system.
         base_model: directory or hub id of a RoPE model.
         data: a ``.bin`` token stream, or the Arrow file of a tokenised instruction set.
-        output: folder of the adapter.
+        output: folder of the adapter or model.
+        events: folder of the TensorBoard events.
         context_length: target context in tokens.
-        settings: the experiment's ``training`` section.
+        rope_type: how it is reached, see :func:`longqlora.positions.extend_context`.
+        settings: the system's ``training`` section.
         seed: of the adapter's weights, the dropout and the order of the data.
         device: ``cpu`` or ``cuda``.
 
     Returns:
-        What ``training.json`` holds.
+        The training card: settings, digest of the data, versions, machine, tokens, time, peak memory, loss trace.
 
     Raises:
-        ValueError: if the model's context cannot be extended to the target, the data were made with another tokenizer, or
-            they cannot be packed as the settings ask.
+        ValueError: before weights are loaded, if the model cannot be extended and trained so (the message names both values),
+            the data were made with another tokenizer, or they cannot be packed as the settings ask.
     """
     where = find_device(device)
-    vocab_size = load_config(base_model, context_length).vocab_size
+    config = AutoConfig.from_pretrained(base_model)
+    problems = list(extension_problems(config.to_dict(), context_length, settings))
+    if problems:
+        raise ValueError("\n".join(f"{base_model}: {problem}" for problem in problems))
     if data.endswith(".bin"):
-        check_vocabulary(data, vocab_size)
+        check_vocabulary(data, config.vocab_size)
     set_seed(seed)
     windows = load_training_data(
         data, context_length, isolate_documents=settings["isolate_documents"], pack_records=settings["pack_records"]
     )
-    model = adapt(base_model, context_length=context_length, device=where, settings=settings)
-    trainable, total = model.get_nb_trainable_parameters()
+    model = make_trainable(base_model, context_length=context_length, rope_type=rope_type, device=where, settings=settings)
+    trainable, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
     log.info("%d windows of at most %d tokens; %d of %d parameters are trained", len(windows), context_length, trainable, total)
     trainer = Trainer(
         model=model,
         args=training_arguments(output, where, seed, settings),
         train_dataset=windows,
         data_collator=pad_at_right,
-        callbacks=[LogProgress()],
+        callbacks=[LogProgress(), TensorBoardCallback(SummaryWriter(events))],
     )
     trainer.remove_callback(PrinterCallback)
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
-    model.save_pretrained(output)
     tokens = int(trainer.state.num_input_tokens_seen)
     card = {
         "base_model": base_model,
+        "base_model_revision": getattr(config, "_commit_hash", None),
+        "data": {"path": data, "sha256": digest_of_file(data)},
         "context_length": context_length,
+        "rope_scaling": rope_type,
         "settings": settings,
         "seed": seed,
+        "versions": versions(),
+        "machine": machine() | ({"gpu": torch.cuda.get_device_name(where)} if where.type == "cuda" else {}),
+        "precision": {"base": BASE_PRECISION[settings["method"]], "autocast": name_of(autocast_dtype(where))},
         "trainable_parameters": trainable,
         "steps": trainer.state.global_step,
         "tokens": tokens,
         "seconds": round(seconds, 1),
         "tokens_per_second": round(tokens / seconds, 1),
         "peak_memory_bytes": peak_memory(where),
-        "trace": [{k: row[k] for k in ("step", "loss", "learning_rate")} for row in trainer.state.log_history if "loss" in row],
+        "trace": [{key: row.get(key) for key in TRACED} for row in trainer.state.log_history if "loss" in row],
     }
-    (Path(output) / "training.json").write_text(json.dumps(card, indent=2))
+    if settings["method"] == "full":
+        model.to(stored_dtype(config)).generation_config = generation_config(base_model, context_length)
+        model.config.use_cache = config.use_cache  # the trainer switches it off
+    model.save_pretrained(output)
+    if settings["method"] == "full":  # nothing to merge: this is the model that is published
+        save_tokenizer(base_model, output, context_length=context_length, is_chat_model=settings["data"] == "sft")
+        (Path(output) / "README.md").write_text(model_card(label, card), encoding="utf-8")
+    trainer.state.save_to_json(str(Path(output) / "trainer_state.json"))
     return card
 
 

@@ -11,8 +11,20 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longqlora.pretraining import train_tokenizer
+from longqlora.tokens import tokenize_documents
 
 ROOT = Path(__file__).resolve().parent.parent
+
+SETTINGS = {
+    "method": "qlora", "data": "corpus", "attention": "shifted_sparse", "group_ratio": 0.25, "rank": 4, "alpha": 16,
+    "dropout": 0.0, "target_modules": "all-linear", "modules_to_save": [], "steps": 30, "batch_size": 4,
+    "gradient_accumulation": 1, "learning_rate": 5e-3, "warmup_steps": 2, "max_grad_norm": 1.0, "weight_decay": 0.0,
+    "optimizer": "adamw_torch", "activation_checkpointing": False, "logging_steps": 1, "isolate_documents": False,
+    "pack_records": False,
+}  # fmt: skip
+LONGLORA = {
+    "method": "lora", "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "modules_to_save": ["embed_tokens", "norm"],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -53,10 +65,41 @@ def model() -> LlamaForCausalLM:
     return tiny_llama()
 
 
-@pytest.fixture
-def model_folder(tmp_path, tokenizer) -> str:
+def save_base(folder, tokenizer, dtype: torch.dtype = torch.float32, **overrides) -> str:
     """A model of 64 tokens of context on disk, with its tokenizer; its theta is not the default of the library."""
-    folder = tmp_path / "base"
-    tiny_llama(rope_parameters={"rope_type": "default", "rope_theta": 500000.0}).save_pretrained(folder)
+    rope = {"rope_type": "default", "rope_theta": 500000.0}
+    tiny_llama(**{"rope_parameters": rope, **overrides}).to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def model_folder(tmp_path, tokenizer) -> str:
+    return save_base(tmp_path / "base", tokenizer)
+
+
+@pytest.fixture
+def corpus(tmp_path, texts, tokenizer) -> str:
+    path = tmp_path / "corpus.bin"
+    tokenize_documents(texts, tokenizer, str(path))
+    return str(path)
+
+
+def train_tiny(
+    base_model, data, output, /, *, context_length=128, rope_type="linear", label="tiny", device="cpu", **settings
+) -> dict:
+    """Train a system from the base; its TensorBoard events lie beside the output."""
+    from longqlora.training import train  # slow to import, and few tests train
+
+    return train(
+        label=label,
+        base_model=str(base_model),
+        data=str(data),
+        output=str(output),
+        events=f"{output}-events",
+        context_length=context_length,
+        rope_type=rope_type,
+        settings={**SETTINGS, **settings},
+        seed=1,
+        device=device,
+    )

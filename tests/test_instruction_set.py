@@ -363,7 +363,7 @@ def test_tokens_of_a_set_have_a_row_a_record_and_packing_loses_nothing(tmp_path,
     ]
     _, rows, _ = build([source(tmp_path, "talks", 1.0, talks, schema="sharegpt")], num_records=150)
     output = str(tmp_path / "sft.arrow")
-    card = tokenize_sft(records=str(tmp_path / "sft.parquet"), tokenizer=chat, output=output)
+    card = tokenize_sft(records=str(tmp_path / "sft.parquet"), tokenizer=chat, held_out=0, output=output)
     encoded = list(read_tokenized_records(output))
     expected = [
         "".join(f" {message['content']}</s>" for message in row["messages"] if message["role"] == "assistant") for row in rows
@@ -387,5 +387,17 @@ def test_tokens_of_a_set_have_a_row_a_record_and_packing_loses_nothing(tmp_path,
 def test_an_empty_set_is_an_empty_file(tmp_path, build, chat):
     build([source(tmp_path, "a", 1.0, records_of("a"))], max_tokens=5, allow_fewer=True)
     output = str(tmp_path / "sft.arrow")
-    assert not tokenize_sft(records=str(tmp_path / "sft.parquet"), tokenizer=chat, output=output).get("records")
+    assert not tokenize_sft(records=str(tmp_path / "sft.parquet"), tokenizer=chat, held_out=0, output=output).get("records")
     assert len(read_tokenized_records(output)) == 0
+
+
+@pytest.mark.parametrize("held_out", [0, 1, 30, 40, 50])
+def test_held_out_records_never_reach_the_tokens(tmp_path, build, chat, held_out):
+    _, rows, _ = build([source(tmp_path, "a", 1.0, records_of("a"))])
+    output = str(tmp_path / "sft.arrow")
+    card = tokenize_sft(records=str(tmp_path / "sft.parquet"), tokenizer=chat, held_out=held_out, output=output)
+    found = [chat.decode(row["input_ids"]) for row in read_tokenized_records(output)]
+    assert len(found) == card.get("records", 0) == max(0, 40 - held_out)
+    for number, row in enumerate(rows):
+        question = f" {row['messages'][0]['content']} ASSISTANT:"
+        assert any(question in text for text in found) == (number < 40 - held_out)

@@ -6,8 +6,10 @@ import torch
 from conftest import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import MptConfig, MptForCausalLM
 
 from longqlora import perplexity
+from longqlora.models import context_of, load_model
 from longqlora.perplexity import Perplexity, evaluate_perplexity, rolling_windows, score
 from longqlora.tokens import write_tokens
 
@@ -82,6 +84,7 @@ def test_a_record_says_what_was_scored(model_folder, tmp_path, texts, tokenizer)
     record = evaluate_perplexity(
         model_path=model_folder,
         rope_context=128,
+        rope_scaling="linear",
         tokens_path=str(path),
         window=32,
         stride=32,
@@ -102,3 +105,49 @@ def test_a_loss_that_is_not_a_number_is_an_error():
         model.lm_head.weight[3, 0] = float("nan")
     with pytest.raises(ValueError, match="window 0 of 4: the loss is not a number"):
         score(model, numpy.random.default_rng(0).integers(0, 512, 60), 16, 16)
+
+
+def test_a_model_without_rotary_positions_is_evaluated_as_it_is(tmp_path):
+    torch.manual_seed(0)
+    config = MptConfig(d_model=32, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=512)
+    MptForCausalLM(config).save_pretrained(tmp_path / "mpt")
+    ids = numpy.random.default_rng(0).integers(3, 512, 65).tolist()
+    write_tokens(tmp_path / "t.bin", [ids[:-1]], vocab_size=512, eos_token_id=ids[-1])
+    record = evaluate_perplexity(
+        model_path=str(tmp_path / "mpt"),
+        rope_context=None,
+        rope_scaling="linear",
+        tokens_path=str(tmp_path / "t.bin"),
+        window=64,
+        stride=64,
+        precision="float32",
+        device="cpu",
+    )
+    model, tokens = MptForCausalLM.from_pretrained(tmp_path / "mpt").eval(), torch.tensor([ids])
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(model(tokens[:, :-1]).logits[0], tokens[0, 1:]).item()
+    assert record["mean_nll"] == pytest.approx(expected, abs=1e-5)
+    assert record["model_context"] == context_of(model.config) == 64
+    assert record["num_scored"] == 64
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn", "llama3"])
+def test_an_untrained_model_is_evaluated_with_the_scaling_that_is_asked_for(model_folder, tmp_path, rope_type):
+    ids = numpy.random.default_rng(0).integers(3, 512, 128).tolist()
+    write_tokens(tmp_path / "t.bin", [ids], vocab_size=512, eos_token_id=2)
+    found = evaluate_perplexity(
+        model_path=model_folder,
+        rope_context=128,
+        rope_scaling=rope_type,
+        tokens_path=str(tmp_path / "t.bin"),
+        window=128,
+        stride=128,
+        precision="float32",
+        device="cpu",
+    )
+    model = load_model(model_folder, device=torch.device("cpu"), context_length=128, rope_type=rope_type).eval()
+    tokens = torch.tensor([[*ids, 2]])
+    with torch.no_grad():
+        logits = model(tokens[:, :-1]).logits
+    expected = torch.nn.functional.cross_entropy(logits[0], tokens[0, 1:]).item()
+    assert found["mean_nll"] == pytest.approx(expected, abs=1e-5)

@@ -33,12 +33,13 @@ def test_stages_depend_on_what_they_use_and_on_nothing_else(root):
     assert modules("render_table") == {"joblog", "tables"}
     assert modules("plot_perplexity") == {"joblog", "plots", "tables"}
     assert modules("evaluate_perplexity") == {"joblog", "models", "perplexity", "positions", "provenance", "tokens"}
-    assert "perplexity" not in modules("train_adapter")
-    assert "attention" in modules("train_adapter")
+    assert "perplexity" not in modules("train")
+    assert {"attention", "compatibility", "merging"} <= modules("train")
+    assert modules("plot_loss") == {"joblog", "loss_curves"}
 
 
 def test_tables_plots_and_sampling_import_no_torch(root):
-    modules = "longqlora.tables, longqlora.plots, longqlora.sampling, longqlora.experiment"
+    modules = "longqlora.tables, longqlora.plots, longqlora.loss_curves, longqlora.sampling, longqlora.experiment"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
 

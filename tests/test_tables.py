@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pandas
 import pytest
@@ -20,7 +21,7 @@ def records(tmp_path):
         for dataset, by_length in datasets.items():
             for length, value in by_length.items():
                 path = tmp_path / f"{len(paths)}.json"
-                protocol = {"window": length, "stride": length, "precision": "nf4"}
+                protocol = {"window": length, "stride": length, "precision": "nf4", "has_own_tokenizer": False}
                 cell = {"label": label, "dataset_label": dataset, "context_length": length, "perplexity": value}
                 path.write_text(json.dumps(cell | protocol))
                 paths.append(str(path))
@@ -75,3 +76,11 @@ def test_the_plot_has_a_line_a_system_and_a_panel_a_set_and_is_reproducible(reco
 def test_published_rows_are_marked(records):
     assert published_records(PUBLISHED)["label"].tolist() == ["Paper (published)"] * 2
     assert published_records([]).empty
+
+
+def test_a_row_with_its_own_tokenizer_is_named_below_the_table(records, tmp_path):
+    own = json.loads(Path(records[-1]).read_text()) | {"label": "MPT", "has_own_tokenizer": True}
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    outputs = [str(tmp_path / f"t.{suffix}") for suffix in ("csv", "md", "tex")]
+    render_table([*records, str(tmp_path / "own.json")], [], *outputs)
+    assert "Per token of its own tokenizer, not of the base model's: MPT." in (tmp_path / "t.md").read_text()

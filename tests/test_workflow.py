@@ -13,8 +13,10 @@ import pytest
 import yaml
 
 PROJECT = ["Snakefile", "workflow", "config", "longqlora", "profiles", "environment.yml"]
-TARGETS = {"all", "data", "train", "evaluate", "perplexity_report"}
+TARGETS = {"all", "data", "train", "evaluate", "answers", "perplexity_report"}
 EVALUATION = {"evaluate_perplexity", "render_table", "plot_perplexity"}
+TRAINING = {"train_adapter", "train_model", "merge_adapter"}
+SHOWN = {"plot_loss", "answer_held_out"}
 
 
 def snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -32,16 +34,17 @@ def planned(folder: Path, *arguments: str) -> dict[str, int]:
 
 
 def shrink(config: dict) -> dict:
-    """The demo with every size cut to seconds: two systems, one of them trained, two lengths, one evaluation set."""
+    """The demo with every size cut to seconds: the base, an adapter, all weights and a chat model; two lengths, one set."""
     demo = config["demo"]
     demo["pretraining"].update(steps=4, tokens_per_step=512)
     demo["architecture"].update(hidden_size=32, intermediate_size=64, num_hidden_layers=2)
     demo.update(evaluation_characters=4000, vocab_size=512)
     config["corpus"].update(num_texts=50)
-    config["sft"].update(num_records=20, max_tokens=1024)
+    config["sft"].update(num_records=20, max_tokens=1024, held_out=2)
     config["training"].update(steps=2, rank=4, logging_steps=1)
-    config["systems"] = {name: config["systems"][name] for name in ("base", "longqlora")}
-    config["systems"]["longqlora"]["training"]["batch_size"] = 2
+    config["systems"] = {name: config["systems"][name] for name in ("base", "longqlora", "longlora-full", "chat")}
+    config["systems"]["chat"]["context_length"] = 1024
+    config["training"].update(batch_size=2)
     config["evaluation"]["lengths"] = [32, 256]
     del config["evaluation"]["datasets"]["code"]
     return config
@@ -95,16 +98,39 @@ def test_the_run_leaves_tables_plots_models_and_records(project):
     results = project / "results/demo"
     cells = pandas.read_csv(results / "tables/perplexity.csv")
     assert sorted(zip(cells["system"], cells["context_length"], strict=True)) == [
-        ("base", 32), ("base", 256), ("longqlora", 32), ("longqlora", 256),
-    ]  # fmt: skip
+        (system, length) for system in ("base", "chat", "longlora-full", "longqlora") for length in (32, 256)
+    ]
     assert (cells["num_scored"] == cells["num_tokens"] - 1).all()
     assert cells["perplexity"].between(1, 512 * 2).all()
     for name in ("tables/perplexity.md", "tables/perplexity.tex", "plots/perplexity.png", "plots/perplexity.svg"):
         assert (results / name).stat().st_size > 100
-    merged = json.loads((results / "models/longqlora/config.json").read_text())
-    assert merged["max_position_embeddings"] == 256
-    assert merged["rope_parameters"]["factor"] == 2
-    assert "step 2 of 2: loss" in (results / "logs/train_adapter/longqlora.log").read_text()
+    for system, context in [("longqlora", 256), ("longlora-full", 256), ("chat", 1024)]:
+        model = json.loads((results / f"models/{system}/config.json").read_text())
+        assert model["max_position_embeddings"] == context
+        assert model["rope_parameters"]["factor"] == context / 128
+        assert (results / f"models/{system}/README.md").read_text().startswith("---\nlibrary_name: transformers")
+        assert "step 2 of 2: loss" in (results / f"logs/train/{system}.log").read_text()
+        assert json.loads((results / f"training/{system}.json").read_text())["steps"] == 2
+        assert list((results / f"tensorboard/{system}").glob("events.out.tfevents.*"))
+    assert (results / "adapters/longqlora/adapter_model.safetensors").exists()
+    assert not (results / "adapters/longlora-full").exists()
+    certificate = json.loads((results / "models/longqlora/merge_certificate.json").read_text())
+    assert len(certificate["models"]) == 4
+    assert certificate["published"] in certificate["models"]
+
+
+def test_the_chat_model_answers_what_it_was_not_trained_on(project):
+    results = project / "results/demo"
+    answers = json.loads((results / "answers/chat.json").read_text())
+    assert len(answers) == 2
+    assert all(row["reference"] and row["messages"][-1]["role"] == "user" for row in answers)
+    assert "20 records" not in (results / "logs/tokenize_sft.log").read_text()
+    assert "18 records" in (results / "logs/tokenize_sft.log").read_text()
+    assert (results / "answers/chat.md").read_text().count("**Reference**") == 2
+
+
+def test_the_run_leaves_its_data_and_how_it_was_drawn(project):
+    results = project / "results/demo"
     assert json.loads((results / "corpus/sample.json").read_text())["total"]["sampled"] == 50
     assert json.loads((results / "sft/records.json").read_text())["records"] == 20
     for name in (
@@ -113,6 +139,9 @@ def test_the_run_leaves_tables_plots_models_and_records(project):
         "plots/text_lengths.png",
         "plots/sft_shares.svg",
         "corpus/removed.csv",
+        "tables/loss.csv",
+        "plots/loss.png",
+        "plots/loss.svg",
     ):
         assert (results / name).stat().st_size > 50
 
@@ -122,8 +151,10 @@ def test_nothing_is_left_to_do(project):
 
 
 def test_an_edit_of_the_perplexity_module_reruns_evaluation_and_what_shows_it(project, module):
-    module("longqlora/perplexity.py")
-    assert planned(project) == {"evaluate_perplexity": 4, "render_table": 1, "plot_perplexity": 1}
+    module("longqlora/perplexity.py")  # the certificates of the merges are measured by it as well
+    assert planned(project) == {
+        "merge_adapter": 2, "answer_held_out": 1, "evaluate_perplexity": 8, "render_table": 1, "plot_perplexity": 1,
+    }  # fmt: skip
 
 
 def test_an_edit_of_the_plot_module_reruns_the_plot(project, module):
@@ -133,12 +164,13 @@ def test_an_edit_of_the_plot_module_reruns_the_plot(project, module):
 
 def test_an_edit_of_the_attention_module_retrains(project, module):
     module("longqlora/attention.py")
-    assert {"train_adapter", "merge_adapter"} <= set(planned(project)) <= {"train_adapter", "merge_adapter"} | EVALUATION
+    assert set(planned(project)) >= TRAINING
+    assert set(planned(project)) <= TRAINING | EVALUATION | SHOWN
 
 
 def test_a_new_length_computes_the_new_cells_only(project, config_file):
     edit(config_file, lambda config: config["evaluation"].update(lengths=[32, 64, 256]))
-    assert planned(project) == {"evaluate_perplexity": 2, "render_table": 1, "plot_perplexity": 1}
+    assert planned(project) == {"evaluate_perplexity": 4, "render_table": 1, "plot_perplexity": 1}
 
 
 def test_an_edit_of_the_contamination_module_makes_the_data_anew(project, module):
@@ -173,8 +205,33 @@ def test_a_damaged_shard_stops_the_run_and_names_the_file(project, tmp_path):
 def test_a_changed_rank_retrains_that_system_only(project, config_file):
     edit(config_file, lambda config: config["systems"]["longqlora"]["training"].update(rank=8))
     assert planned(project) == {
-        "train_adapter": 1, "merge_adapter": 1, "evaluate_perplexity": 2, "render_table": 1, "plot_perplexity": 1,
+        "train_adapter": 1, "merge_adapter": 1, "plot_loss": 1,
+        "evaluate_perplexity": 2, "render_table": 1, "plot_perplexity": 1,
     }  # fmt: skip
+
+
+def test_another_rope_scaling_retrains_that_system_only(project, config_file):
+    edit(config_file, lambda config: config["systems"]["longlora-full"].update(rope_scaling="yarn"))
+    assert planned(project) == {
+        "train_model": 1, "plot_loss": 1, "evaluate_perplexity": 2, "render_table": 1, "plot_perplexity": 1,
+    }  # fmt: skip
+
+
+def test_a_published_model_is_a_row_of_its_own_with_its_own_tokenizer(project, config_file):
+    published = {"label": "published", "model": "owner/model"}
+    edit(config_file, lambda config: config["systems"].update(published=published))
+    assert planned(project) == {
+        "retokenize_evaluation_set": 1, "evaluate_perplexity": 2, "render_table": 1, "plot_perplexity": 1,
+    }  # fmt: skip
+
+
+def test_a_system_that_the_base_cannot_be_trained_to_is_refused_before_any_job(project, config_file):
+    edit(config_file, lambda config: config["systems"]["longqlora"].update(context_length=64, training={"rank": 500}))
+    run = snakemake(project, "-n")
+    output = run.stdout + run.stderr
+    assert run.returncode != 0
+    assert "context_length 64 is below the model's own context of 128 tokens" in output
+    assert "rank 500 is above the model's width, hidden_size 32" in output
 
 
 def test_targets_run_their_part_alone(project, module, config_file):
@@ -190,7 +247,7 @@ def test_targets_run_their_part_alone(project, module, config_file):
 def test_the_papers_runs_are_planned_without_network_gpu_or_models(root, name):
     run = snakemake(root, "-n", "--configfile", f"config/{name}.yaml")
     assert run.returncode == 0, run.stdout + run.stderr
-    assert re.search(r"train_adapter +1", run.stdout)
+    assert re.search(r"train_adapter +[12]", run.stdout)
 
 
 def test_a_wrong_config_fails_before_any_job_with_a_short_message(project, config_file):

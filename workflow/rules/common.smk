@@ -20,6 +20,9 @@ BASE_MODEL = experiment["base_model"]["path"]
 TOKENIZER = experiment["base_model"]["tokenizer"]
 SYSTEMS = experiment["systems"]
 TRAINED = [name for name, system in SYSTEMS.items() if "training" in system]
+WHOLE = [name for name in TRAINED if SYSTEMS[name]["training"]["method"] == "full"]  # nothing to merge
+ADAPTED = [name for name in TRAINED if name not in WHOLE]
+CHAT = [name for name in TRAINED if SYSTEMS[name]["training"]["data"] == "sft"]
 DATASETS = experiment["evaluation"]["datasets"]
 LENGTHS = experiment["evaluation"]["lengths"]
 CORPUS = experiment.get("corpus", {"sources": []})
@@ -29,10 +32,15 @@ GATE = experiment["decontamination"]
 GPUS = int(experiment["device"] == "cuda")  # of a job that runs a model; a profile says how many the machine has
 
 
+def one_of(names):
+    """A pattern that matches these names alone."""
+    return "|".join(map(re.escape, names)) or "none"
+
+
 wildcard_constraints:
-    system="|".join(map(re.escape, SYSTEMS)),
-    dataset="|".join(map(re.escape, DATASETS)),
-    shard="|".join(map(re.escape, SHARDS)) or "none",
+    system=one_of(SYSTEMS),
+    dataset=one_of(DATASETS),
+    shard=one_of(SHARDS),
     length=r"\d+",
 
 
@@ -63,8 +71,16 @@ def base_model(wildcards, input):
 
 
 def evaluated_model(wildcards):
-    """The merged model of a trained system, the base of any other."""
-    return f"{RESULTS}/models/{wildcards.system}" if wildcards.system in TRAINED else BASE_MODEL
+    """The model that training made of a system, its published model, or the base."""
+    system = wildcards.system
+    return f"{RESULTS}/models/{system}" if system in TRAINED else SYSTEMS[system]["model"]
+
+
+def evaluation_tokens(wildcards):
+    """The evaluation set as the system's tokenizer encodes it."""
+    own = SYSTEMS[wildcards.system]["tokenizer"] != TOKENIZER
+    made = rules.retokenize_evaluation_set if own else rules.prepare_evaluation_set
+    return {"tokens": made.output.tokens, "description": made.output.description}
 
 
 def untrained_context(wildcards):

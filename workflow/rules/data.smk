@@ -27,6 +27,29 @@ rule prepare_evaluation_set:
         "../scripts/prepare_evaluation_set.py"
 
 
+rule retokenize_evaluation_set:
+    input:
+        tokens=rules.prepare_evaluation_set.output.tokens,
+        description=rules.prepare_evaluation_set.output.description,
+        base_tokenizer=local_model(TOKENIZER),
+        tokenizer=lambda wildcards: local_model(SYSTEMS[wildcards.system]["tokenizer"]),
+        code=code_of("retokenize_evaluation_set"),
+    output:
+        tokens=f"{RESULTS}/tokens/evaluation/{{system}}/{{dataset}}.bin",
+        description=f"{RESULTS}/tokens/evaluation/{{system}}/{{dataset}}.json",
+    log:
+        f"{RESULTS}/logs/retokenize_evaluation_set/{{system}}/{{dataset}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/retokenize_evaluation_set/{{system}}/{{dataset}}.tsv"
+    conda:
+        "../../environment.yml"
+    params:
+        base_tokenizer=lambda wildcards, input: str(input.base_tokenizer or TOKENIZER),
+        tokenizer=lambda wildcards: SYSTEMS[wildcards.system]["tokenizer"],
+    script:
+        "../scripts/retokenize_evaluation_set.py"
+
+
 rule index_evaluation_sets:
     input:
         tokens=expand(rules.prepare_evaluation_set.output.tokens, dataset=DATASETS),
@@ -201,6 +224,7 @@ rule tokenize_sft:
         "../../environment.yml"
     params:
         tokenizer=tokenizer,
+        held_out=SFT.get("held_out"),
     script:
         "../scripts/tokenize_sft.py"
 

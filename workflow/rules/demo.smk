@@ -44,24 +44,26 @@ rule train_tokenizer:
         "../scripts/train_tokenizer.py"
 
 
-rule pretrain_base_model:
+rule pretrain_model:
     input:
         shards=DEMO["shards"],
         tokenizer=rules.train_tokenizer.output.tokenizer,
-        code=code_of("pretrain_base_model"),
+        code=code_of("pretrain_model"),
     output:
-        model=directory(BASE_MODEL),
+        model=directory(f"{RESULTS}/pretrained/{{pretrained}}"),
     log:
-        f"{RESULTS}/logs/pretrain_base_model.log",
+        f"{RESULTS}/logs/pretrain_model/{{pretrained}}.log",
     benchmark:
-        f"{RESULTS}/benchmarks/pretrain_base_model.tsv"
+        f"{RESULTS}/benchmarks/pretrain_model/{{pretrained}}.tsv"
+    wildcard_constraints:
+        pretrained=one_of(DEMO["pretrained"]),
     conda:
         "../../environment.yml"
-    threads: workflow.cores
+    threads: max(1, workflow.cores // len(DEMO["pretrained"]))  # side by side, small models make more of the cores
     params:
-        context_length=DEMO["context_length"],
+        context_length=lambda wildcards: DEMO["pretrained"][wildcards.pretrained],
         architecture=DEMO["architecture"],
         pretraining=DEMO["pretraining"],
         seed=experiment["seed"],
     script:
-        "../scripts/pretrain_base_model.py"
+        "../scripts/pretrain_model.py"

@@ -3,9 +3,8 @@
 
 rule evaluate_perplexity:
     input:
+        unpack(evaluation_tokens),
         model=lambda wildcards: local_model(evaluated_model(wildcards)),
-        tokens=rules.prepare_evaluation_set.output.tokens,
-        description=rules.prepare_evaluation_set.output.description,
         code=code_of("evaluate_perplexity"),
     output:
         record=f"{RESULTS}/perplexity/{{system}}/{{dataset}}/{{length}}.json",
@@ -22,7 +21,9 @@ rule evaluate_perplexity:
         label=lambda wildcards: SYSTEMS[wildcards.system]["label"],
         dataset_label=lambda wildcards: DATASETS[wildcards.dataset]["label"],
         model=evaluated_model,
+        has_own_tokenizer=lambda wildcards: SYSTEMS[wildcards.system]["tokenizer"] != TOKENIZER,
         rope_context=untrained_context,
+        rope_scaling=lambda wildcards: SYSTEMS[wildcards.system]["rope_scaling"],
         stride=lambda wildcards: experiment["evaluation"]["stride"] or int(wildcards.length),
         precision=experiment["evaluation"]["precision"],
         device=experiment["device"],
@@ -33,4 +34,36 @@ rule evaluate_perplexity:
 rule evaluate:
     input:
         expand(rules.evaluate_perplexity.output.record, system=SYSTEMS, dataset=DATASETS, length=LENGTHS),
+    localrule: True
+
+
+rule answer_held_out:
+    input:
+        model=f"{RESULTS}/models/{{system}}",
+        records=rules.build_sft_set.output.records,
+        code=code_of("answer_held_out"),
+    output:
+        answers=f"{RESULTS}/answers/{{system}}.json",
+        markdown=f"{RESULTS}/answers/{{system}}.md",
+    log:
+        f"{RESULTS}/logs/answer_held_out/{{system}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/answer_held_out/{{system}}.tsv"
+    wildcard_constraints:
+        system=one_of(CHAT),
+    conda:
+        "../../environment.yml"
+    resources:
+        gpu=GPUS,
+    params:
+        held_out=SFT.get("held_out"),
+        label=lambda wildcards: SYSTEMS[wildcards.system]["label"],
+        device=experiment["device"],
+    script:
+        "../scripts/answer_held_out.py"
+
+
+rule answers:
+    input:
+        expand(rules.answer_held_out.output, system=CHAT if SFT.get("held_out") else []),
     localrule: True

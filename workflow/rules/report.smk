@@ -1,4 +1,4 @@
-# The records as a table and as a plot; no model is needed here.
+# The records as tables and as plots; no model is needed here.
 
 
 rule render_table:
@@ -38,6 +38,26 @@ rule plot_perplexity:
         published=experiment.get("published", []),
     script:
         "../scripts/plot_perplexity.py"
+
+
+rule plot_loss:
+    input:
+        cards=expand(f"{RESULTS}/training/{{system}}.json", system=TRAINED),
+        code=code_of("plot_loss"),
+    output:
+        csv=f"{RESULTS}/tables/loss.csv",
+        png=f"{RESULTS}/plots/loss.png",
+        svg=f"{RESULTS}/plots/loss.svg",
+    log:
+        f"{RESULTS}/logs/plot_loss.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/plot_loss.tsv"
+    conda:
+        "../../environment.yml"
+    params:
+        labels=[SYSTEMS[system]["label"] for system in TRAINED],
+    script:
+        "../scripts/plot_loss.py"
 
 
 rule perplexity_report:

@@ -16,6 +16,7 @@ with job_log(snakemake.log[0]):
     result = evaluate_perplexity(
         model_path=snakemake.params.model,
         rope_context=snakemake.params.rope_context,
+        rope_scaling=snakemake.params.rope_scaling,
         tokens_path=snakemake.input.tokens,
         window=int(snakemake.wildcards.length),
         stride=snakemake.params.stride,
@@ -28,6 +29,7 @@ with job_log(snakemake.log[0]):
         "dataset": snakemake.wildcards.dataset,
         "dataset_label": snakemake.params.dataset_label,
         "context_length": int(snakemake.wildcards.length),
+        "has_own_tokenizer": snakemake.params.has_own_tokenizer,
     }
     digests = {
         "code_digest": digest_of_files(snakemake.input.code),

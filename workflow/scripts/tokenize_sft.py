@@ -13,5 +13,6 @@ with job_log(snakemake.log[0]):
     tokenize_sft(
         records=snakemake.input.records,
         tokenizer=AutoTokenizer.from_pretrained(snakemake.params.tokenizer),
+        held_out=snakemake.params.held_out,
         output=snakemake.output.tokens,
     )

@@ -1,14 +1,14 @@
-"""Pre-train the demo's base model.
+"""Pre-train a model of the demo.
 
 Reads corpus shards and the tokenizer; writes a model folder.
 """
 
 from longqlora.joblog import job_log
 
-from longqlora.pretraining import pretrain_base_model
+from longqlora.pretraining import pretrain_model
 
 with job_log(snakemake.log[0]):
-    pretrain_base_model(
+    pretrain_model(
         shards=snakemake.input.shards,
         tokenizer=snakemake.input.tokenizer,
         output=snakemake.output.model,

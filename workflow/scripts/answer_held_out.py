@@ -1,0 +1,19 @@
+"""Let a fine-tuned model answer questions that were held out of its training.
+
+Reads the merged model and the instruction set; writes questions, references and answers as JSON and Markdown.
+"""
+
+from longqlora.joblog import job_log
+
+from longqlora.answers import answer_held_out
+
+with job_log(snakemake.log[0]):
+    answer_held_out(
+        model_path=snakemake.input.model,
+        records=snakemake.input.records,
+        held_out=snakemake.params.held_out,
+        label=snakemake.params.label,
+        device=snakemake.params.device,
+        output=snakemake.output.answers,
+        markdown=snakemake.output.markdown,
+    )
