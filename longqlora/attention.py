@@ -129,14 +129,16 @@ def documents_or_mask(*, attention_mask=None, allow_is_causal_skip=True, local_s
     return sdpa_mask(attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip, local_size=local_size, **request)
 
 
-def register_shifted_sparse_attention(group_ratio: float) -> str:
+def register_shifted_sparse_attention(group_ratio: float, window: int | None = None) -> str:
     """Register S²-Attn with transformers and return its name for ``attn_implementation``.
 
     It is used in training mode only; in evaluation mode the same model attends fully. Padding at the right needs no mask,
     because causality hides it from every real token.
 
     Args:
-        group_ratio: length of a group as a share of the sequence, 0 < ratio ≤ 1.
+        group_ratio: length of a group as a share of the window, 0 < ratio ≤ 1.
+        window: in tokens; a shorter sequence then has groups of the same length, so that what it is batched and padded with
+            changes nothing. None: each sequence is its own window.
     """
 
     def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -151,11 +153,11 @@ def register_shifted_sparse_attention(group_ratio: float) -> str:
             )
         repeats = query.shape[1] // key.shape[1]
         key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)  # [b, h_kv, n, d] -> [b, h, n, d]
-        group = group_size(query.shape[2], group_ratio)
+        group = group_size(window or query.shape[2], group_ratio)
         out = shifted_sparse_attention(query, key, value, group, documents, scale=scaling, dropout_p=dropout)
         return out.transpose(1, 2).contiguous(), None  # [b, n, h, d]
 
-    name = f"shifted_sparse_{group_ratio:g}"
+    name = f"shifted_sparse_{group_ratio:g}" + (f"_of_{window}" if window else "")
     AttentionInterface.register(name, forward)
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, documents_or_mask)
     return name

@@ -231,6 +231,8 @@ def check_training(experiment: dict, name: str, system: dict):
     for option, data in (("isolate_documents", "corpus"), ("pack_records", "sft")):
         if training[option] and training["data"] != data:
             yield f"{where}.training.{option}: is for data: {data}, found data: {training['data']}"
+    if training["offload"] and not training["zero_stage"]:
+        yield f"{where}.training.offload: is for DeepSpeed; give zero_stage: 2 or 3 too"
     longest = experiment.get("sft", {}).get("max_tokens", 0)
     if training["pack_records"] and longest > system.get("context_length", longest):
         yield f"{where}.training.pack_records: sft.max_tokens is {longest}, more than the window of {system['context_length']}"

@@ -1,6 +1,7 @@
 """Loading models: precision by hardware, 4-bit quantisation, rope scaling, and the loss that never holds a window's logits."""
 
 import ctypes
+import os
 import sys
 from types import MethodType
 
@@ -8,6 +9,7 @@ import torch
 from torch.nn import LinearCrossEntropyOptions
 from torch.nn.functional import linear_cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutput
 
 from longqlora.positions import extend_context
@@ -40,7 +42,10 @@ def find_device(name: str) -> torch.device:
         raise ValueError("device: cuda is configured, but torch sees no GPU on this machine; 'cpu' would run without one")
     if name == "cpu":
         keep_freed_memory()
-    return torch.device(name)
+        return torch.device(name)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # of this process, where torchrun started several
+    torch.cuda.set_device(device)
+    return device
 
 
 def keep_freed_memory() -> None:
@@ -112,7 +117,9 @@ def load_model(
         )
     kwargs["dtype"] = getattr(torch, precision) if precision in FLOATS else resident_dtype(device)
     config = load_config(path, context_length, rope_type)
-    return AutoModelForCausalLM.from_pretrained(path, config=config, device_map={"": device}, **kwargs)
+    if not is_deepspeed_zero3_enabled():  # which places the weights itself
+        kwargs["device_map"] = {"": device}
+    return AutoModelForCausalLM.from_pretrained(path, config=config, **kwargs)
 
 
 def next_token_loss(model: PreTrainedModel, input_ids, labels, num_items_in_batch=None, **kwargs) -> torch.Tensor:

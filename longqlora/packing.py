@@ -62,7 +62,7 @@ class PackedWindows(Dataset):
     """
 
     def __init__(self, path: str, length: int, *, isolate_documents: bool = False):
-        self.tokens, self.length = read_tokens(path), length
+        self.path, self.tokens, self.length = path, read_tokens(path), length
         self.document_ends = read_document_ends(path) if isolate_documents else None
 
     def __len__(self) -> int:
@@ -76,6 +76,15 @@ class PackedWindows(Dataset):
         first, last = self.document_ends.searchsorted([start + 1, start + len(window)])  # ends strictly inside the window
         borders = [start, *self.document_ends[first:last].tolist(), start + len(window)]
         return keep_apart(window, window, numpy.diff(borders).tolist())
+
+    def contents(self, index: int) -> str:
+        """What a window holds, for a message."""
+        start, stop = index * self.length, min((index + 1) * self.length, len(self.tokens))
+        tokens = f"tokens {start} to {stop - 1} of {self.path}"
+        if not description_path(self.path).exists():
+            return tokens
+        first, last = read_document_ends(self.path).searchsorted([start, stop - 1], side="right")
+        return f"{tokens}, documents {first} to {last} from 0"
 
 
 def read_tokenized_records(path: str):
@@ -118,6 +127,27 @@ def best_fit_decreasing(lengths: numpy.ndarray, window: int) -> list[list[int]]:
     return windows
 
 
+class Records(Dataset):
+    """The records of a tokenised instruction set, one a row.
+
+    Args:
+        path: Arrow file of a tokenised instruction set.
+    """
+
+    def __init__(self, path: str):
+        self.path, self.records = path, read_tokenized_records(path)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.records[index]
+
+    def contents(self, index: int) -> str:
+        """What a row holds, for a message."""
+        return f"record {index} from 0 of {self.path}"
+
+
 class PackedRecords(Dataset):
     """Whole records of a tokenised instruction set packed into windows and kept apart: each is in exactly one, none is cut.
 
@@ -130,7 +160,7 @@ class PackedRecords(Dataset):
     """
 
     def __init__(self, path: str, length: int):
-        self.records = read_tokenized_records(path)
+        self.path, self.records = path, read_tokenized_records(path)
         lengths = count_tokens(self.records)
         if (lengths > length).any():
             index = int((lengths > length).argmax())
@@ -147,6 +177,10 @@ class PackedRecords(Dataset):
         rows = [self.records[record] for record in self.windows[index]]
         input_ids, labels = (torch.cat([row[column] for row in rows]) for column in ("input_ids", "labels"))
         return keep_apart(input_ids, labels, [len(row["input_ids"]) for row in rows])
+
+    def contents(self, index: int) -> str:
+        """What a window holds, for a message."""
+        return f"records {', '.join(map(str, sorted(self.windows[index])))} from 0 of {self.path}"
 
 
 def load_training_data(
@@ -178,7 +212,7 @@ def load_training_data(
         )
     if pack_records:
         return PackedRecords(path, context_length)
-    return read_tokenized_records(path)
+    return Records(path)
 
 
 def pad_at_right(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -3,24 +3,28 @@ arXiv 2311.04879; QLoRA, Dettmers et al. 2023, arXiv 2305.14314), a LoRA adapter
 whole, or all weights (LongLoRA, Chen et al. 2023, arXiv 2309.12307)."""
 
 import logging
+import os
 import resource
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch.utils.tensorboard import SummaryWriter
-from transformers import AutoConfig, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoConfig, PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from longqlora.attention import register_shifted_sparse_attention
 from longqlora.compatibility import extension_problems
+from longqlora.launching import deepspeed_config
 from longqlora.merging import generation_config, save_tokenizer
 from longqlora.model_card import model_card
 from longqlora.models import autocast_dtype, find_device, load_model, name_of, stored_dtype, use_chunked_loss
-from longqlora.packing import load_training_data, pad_at_right
+from longqlora.packing import load_training_data
 from longqlora.provenance import digest_of_file, machine, versions
+from longqlora.resuming import ResumableTrainer, open_work_folder
 from longqlora.tokens import check_vocabulary
 
 log = logging.getLogger(__name__)
@@ -31,16 +35,51 @@ TRACED = ("step", "loss", "learning_rate", "grad_norm")
 
 
 class LogProgress(TrainerCallback):
-    """Plain lines for the log file: step, loss, learning rate, tokens per second."""
+    """Plain lines for the log file, one every so many steps: step, loss, learning rate, tokens per second."""
+
+    def __init__(self, every: int):
+        self.every = every
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.started = time.perf_counter()
+        self.started, self.tokens = time.perf_counter(), state.num_input_tokens_seen
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            rate = state.num_input_tokens_seen / (time.perf_counter() - self.started)
+        if "loss" in logs and (state.global_step % self.every == 0 or state.global_step == state.max_steps):
+            rate = (state.num_input_tokens_seen - self.tokens) / (time.perf_counter() - self.started)
             line = "step %d of %d: loss %.4f, learning rate %.2e, %.0f tokens/s"
             log.info(line, state.global_step, state.max_steps, float(logs["loss"]), float(logs["learning_rate"]), rate)
+
+
+class Events(TensorBoardCallback):
+    """TensorBoard's events, the ones of the steps before an interruption as well."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        for row in state.log_history:
+            for name in TRACED[1:]:
+                if name in row:
+                    self.tb_writer.add_scalar(f"train/{name}", row[name], row["step"])
+
+
+@contextmanager
+def memory_explained(context_length: int, settings: dict):
+    """Say of an exhausted memory which settings to change.
+
+    Raises:
+        MemoryError: in the place of torch's own error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise MemoryError(
+            f"out of memory with context_length {context_length}, batch_size {settings['batch_size']}, rank "
+            f"{settings['rank']}, method {settings['method']}, optimizer {settings['optimizer']}, activation_checkpointing "
+            f"{settings['activation_checkpointing']}. In this order: a smaller batch_size with more gradient_accumulation (the "
+            "result is the same), activation_checkpointing: true, attention: shifted_sparse, method: qlora, optimizer: "
+            f"paged_adamw_8bit, a smaller rank, a shorter context_length. ({error})"
+        ) from error
 
 
 def make_trainable(base_model: str, *, context_length: int, rope_type: str, device: torch.device, settings: dict):
@@ -57,7 +96,7 @@ def make_trainable(base_model: str, *, context_length: int, rope_type: str, devi
     """
     attention = "sdpa"
     if settings["attention"] == "shifted_sparse":
-        attention = register_shifted_sparse_attention(settings["group_ratio"])
+        attention = register_shifted_sparse_attention(settings["group_ratio"], context_length)
     model = load_model(
         base_model,
         device=device,
@@ -90,7 +129,8 @@ def add_adapter(model: PreTrainedModel, settings: dict):
     )
     model = get_peft_model(model, lora)
     for weight in model.parameters():
-        if weight.requires_grad:  # peft leaves the copies of modules_to_save in 16 bit, where small updates would be lost
+        # peft leaves copies of modules_to_save in 16 bit, where small updates would be lost; DeepSpeed has float32 of its own
+        if weight.requires_grad and not settings["zero_stage"]:
             weight.data = weight.data.float()
     return model
 
@@ -117,13 +157,18 @@ def training_arguments(work_folder: str, device: torch.device, seed: int, settin
         use_cpu=device.type == "cpu",
         seed=seed,
         data_seed=seed,
-        logging_steps=settings["logging_steps"],
+        logging_steps=1,  # so that an interrupted run has the same trace; the log shows every logging_steps
+        logging_nan_inf_filter=False,
         include_num_input_tokens_seen="all",
         disable_tqdm=not sys.stderr.isatty(),
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=settings["checkpoint_steps"],
         report_to="none",
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
+        ddp_backend="gloo" if device.type == "cpu" and "RANK" in os.environ else None,  # which torchrun sets
+        ddp_find_unused_parameters=False,
+        deepspeed=deepspeed_config(settings["zero_stage"], settings["offload"]) if settings["zero_stage"] else None,
     )
 
 
@@ -134,6 +179,7 @@ def train(
     data: str,
     output: str,
     events: str,
+    work: str,
     context_length: int,
     rope_type: str,
     settings: dict,
@@ -149,6 +195,7 @@ def train(
         data: a ``.bin`` token stream, or the Arrow file of a tokenised instruction set.
         output: folder of the adapter or model.
         events: folder of the TensorBoard events.
+        work: folder of the checkpoints; if it holds those of the same run, the training goes on from the newest.
         context_length: target context in tokens.
         rope_type: how it is reached, see :func:`longqlora.positions.extend_context`.
         settings: the system's ``training`` section.
@@ -161,6 +208,8 @@ def train(
     Raises:
         ValueError: before weights are loaded, if the model cannot be extended and trained so (the message names both values),
             the data were made with another tokenizer, or they cannot be packed as the settings ask.
+        NonFiniteLoss, Interrupted, MemoryError, OSError: if the training or the writing of a checkpoint fails; see
+            :mod:`longqlora.resuming`.
     """
     where = find_device(device)
     config = AutoConfig.from_pretrained(base_model)
@@ -173,25 +222,40 @@ def train(
     windows = load_training_data(
         data, context_length, isolate_documents=settings["isolate_documents"], pack_records=settings["pack_records"]
     )
+    # before the model: with ZeRO-3 its weights are shared out among the processes while they are loaded
+    arguments = training_arguments(output, where, seed, settings)
     model = make_trainable(base_model, context_length=context_length, rope_type=rope_type, device=where, settings=settings)
     trainable, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
     log.info("%d windows of at most %d tokens; %d of %d parameters are trained", len(windows), context_length, trainable, total)
-    trainer = Trainer(
+    identity = {
+        "base_model": base_model,
+        "config": config.to_json_string(),
+        "data": digest_of_file(data),
+        "context": [context_length, rope_type],
+        "settings": settings,
+        "seed": seed,
+    }
+    with arguments.main_process_first():
+        work_folder = open_work_folder(work, identity)
+    trainer = ResumableTrainer(
+        work=work_folder,
+        kept=settings["checkpoints_kept"],
+        windows=windows,
         model=model,
-        args=training_arguments(output, where, seed, settings),
-        train_dataset=windows,
-        data_collator=pad_at_right,
-        callbacks=[LogProgress(), TensorBoardCallback(SummaryWriter(events))],
+        args=arguments,
+        callbacks=[progress := LogProgress(settings["logging_steps"])],
     )
+    if trainer.is_world_process_zero():
+        trainer.add_callback(Events(SummaryWriter(events)))
     trainer.remove_callback(PrinterCallback)
-    started = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - started
+    with memory_explained(context_length, settings):
+        first_step = trainer.resume()
+    seconds = time.perf_counter() - progress.started
     tokens = int(trainer.state.num_input_tokens_seen)
     card = {
         "base_model": base_model,
         "base_model_revision": getattr(config, "_commit_hash", None),
-        "data": {"path": data, "sha256": digest_of_file(data)},
+        "data": {"path": data, "sha256": identity["data"]},
         "context_length": context_length,
         "rope_scaling": rope_type,
         "settings": settings,
@@ -202,19 +266,22 @@ def train(
         "trainable_parameters": trainable,
         "steps": trainer.state.global_step,
         "tokens": tokens,
+        "resumed_from_step": first_step,  # time and speed are of the steps after it
         "seconds": round(seconds, 1),
-        "tokens_per_second": round(tokens / seconds, 1),
+        "tokens_per_second": round((tokens - progress.tokens) / seconds, 1),
         "peak_memory_bytes": peak_memory(where),
         "trace": [{key: row.get(key) for key in TRACED} for row in trainer.state.log_history if "loss" in row],
     }
     if settings["method"] == "full":
         model.to(stored_dtype(config)).generation_config = generation_config(base_model, context_length)
         model.config.use_cache = config.use_cache  # the trainer switches it off
-    model.save_pretrained(output)
-    if settings["method"] == "full":  # nothing to merge: this is the model that is published
+    trainer.save_model(output)  # gathers what ZeRO has shared out
+    if trainer.is_world_process_zero():
+        (Path(output) / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
+        trainer.state.save_to_json(str(Path(output) / "trainer_state.json"))
+    if trainer.is_world_process_zero() and settings["method"] == "full":  # nothing to merge: this is the model to publish
         save_tokenizer(base_model, output, context_length=context_length, is_chat_model=settings["data"] == "sft")
         (Path(output) / "README.md").write_text(model_card(label, card), encoding="utf-8")
-    trainer.state.save_to_json(str(Path(output) / "trainer_state.json"))
     return card
 
 

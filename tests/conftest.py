@@ -20,7 +20,8 @@ SETTINGS = {
     "dropout": 0.0, "target_modules": "all-linear", "modules_to_save": [], "steps": 30, "batch_size": 4,
     "gradient_accumulation": 1, "learning_rate": 5e-3, "warmup_steps": 2, "max_grad_norm": 1.0, "weight_decay": 0.0,
     "optimizer": "adamw_torch", "activation_checkpointing": False, "logging_steps": 1, "isolate_documents": False,
-    "pack_records": False,
+    "pack_records": False, "checkpoint_steps": 100, "checkpoints_kept": 2,
+    "num_processes": 1, "zero_stage": 0, "offload": False,
 }  # fmt: skip
 LONGLORA = {
     "method": "lora", "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "modules_to_save": ["embed_tokens", "norm"],
@@ -88,7 +89,7 @@ def corpus(tmp_path, texts, tokenizer) -> str:
 def train_tiny(
     base_model, data, output, /, *, context_length=128, rope_type="linear", label="tiny", device="cpu", **settings
 ) -> dict:
-    """Train a system from the base; its TensorBoard events lie beside the output."""
+    """Train a system from the base; its TensorBoard events and its checkpoints lie beside the output."""
     from longqlora.training import train  # slow to import, and few tests train
 
     return train(
@@ -97,6 +98,7 @@ def train_tiny(
         data=str(data),
         output=str(output),
         events=f"{output}-events",
+        work=f"{output}-work",
         context_length=context_length,
         rope_type=rope_type,
         settings={**SETTINGS, **settings},

@@ -19,11 +19,12 @@ rule train_adapter:
         f"{RESULTS}/benchmarks/train/{{system}}.tsv"
     wildcard_constraints:
         system=one_of(ADAPTED),
+    retries: 2  # each goes on from the last checkpoint
     conda:
         "../../environment.yml"
     threads: max(1, workflow.cores // SIDE_BY_SIDE)
     resources:
-        gpu=GPUS,
+        gpu=lambda wildcards: GPUS * SYSTEMS[wildcards.system]["training"]["num_processes"],
     params:
         base_model=base_model,
         label=lambda wildcards: SYSTEMS[wildcards.system]["label"],
@@ -32,6 +33,7 @@ rule train_adapter:
         settings=lambda wildcards: SYSTEMS[wildcards.system]["training"],
         seed=experiment["seed"],
         device=experiment["device"],
+        work=lambda wildcards: f"{RESULTS}/checkpoints/{wildcards.system}",  # no output: it outlives a job that fails
     script:
         "../scripts/train.py"
 
