@@ -11,9 +11,12 @@ import logging
 import os
 import shutil
 import signal
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.autograd.graph import save_on_cpu
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
 
@@ -152,14 +155,17 @@ class ResumableTrainer(Trainer):
     Args:
         work: folder of the checkpoints.
         kept: how many of the last checkpoints are kept.
+        offload_activations: whether what the backward pass needs waits in CPU memory.
         windows: the training data.
         kwargs: to ``Trainer``.
     """
 
-    def __init__(self, *, work: Path, kept: int, windows, **kwargs):
+    def __init__(self, *, work: Path, kept: int, offload_activations: bool, windows, **kwargs):
         super().__init__(train_dataset=Numbered(windows), data_collator=pad_numbered, **kwargs)
         self.work, self.kept, self.windows, self.stop = work, kept, windows, StopOnSignal()
         self.add_callback(self.stop)
+        on_cpu = partial(save_on_cpu, pin_memory=self.args.device.type == "cuda")
+        self.saved_activations = on_cpu if offload_activations else nullcontext
 
     def resume(self) -> int:
         """Train to the end, from the newest whole checkpoint if there is one; return the step that it began from.
@@ -184,7 +190,8 @@ class ResumableTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         numbers = inputs["window"]
         inputs = {name: value for name, value in inputs.items() if name != "window"}
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self.saved_activations():
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
         if not torch.isfinite(loss):
             self.refuse(f"the loss is {loss.item()} in a batch of {'; '.join(map(self.windows.contents, numbers.tolist()))}")

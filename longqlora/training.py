@@ -78,7 +78,7 @@ def memory_explained(context_length: int, settings: dict):
             f"{settings['rank']}, method {settings['method']}, optimizer {settings['optimizer']}, activation_checkpointing "
             f"{settings['activation_checkpointing']}. In this order: a smaller batch_size with more gradient_accumulation (the "
             "result is the same), activation_checkpointing: true, attention: shifted_sparse, method: qlora, optimizer: "
-            f"paged_adamw_8bit, a smaller rank, a shorter context_length. ({error})"
+            f"paged_adamw_8bit, offload_activations: true, a smaller rank, a shorter context_length. ({error})"
         ) from error
 
 
@@ -240,6 +240,7 @@ def train(
     trainer = ResumableTrainer(
         work=work_folder,
         kept=settings["checkpoints_kept"],
+        offload_activations=settings["offload_activations"],
         windows=windows,
         model=model,
         args=arguments,

@@ -22,6 +22,7 @@ SETTINGS = {
     "optimizer": "adamw_torch", "activation_checkpointing": False, "logging_steps": 1, "isolate_documents": False,
     "pack_records": False, "checkpoint_steps": 100, "checkpoints_kept": 2,
     "num_processes": 1, "zero_stage": 0, "offload": False,
+    "offload_activations": False,
 }  # fmt: skip
 LONGLORA = {
     "method": "lora", "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "modules_to_save": ["embed_tokens", "norm"],

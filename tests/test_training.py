@@ -56,7 +56,14 @@ def test_training_learns_reproducibly_and_leaves_a_standard_adapter(model_folder
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
-@pytest.mark.parametrize("settings", [{"gradient_accumulation": 4, "batch_size": 1}, {"activation_checkpointing": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_accumulation": 4, "batch_size": 1},
+        {"activation_checkpointing": True},
+        {"activation_checkpointing": True, "offload_activations": True},
+    ],
+)
 def test_accumulation_and_checkpointing_change_no_loss(model_folder, corpus, tmp_path, settings):
     reference = train_tiny(model_folder, corpus, tmp_path / "a", steps=3)
     other = train_tiny(model_folder, corpus, tmp_path / "b", steps=3, **settings)
