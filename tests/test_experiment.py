@@ -63,7 +63,7 @@ def test_the_papers_run_has_the_published_hyper_parameters(root, schema):
         ("device", None, r"'device' is a required property"),
         ("device", "gpu", r"device: 'gpu' is not one of \['cpu', 'cuda'\]"),
         ("evaluation.lengths", [64, 1024], r"evaluation\.lengths: 1024 is beyond the longest context_length .* 256"),
-        ("evaluation.stride", 64, r"evaluation\.stride: 64 exceeds the shortest of evaluation\.lengths, 32"),
+        ("evaluation.stride", 128, r"evaluation\.stride: 128 exceeds the shortest of evaluation\.lengths, 64"),
         ("corpus.sources", [{"paths": ["nowhere/*.jsonl"]}], r"corpus\.sources: no such file: nowhere/\*\.jsonl"),
         ("corpus.min_tokens", 5000, r"corpus\.min_tokens: 5000 exceeds corpus\.max_tokens, 1024"),
         ("base_model.path", "../nowhere", r"base_model\.path: \.\./nowhere is neither a folder .* nor a hub id"),
