@@ -49,7 +49,7 @@ def read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (it is not a dictionary)
                     yield name, file.get_tensor(name)
-        else:
+        else:  # tensors alone are unpickled, no code is run; they are mapped, not read
             yield from torch.load(path, map_location="cpu", mmap=True, weights_only=True).items()
 
 

@@ -1,30 +1,16 @@
 """Plots of the training data: how long the texts are, and what the instruction set consists of."""
 
 import json
-from contextlib import contextmanager
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as pyplot
 import pandas
 from matplotlib.ticker import StrMethodFormatter
 
+from longqlora.figures import panels_for
+
 BINS = 40
 SHOWN_SOURCES = 8  # the others are one
-
-
-@contextmanager
-def figure_for(outputs: list[str], width: float):
-    """Axes to draw on, written to each path of ``outputs`` afterwards, the format by its suffix."""
-    with pyplot.rc_context({"svg.hashsalt": "longqlora", "font.size": 10}):  # the salt makes the SVG reproducible
-        figure, axes = pyplot.subplots(figsize=(width, 4.2), layout="constrained")
-        yield axes
-        for path in outputs:
-            figure.savefig(path, dpi=150, metadata={"Date": None} if path.endswith(".svg") else None)
-        pyplot.close(figure)
+SIZE = (7, 4.2)
 
 
 def plot_text_lengths(texts: str, outputs: list[str]) -> None:
@@ -38,7 +24,7 @@ def plot_text_lengths(texts: str, outputs: list[str]) -> None:
     largest = sample["source"].value_counts().index[:SHOWN_SOURCES]
     sample["source"] = sample["source"].where(sample["source"].isin(largest), "others")
     groups = [(name, sample.loc[sample["source"] == name, "num_tokens"]) for name in sample["source"].value_counts().index]
-    with figure_for(outputs, width=7) as axes:
+    with panels_for(outputs, SIZE) as [axes]:
         labels = [f"{name} ({len(lengths):,})" for name, lengths in groups]
         axes.hist([lengths for _, lengths in groups], bins=BINS, stacked=True, label=labels)
         median = sample["num_tokens"].median()
@@ -61,7 +47,7 @@ def plot_sft_shares(card: str, outputs: list[str]) -> None:
     content = json.loads(Path(card).read_text())
     taken = {name: source["taken"] for name, source in content["sources"].items() if source["taken"]}
     labels = [f"{name}: {number:,} ({number / content['records']:.0%})" for name, number in taken.items()]
-    with figure_for(outputs, width=7) as axes:  # names stand beside the pie: small slices would write over each other
+    with panels_for(outputs, SIZE) as [axes]:  # names stand beside the pie: small slices would write over each other
         wedges, _ = axes.pie(
             list(taken.values()), startangle=90, counterclock=False, wedgeprops={"edgecolor": "white", "linewidth": 1.5}
         )

@@ -3,13 +3,10 @@
 import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as pyplot
 import pandas
 from matplotlib.ticker import MaxNLocator
+
+from longqlora.figures import panels_for
 
 TITLES = {"corpus": "training texts", "sft": "answers of the instruction set"}
 
@@ -38,9 +35,8 @@ def plot_loss(cards: dict[str, str], csv: str, outputs: list[str]) -> None:
     traces = read_traces(cards)
     traces.to_csv(csv, index=False)
     kinds = traces["data"].unique() if len(traces) else ["corpus"]
-    with pyplot.rc_context({"svg.hashsalt": "longqlora", "font.size": 10}):  # the salt makes the SVG reproducible
-        figure, panels = pyplot.subplots(1, len(kinds), figsize=(5 * len(kinds), 4), squeeze=False, layout="constrained")
-        for axes, kind in zip(panels[0], kinds, strict=True):
+    with panels_for(outputs, (5 * len(kinds), 4), len(kinds)) as panels:
+        for axes, kind in zip(panels, kinds, strict=True):
             for label, rows in traces[traces["data"] == kind].groupby("label", sort=False):
                 axes.plot(rows["step"], rows["loss"], marker="." if len(rows) < 60 else None, label=label)
             axes.set(title=f"loss on {TITLES[kind]}", xlabel="optimizer step")
@@ -48,7 +44,4 @@ def plot_loss(cards: dict[str, str], csv: str, outputs: list[str]) -> None:
             axes.grid(alpha=0.3)
             if len(traces):
                 axes.legend(frameon=False)
-        panels[0][0].set_ylabel("cross-entropy (nats per token)")
-        for path in outputs:
-            figure.savefig(path, dpi=150, metadata={"Date": None} if path.endswith(".svg") else None)
-        pyplot.close(figure)
+        panels[0].set_ylabel("cross-entropy (nats per token)")

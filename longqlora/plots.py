@@ -1,13 +1,9 @@
 """Plots of perplexity against context length."""
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as pyplot
 import pandas
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
+from longqlora.figures import panels_for
 from longqlora.tables import format_perplexity, published_records, read_records
 
 HEADROOM = 1.3  # of the frame above the best system's worst value
@@ -55,14 +51,9 @@ def plot_perplexity(records: list[str], published: list[dict], outputs: list[str
     cells = pandas.concat([read_records(records), published_records(published)], ignore_index=True)
     datasets = cells["dataset_label"].unique()
     colours = {label: f"C{number % 10}" for number, label in enumerate(cells["label"].unique())}
-    with pyplot.rc_context({"svg.hashsalt": "longqlora", "font.size": 10}):  # the salt makes the SVG reproducible
-        size = (5 * len(datasets), 4.2)
-        figure, panels = pyplot.subplots(1, len(datasets), figsize=size, squeeze=False, layout="constrained")
-        for axes, dataset in zip(panels[0], datasets, strict=True):
+    with panels_for(outputs, (5 * len(datasets), 4.2), len(datasets)) as panels:
+        for axes, dataset in zip(panels, datasets, strict=True):
             draw_panel(axes, cells[cells["dataset_label"] == dataset], colours)
-        panels[0][0].set_ylabel("perplexity")
-        handles, labels = panels[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
-        for path in outputs:
-            figure.savefig(path, dpi=150, metadata={"Date": None} if path.endswith(".svg") else None)
-        pyplot.close(figure)
+        panels[0].set_ylabel("perplexity")
+        handles, labels = panels[0].get_legend_handles_labels()
+        panels[0].figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)

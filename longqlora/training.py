@@ -13,7 +13,15 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch.utils.tensorboard import SummaryWriter
-from transformers import AutoConfig, PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    AutoConfig,
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.integrations import TensorBoardCallback
 
 from longqlora.attention import register_shifted_sparse_attention
@@ -48,6 +56,16 @@ class LogProgress(TrainerCallback):
             rate = (state.num_input_tokens_seen - self.tokens) / (time.perf_counter() - self.started)
             line = "step %d of %d: loss %.4f, learning rate %.2e, %.0f tokens/s"
             log.info(line, state.global_step, state.max_steps, float(logs["loss"]), float(logs["learning_rate"]), rate)
+
+    def cost(self, state: TrainerState) -> dict:
+        """Steps and tokens of the whole run; time and speed of this process's part of it."""
+        seconds, tokens = time.perf_counter() - self.started, int(state.num_input_tokens_seen)
+        return {
+            "steps": state.global_step,
+            "tokens": tokens,
+            "seconds": round(seconds, 1),
+            "tokens_per_second": round((tokens - self.tokens) / seconds, 1),
+        }
 
 
 class Events(TensorBoardCallback):
@@ -251,8 +269,6 @@ def train(
     trainer.remove_callback(PrinterCallback)
     with memory_explained(context_length, settings):
         first_step = trainer.resume()
-    seconds = time.perf_counter() - progress.started
-    tokens = int(trainer.state.num_input_tokens_seen)
     card = {
         "base_model": base_model,
         "base_model_revision": getattr(config, "_commit_hash", None),
@@ -265,11 +281,8 @@ def train(
         "machine": machine() | ({"gpu": torch.cuda.get_device_name(where)} if where.type == "cuda" else {}),
         "precision": {"base": BASE_PRECISION[settings["method"]], "autocast": name_of(autocast_dtype(where))},
         "trainable_parameters": trainable,
-        "steps": trainer.state.global_step,
-        "tokens": tokens,
-        "resumed_from_step": first_step,  # time and speed are of the steps after it
-        "seconds": round(seconds, 1),
-        "tokens_per_second": round((tokens - progress.tokens) / seconds, 1),
+        "resumed_from_step": first_step,
+        **progress.cost(trainer.state),
         "peak_memory_bytes": peak_memory(where),
         "trace": [{key: row.get(key) for key in TRACED} for row in trainer.state.log_history if "loss" in row],
     }
@@ -278,12 +291,19 @@ def train(
         model.config.use_cache = config.use_cache  # the trainer switches it off
     trainer.save_model(output)  # gathers what ZeRO has shared out
     if trainer.is_world_process_zero():
-        (Path(output) / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
-        trainer.state.save_to_json(str(Path(output) / "trainer_state.json"))
-    if trainer.is_world_process_zero() and settings["method"] == "full":  # nothing to merge: this is the model to publish
-        save_tokenizer(base_model, output, context_length=context_length, is_chat_model=settings["data"] == "sft")
-        (Path(output) / "README.md").write_text(model_card(label, card), encoding="utf-8")
+        complete_output(Path(output), label, card, trainer.state)
     return card
+
+
+def complete_output(output: Path, label: str, card: dict, state: TrainerState) -> None:
+    """Write what goes beside the weights: the trainer's state and, where there is nothing to merge, so that this is the model
+    that is published, its tokenizer and model card."""
+    (output / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
+    state.save_to_json(str(output / "trainer_state.json"))
+    if card["settings"]["method"] == "full":
+        is_chat_model = card["settings"]["data"] == "sft"
+        save_tokenizer(card["base_model"], str(output), context_length=card["context_length"], is_chat_model=is_chat_model)
+        (output / "README.md").write_text(model_card(label, card), encoding="utf-8")
 
 
 def peak_memory(device: torch.device) -> int:

@@ -31,7 +31,7 @@ def test_stages_depend_on_what_they_use_and_on_nothing_else(root):
         return {Path(file).stem for file in files if file.startswith("longqlora/")}
 
     assert modules("render_table") == {"joblog", "tables"}
-    assert modules("plot_perplexity") == {"joblog", "plots", "tables"}
+    assert modules("plot_perplexity") == {"figures", "joblog", "plots", "tables"}
     assert modules("evaluate_perplexity") == {"joblog", "models", "perplexity", "positions", "provenance", "tokens"}
     assert "perplexity" not in modules("train")
     assert {"attention", "compatibility", "merging"} <= modules("train")

@@ -76,10 +76,14 @@ def evaluated_model(wildcards):
     return f"{RESULTS}/models/{system}" if system in TRAINED else SYSTEMS[system]["model"]
 
 
+def has_own_tokenizer(wildcards):
+    """Whether a system is a published model whose tokens are not the base's."""
+    return SYSTEMS[wildcards.system]["tokenizer"] != TOKENIZER
+
+
 def evaluation_tokens(wildcards):
     """The evaluation set as the system's tokenizer encodes it."""
-    own = SYSTEMS[wildcards.system]["tokenizer"] != TOKENIZER
-    made = rules.retokenize_evaluation_set if own else rules.prepare_evaluation_set
+    made = rules.retokenize_evaluation_set if has_own_tokenizer(wildcards) else rules.prepare_evaluation_set
     return {"tokens": made.output.tokens, "description": made.output.description}
 
 

@@ -21,7 +21,7 @@ rule evaluate_perplexity:
         label=lambda wildcards: SYSTEMS[wildcards.system]["label"],
         dataset_label=lambda wildcards: DATASETS[wildcards.dataset]["label"],
         model=evaluated_model,
-        has_own_tokenizer=lambda wildcards: SYSTEMS[wildcards.system]["tokenizer"] != TOKENIZER,
+        has_own_tokenizer=has_own_tokenizer,
         rope_context=untrained_context,
         rope_scaling=lambda wildcards: SYSTEMS[wildcards.system]["rope_scaling"],
         stride=lambda wildcards: experiment["evaluation"]["stride"] or int(wildcards.length),
