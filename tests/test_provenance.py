@@ -35,7 +35,7 @@ def test_stages_depend_on_what_they_use_and_on_nothing_else(root):
     assert modules("evaluate_perplexity") == {"joblog", "models", "perplexity", "positions", "provenance", "tokens"}
     assert "perplexity" not in modules("train")
     assert {"attention", "compatibility", "merging"} <= modules("train")
-    assert modules("plot_loss") == {"joblog", "loss_curves"}
+    assert modules("plot_loss") == {"figures", "joblog", "loss_curves"}
 
 
 def test_tables_plots_and_sampling_import_no_torch(root):
