@@ -129,21 +129,21 @@ def documents_or_mask(*, attention_mask=None, allow_is_causal_skip=True, local_s
     return sdpa_mask(attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip, local_size=local_size, **request)
 
 
-def register_shifted_sparse_attention(group_ratio: float, window: int | None = None) -> str:
+def register_shifted_sparse_attention(group_ratio: float, window: int | None = None, *, in_evaluation: bool = False) -> str:
     """Register S²-Attn with transformers and return its name for ``attn_implementation``.
 
-    It is used in training mode only; in evaluation mode the same model attends fully. Padding at the right needs no mask,
-    because causality hides it from every real token.
+    Padding at the right needs no mask, because causality hides it from every real token.
 
     Args:
         group_ratio: length of a group as a share of the window, 0 < ratio ≤ 1.
         window: in tokens; a shorter sequence then has groups of the same length, so that what it is batched and padded with
             changes nothing. None: each sequence is its own window.
+        in_evaluation: use it in evaluation mode too; else the same model attends fully there. It takes no cache of keys.
     """
 
     def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
         documents = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-        if not module.training:
+        if not (module.training or in_evaluation):
             mask = attention_mask if documents is None else causal_inside_documents(documents)
             return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
         if attention_mask is not None and documents is None:
@@ -157,7 +157,7 @@ def register_shifted_sparse_attention(group_ratio: float, window: int | None = N
         out = shifted_sparse_attention(query, key, value, group, documents, scale=scaling, dropout_p=dropout)
         return out.transpose(1, 2).contiguous(), None  # [b, n, h, d]
 
-    name = f"shifted_sparse_{group_ratio:g}" + (f"_of_{window}" if window else "")
+    name = f"shifted_sparse_{group_ratio:g}" + (f"_of_{window}" if window else "") + ("_always" if in_evaluation else "")
     AttentionInterface.register(name, forward)
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, documents_or_mask)
     return name

@@ -15,10 +15,12 @@ import numpy
 import torch
 from peft import PeftModel
 
+from longqlora.estimates import mean_nll
 from longqlora.merging import merge_weights, save_tokenizer
 from longqlora.model_card import model_card
 from longqlora.models import find_device, load_config, load_model, name_of, resident_dtype, stored_dtype
 from longqlora.perplexity import score
+from longqlora.protocols import lay_windows
 from longqlora.tokens import read_tokens
 
 log = logging.getLogger(__name__)
@@ -74,12 +76,14 @@ def certify(models: dict[str, Callable], tokens: numpy.ndarray, window: int) -> 
     measured, trained = {}, None
     for name, load in models.items():
         model = load().eval()
-        result, rows = score(model, tokens, window, window), log_probabilities(model, tokens, window)
+        by_window, _ = score(model, tokens, lay_windows("exact", [len(tokens)], window, window))
+        result, _ = mean_nll(by_window, {"protocol": "exact"})
+        rows = log_probabilities(model, tokens, window)
         trained = rows if trained is None else trained
         measured[name] = {
-            "mean_nll": result.mean_nll,
+            "mean_nll": result.mean,
             "standard_error": result.standard_error,
-            "perplexity": math.exp(result.mean_nll),
+            "perplexity": math.exp(result.mean),
             **compare(trained, rows),
         }
         log.info("%s: %s", name, ", ".join(f"{key} {value:.5g}" for key, value in measured[name].items()))

@@ -12,7 +12,9 @@ from pathlib import Path
 import jsonschema
 import numpy
 
+from longqlora.ablations import add_ablations
 from longqlora.compatibility import extension_problems
+from longqlora.protocols import stride_of
 from longqlora.provenance import digest_of_values
 from longqlora.tokens import read_tokens
 
@@ -77,7 +79,7 @@ def complete(config: dict, schema: dict) -> dict:
     parts = schema["properties"]
     experiment = {**defaults_of(schema, schema), **config}
     experiment["base_model"] = {"tokenizer": config["base_model"]["path"], **config["base_model"]}
-    for section in ("evaluation", "corpus", "sft", "demo", "decontamination"):
+    for section in ("evaluation", "retrieval", "corpus", "sft", "demo", "decontamination"):
         if section in experiment:
             experiment[section] = {**defaults_of(parts[section], schema), **experiment[section]}
     if "corpus" in experiment:
@@ -85,19 +87,53 @@ def complete(config: dict, schema: dict) -> dict:
         sources = experiment["corpus"]["sources"]
         experiment["corpus"]["sources"] = [{"name": source["paths"][0], **usual, **source} for source in sources]
     common = {**defaults_of(parts["training"], schema), **config.get("training", {})}
-    experiment["systems"] = {}
-    for name, system in config["systems"].items():
-        merged = {"label": name, "model": experiment["base_model"]["path"], "rope_scaling": "linear", **system}
-        merged["tokenizer"] = system.get("tokenizer", system.get("model", experiment["base_model"]["tokenizer"]))
-        if "training" in system:
-            merged["training"] = {**common, **(system["training"] or {})}
-            if "epochs" in (system["training"] or {}) and "steps" not in system["training"]:
-                merged["training"].pop("steps", None)
-        experiment["systems"][name] = merged
+    experiment["systems"] = {name: complete_system(name, experiment, common) for name in config["systems"]}
+    experiment["rows"] = list(config["systems"])
+    experiment["ablations"] = add_ablations(experiment["systems"], experiment.get("ablations", {}))
     for _, source in source_lists(experiment):
         source["paths"] = [path for pattern in source["paths"] for path in expand(pattern)]
-    experiment["evaluation"]["stride"] = experiment["evaluation"].get("stride")
+    evaluation, retrieval = experiment["evaluation"], experiment["retrieval"]
+    evaluation["stride"] = evaluation.get("stride")
+    experiment["retrieval"] = {"lengths": evaluation["lengths"], "filler": next(iter(evaluation["datasets"])), **retrieval}
     return experiment
+
+
+def complete_system(name: str, experiment: dict, common: dict) -> dict:
+    """A row of the table with all that it leaves to the experiment, or to the system whose weights it has."""
+    system = experiment["systems"][name]
+    owner = experiment["systems"].get(system.get("weights_of"), {})
+    inherited = {key: owner[key] for key in ("context_length", "rope_scaling", "model", "tokenizer") if key in owner}
+    whole = {
+        "label": name,
+        "model": experiment["base_model"]["path"],
+        "rope_scaling": "linear",
+        "merged": True,
+        "precision": experiment["evaluation"]["precision"],
+        "evaluation_attention": "full",
+        **inherited,
+        **system,
+    }
+    whole["tokenizer"] = whole.get("tokenizer", system.get("model", experiment["base_model"]["tokenizer"]))
+    if "training" in system:
+        own = system["training"] or {}
+        whole["training"] = {**common, **own}
+        if "epochs" in own and "steps" not in own:
+            whole["training"].pop("steps", None)
+    return whole
+
+
+def evaluated_model(experiment: dict, name: str) -> dict:
+    """What a system is evaluated as: the fields of :class:`longqlora.models.EvaluatedModel`."""
+    system = experiment["systems"][name]
+    owner = system.get("weights_of", name)
+    training, results = experiment["systems"][owner].get("training"), f"results/{experiment['experiment']}"
+    how = {"precision": system["precision"], "attention": system["evaluation_attention"]}
+    if training:
+        how["group_ratio"] = training["group_ratio"]
+    if training and (system["merged"] or training["method"] == "full"):
+        return how | {"path": f"{results}/models/{owner}"}  # with its scaling inside
+    how |= {"path": system["model"], "context_length": system.get("context_length"), "rope_scaling": system["rope_scaling"]}
+    return how | ({"adapter": f"{results}/adapters/{owner}"} if training else {})
 
 
 def source_lists(experiment: dict) -> list[tuple[str, dict]]:
@@ -159,17 +195,13 @@ def sample_shares(corpus: dict) -> dict[str, float] | None:
 def cross_checks(experiment: dict):
     """Yield what the schema cannot say: how values fit together, and files that are not there."""
     systems, evaluation = experiment["systems"], experiment["evaluation"]
-    longest = max((system.get("context_length", 0) for system in systems.values()), default=0)
-    for length in evaluation["lengths"]:
-        if longest and length > longest:
-            yield f"evaluation.lengths: {length} is beyond the longest context_length of the systems, {longest}"
-    stride, shortest = evaluation["stride"], min(evaluation["lengths"])
-    if stride and stride > shortest:
-        yield f"evaluation.stride: {stride} exceeds the shortest of evaluation.lengths, {shortest}"
-    labels = [system["label"] for system in systems.values()]
+    yield from check_evaluation(evaluation, experiment["retrieval"])
+    yield from check_ablations(experiment)
+    labels = [systems[name]["label"] for name in experiment["rows"]]
     if len(set(labels)) < len(labels):
         yield f"systems: every label must be different, found {', '.join(labels)}"
     for name, system in systems.items():
+        yield from check_weights(systems, name)
         if "training" in system:
             yield from check_training(experiment, name, system)
         if "training" in system and system["model"] != experiment["base_model"]["path"]:
@@ -197,6 +229,41 @@ def cross_checks(experiment: dict):
         for path in source["paths"]:
             if is_local(path) and not is_made_here(path) and not Path(path).is_file():
                 yield f"{key}: no such file: {path}"
+
+
+def check_evaluation(evaluation: dict, retrieval: dict):
+    """Yield what is wrong with how perplexity and retrieval are measured."""
+    protocol, shortest = evaluation["protocol"], min(evaluation["lengths"])
+    stride = stride_of(protocol, shortest, evaluation["stride"])
+    if protocol == "longqlora" and evaluation["stride"]:
+        yield "evaluation.stride: in the protocol longqlora the stride is the window; leave it out, or use exact"
+    elif stride > shortest:
+        yield f"evaluation.stride: {stride} exceeds the shortest of evaluation.lengths, {shortest}"
+    if retrieval["filler"] not in evaluation["datasets"]:
+        legal = ", ".join(evaluation["datasets"])
+        yield f"retrieval.filler: {retrieval['filler']!r} is no name of evaluation.datasets (legal: {legal})"
+    for length in retrieval["lengths"]:
+        if length not in evaluation["lengths"]:
+            yield f"retrieval.lengths: {length} is none of evaluation.lengths, beside whose perplexity it would stand"
+
+
+def check_ablations(experiment: dict):
+    """Yield which ablations vary no trained system."""
+    trained = [name for name in experiment["rows"] if "training" in experiment["systems"][name]]
+    for name, ablation in experiment["ablations"].items():
+        if ablation["system"] not in trained:
+            legal = ", ".join(trained)
+            yield f"ablations.{name}.system: {ablation['system']!r} is no trained system (legal: {legal or 'none'})"
+
+
+def check_weights(systems: dict, name: str):
+    """Yield what is wrong with a system that has the weights of another."""
+    owner, system = systems[name].get("weights_of"), systems[name]
+    trained = ", ".join(other for other in systems if "training" in systems[other])
+    if owner is not None and "training" not in systems.get(owner, {}):
+        yield f"systems.{name}.weights_of: {owner!r} is no system with a training of its own (legal: {trained or 'none'})"
+    if owner is not None and "training" in system:
+        yield f"systems.{name}.weights_of: it has the weights of {owner!r}; leave training out"
 
 
 def check_shares(key: str, shares: list[float]):
@@ -270,11 +337,15 @@ def check_models(experiment: dict):
 
 
 def check_token_files(experiment: dict, vocab_size: int):
-    """Yield which local files of token ids hold one that is beyond the vocabulary."""
+    """Yield which local files of token ids are none, or hold an id that is beyond the vocabulary."""
     for name, dataset in experiment["evaluation"]["datasets"].items():
         for file in dataset["paths"]:
             if file.endswith(".bin") and is_local(file) and not is_made_here(file):
-                largest = int(numpy.max(read_tokens(file)))
+                try:
+                    largest = int(numpy.max(read_tokens(file)))
+                except ValueError as error:
+                    yield f"evaluation.datasets.{name}: {error}"
+                    continue
                 if largest >= vocab_size:
                     yield (
                         f"evaluation.datasets.{name}: {file} holds token id {largest}, but "

@@ -1,45 +1,45 @@
-"""A training in this process, or in several of this machine by torchrun, with DeepSpeed's ZeRO where it is asked for."""
+"""A function in this process, or in several of this machine by torchrun, for trainings (with DeepSpeed's ZeRO where it is asked
+for) and evaluations."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from importlib.util import find_spec
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def launch(threads: int = 1, **arguments) -> dict:
-    """Train one system, see :func:`longqlora.training.train`, in ``settings["num_processes"]`` processes.
+def launch(function: Callable[..., dict], *, num_processes: int, threads: int, by_torchrun: bool = False, **arguments) -> dict:
+    """Call a function of this package, in several processes if asked for; each finds the others by torchrun's environment.
 
     Args:
+        function: takes and returns what JSON can hold.
+        num_processes: on GPUs one each.
         threads: cores for all processes together.
-        arguments: to ``train``.
+        by_torchrun: also for a single process.
+        arguments: to the function, ``device`` among them.
+
+    Returns:
+        What the function returned, in the first process.
 
     Raises:
-        ValueError: if DeepSpeed is asked for and not installed.
         RuntimeError: if one of several processes fails; what it said is on the terminal.
     """
-    settings = arguments["settings"]
-    if settings["zero_stage"] and not find_spec("deepspeed"):
-        raise ValueError(
-            f"training.zero_stage {settings['zero_stage']} needs DeepSpeed, which is not installed: pip install deepspeed, or "
-            "zero_stage: 0"
-        )
-    if settings["num_processes"] == 1 and settings["zero_stage"] == 0:
-        from longqlora.training import train
-
-        return train(**arguments)
+    if num_processes == 1 and not by_torchrun:
+        return function(**arguments)
     with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder) / "arguments.json", Path(folder) / "card.json"
+        asked, answered = Path(folder) / "arguments.json", Path(folder) / "answer.json"
         asked.write_text(json.dumps(arguments))
         run_processes(
-            ["-m", "longqlora.launching", str(asked), str(answered)],
-            num_processes=settings["num_processes"],
-            environment=process_environment(arguments["device"], threads // settings["num_processes"]),
+            ["-m", "longqlora.launching", function.__module__, function.__name__, str(asked), str(answered)],
+            num_processes=num_processes,
+            environment=process_environment(arguments["device"], threads // num_processes),
         )
         return json.loads(answered.read_text())
 
@@ -72,7 +72,7 @@ def run_processes(command: list[str], *, num_processes: int, environment: dict[s
         for number, handler in former.items():
             signal.signal(number, handler)
     if code:
-        raise RuntimeError(f"one of {num_processes} training processes failed (exit status {code}); its error stands above")
+        raise RuntimeError(f"one of {num_processes} processes failed (exit status {code}); its error stands above")
 
 
 def deepspeed_config(stage: int, offload: bool) -> dict:
@@ -101,17 +101,13 @@ def deepspeed_config(stage: int, offload: bool) -> dict:
     }
 
 
-def main(asked: str, answered: str) -> None:
-    """What each process runs: train, and the first one write the card."""
-    import logging
-
-    from longqlora.training import train
-
+def main(module: str, function: str, asked: str, answered: str) -> None:
+    """What each process runs: the function, and the first one write what it returned."""
     is_first = os.environ["RANK"] == "0"
     logging.basicConfig(level=logging.INFO if is_first else logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
-    card = train(**json.loads(Path(asked).read_text()))
+    answer = getattr(import_module(module), function)(**json.loads(Path(asked).read_text()))
     if is_first:
-        Path(answered).write_text(json.dumps(card))
+        Path(answered).write_text(json.dumps(answer))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+from dataclasses import dataclass
 from types import MethodType
 
 import torch
@@ -12,11 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutput
 
+from longqlora.attention import register_shifted_sparse_attention
 from longqlora.positions import extend_context
 from longqlora.tokens import IGNORED
 
 FLOATS = ("float32", "bfloat16", "float16")
-PRECISIONS = ("auto", *FLOATS, "nf4")
+PRECISIONS = ("auto", *FLOATS, "int8", "nf4")
 CHUNKED = LinearCrossEntropyOptions(batch_chunk_size=512, chunking_method=None)
 """Tokens whose logits exist at once: torch's own choice, some 32 for a vocabulary of 32,000, takes twice as long on a CPU."""
 
@@ -54,13 +56,15 @@ def keep_freed_memory() -> None:
     """Let this process keep freed memory, as torch does on a GPU, where the C library is glibc.
 
     By default glibc maps each large tensor afresh and unmaps it when freed; the page faults of that are a tenth of the time
-    of a small model's training step.
+    of a small model's training step. Kept memory is torn into pieces that fit no other tensor: aligned to pages, as torch
+    aligns what it asks huge pages for, tensors tear a third less of it.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
         mallopt(-2, 64 * 2**20)  # M_TOP_PAD: grow it in steps of 64 MiB
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch when it first makes a tensor
 
 
 def load_config(path: str, context_length: int | None = None, rope_type: str = "linear"):
@@ -97,8 +101,8 @@ def load_model(
 
     Args:
         path: a directory or a hub id.
-        precision: ``nf4`` (4 bit, double quantisation; QLoRA, arXiv 2305.14314), a float type, or ``auto``: the device's
-            autocast type on a GPU, float32 on a CPU.
+        precision: ``nf4`` (4 bit, double quantisation; QLoRA, arXiv 2305.14314), ``int8`` (LLM.int8(), arXiv 2208.07339), a
+            float type, or ``auto``: the device's autocast type on a GPU, float32 on a CPU.
         context_length: extend the context to so many tokens; None keeps it.
         rope_type: how, see :func:`longqlora.positions.extend_context`.
         kwargs: to ``from_pretrained`` (``attn_implementation``).
@@ -108,20 +112,80 @@ def load_model(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is unknown; known are {', '.join(PRECISIONS)}")
-    if precision == "nf4":
+    if precision in ("int8", "nf4"):
         from transformers import BitsAndBytesConfig
 
-        kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=autocast_dtype(device),
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        kwargs["quantization_config"] = (
+            BitsAndBytesConfig(load_in_8bit=True)
+            if precision == "int8"
+            else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=autocast_dtype(device), **nf4)
         )
     kwargs["dtype"] = getattr(torch, precision) if precision in FLOATS else resident_dtype(device)
     config = load_config(path, context_length, rope_type)
     if not is_deepspeed_zero3_enabled():  # which places the weights itself
         kwargs["device_map"] = {"": device}
     return AutoModelForCausalLM.from_pretrained(path, config=config, **kwargs)
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A model as a system is evaluated.
+
+    Attributes:
+        path: directory or hub id.
+        adapter: folder of an adapter in peft's format, put on the model and not merged; None: there is none.
+        context_length: extend the context to so many tokens; None: it is as it is.
+        rope_scaling: how, see :func:`longqlora.positions.extend_context`.
+        precision: see :func:`load_model`.
+        attention: ``full``, or ``shifted_sparse`` at inference as well.
+        group_ratio: of the shifted sparse attention.
+    """
+
+    path: str
+    adapter: str | None = None
+    context_length: int | None = None
+    rope_scaling: str = "linear"
+    precision: str = "auto"
+    attention: str = "full"
+    group_ratio: float = 0.25
+
+    def config(self):
+        """Its configuration, the context extended."""
+        return load_config(self.path, self.context_length, self.rope_scaling)
+
+    def check_window(self, window: int) -> bool:
+        """Whether ``window`` tokens are within its context, or its positions adapt to any length.
+
+        Raises:
+            ValueError: if it cannot read so many tokens at all.
+        """
+        config = self.config()
+        if window > getattr(config, "max_seq_len", window):  # ALiBi models make a bias of so many tokens
+            raise ValueError(
+                f"{self.path}: a window of {window} tokens is beyond the {config.max_seq_len} that the model takes"
+            )
+        rope = getattr(config, "rope_parameters", None) or {}
+        return window <= context_of(config) or rope.get("rope_type") == "dynamic"
+
+    def load(self, device: torch.device, window: int) -> PreTrainedModel:
+        """Load it in evaluation mode, to read ``window`` tokens at once; an adapter's layers stand in the model's places."""
+        attention = "sdpa"
+        if self.attention == "shifted_sparse":
+            attention = register_shifted_sparse_attention(self.group_ratio, window, in_evaluation=True)
+        model = load_model(
+            self.path,
+            device=device,
+            precision=self.precision,
+            context_length=self.context_length,
+            rope_type=self.rope_scaling,
+            attn_implementation=attention,
+        )
+        if self.adapter:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, self.adapter).base_model.model
+        return model.eval()
 
 
 def next_token_loss(model: PreTrainedModel, input_ids, labels, num_items_in_batch=None, **kwargs) -> torch.Tensor:
@@ -143,8 +207,9 @@ def next_token_loss(model: PreTrainedModel, input_ids, labels, num_items_in_batc
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    losses = linear_cross_entropy(hidden, weight, targets, reduction="none", options=CHUNKED)
-    total = losses.float().sum()  # a sum in bfloat16 would keep two digits
+    # a sum comes with its gradient, so that no logits are computed twice; but one in bfloat16 would keep two digits
+    reduction = "sum" if hidden.dtype is torch.float32 else "none"
+    total = linear_cross_entropy(hidden, weight, targets, reduction=reduction, options=CHUNKED).float().sum()
     count = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORED).sum()
     return total / torch.as_tensor(count).clamp(min=1)  # nothing to learn is no loss; 0 / 0 would spoil the whole adapter
 

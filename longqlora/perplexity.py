@@ -1,177 +1,222 @@
-"""Perplexity of a stream of tokens at a context length: each token scored once, the mean weighted by tokens."""
+"""Perplexity of a system on an evaluation set at a context length, under a protocol of :mod:`longqlora.protocols`.
 
+Several processes share the batches out and send their sums to the first; a batch is the same for any number of them, and so
+is every sum, bit for bit.
+"""
+
+import logging
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import groupby
+import os
+from contextlib import contextmanager
 
 import numpy
+import pandas
 import torch
+import torch.distributed as distributed
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from longqlora.models import context_of, find_device, load_config, load_model
-from longqlora.tokens import check_vocabulary, read_tokens
+from longqlora.estimates import mean_nll
+from longqlora.models import EvaluatedModel, context_of, find_device
+from longqlora.protocols import Window, lay_windows
+from longqlora.tokens import check_vocabulary, read_description, read_tokens
+
+log = logging.getLogger(__name__)
 
 TOKENS_PER_BATCH = 8192  # of one forward pass, so that short windows fill the hardware as well as long ones
 POSITIONS_PER_CHUNK = 1024  # whose logits exist at once, in float32
+BINS_PER_OCTAVE = 4  # of the loss by position
 
 
-@dataclass(frozen=True)
-class Perplexity:
-    """Summed negative log-likelihoods (nats) of the windows of one evaluation.
-
-    Attributes:
-        num_tokens: length of the stream.
-        nll_sums: ``[windows]``, summed over the scored tokens of each window.
-        num_scored: ``[windows]``, how many tokens that are.
-    """
-
-    num_tokens: int
-    nll_sums: numpy.ndarray
-    num_scored: numpy.ndarray
-
-    @property
-    def mean_nll(self) -> float:
-        """Mean over tokens, in nats."""
-        return float(self.nll_sums.sum() / self.num_scored.sum())
-
-    @property
-    def standard_error(self) -> float:
-        """Of ``mean_nll``, windows being the sampling units (ratio estimator, Cochran 1977, §6.4); 0 for a single one."""
-        count = len(self.nll_sums)
-        if count < 2:
-            return 0.0
-        residuals = self.nll_sums - self.mean_nll * self.num_scored
-        return float(math.sqrt(count / (count - 1) * (residuals**2).sum()) / self.num_scored.sum())
-
-
-def rolling_windows(num_tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (begin, end, scored): the model reads tokens [begin, end) and its last ``scored`` predictions count, those of
-    the tokens (end - scored, end].
-
-    Every token but the first of the stream is scored exactly once; all windows but the first score ``stride`` tokens with
-    ``window - stride`` tokens of context before them.
-
-    Args:
-        num_tokens: length of the stream, at least 2.
-        window: tokens that the model reads at once.
-        stride: tokens that each further window scores, 1 ≤ stride ≤ window.
-
-    Raises:
-        ValueError: if the stride is not in that range, or there is no token to score.
-    """
-    if not 1 <= stride <= window:
-        raise ValueError(f"stride {stride} must lie between 1 and the window of {window} tokens")
-    if num_tokens < 2:
-        raise ValueError(f"{num_tokens} token(s): nothing to score, the first token has no context")
-    end = min(window, num_tokens - 1)
-    yield 0, end, end
-    while end < num_tokens - 1:
-        begin, scored = end - (window - stride), min(stride, num_tokens - 1 - end)
-        end += scored
-        yield begin, end, scored
+class NonFiniteLogits(ValueError):
+    """A model that predicts something that is not a number."""
 
 
 @torch.inference_mode()
-def nll_of_batch(model, tokens: torch.Tensor, scored: int) -> torch.Tensor:
-    """Summed negative log-likelihood of the last ``scored`` tokens of each row.
+def nll_of_batch(model, tokens: torch.Tensor, skipped: int = 0) -> torch.Tensor:
+    """Negative log-likelihood of each token given those before it, the logits of a part of them at a time.
 
     Args:
         model: a causal language model of transformers.
-        tokens: ``[b, n + 1]``, the inputs and, one to the right, the targets.
-        scored: how many targets count, from the right.
+        tokens: ``[b, n + 1]``, the inputs and, one to the right, the targets; filled up at the right where a row is shorter,
+            which causality hides from every real token.
+        skipped: how many targets at the left are not wanted.
 
     Returns:
-        ``[b]``, float64.
+        ``[b, n - skipped]``, float32, in nats.
     """
-    hidden = model.base_model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state[:, -scored:]  # [b, s, width]
-    targets = tokens[:, -scored:]  # [b, s]
-    head, total = model.get_output_embeddings(), torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
+    hidden = model.base_model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state[:, skipped:]  # [b, s, width]
+    head, losses = model.get_output_embeddings(), []
     positions = max(1, POSITIONS_PER_CHUNK // len(tokens))
-    for states, ids in zip(hidden.split(positions, dim=1), targets.split(positions, dim=1), strict=True):
+    for states, targets in zip(hidden.split(positions, 1), tokens[:, 1 + skipped :].split(positions, 1), strict=True):
         logits = head(states).float()  # [b, positions, vocabulary]
-        losses = cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none")
-        total += losses.view_as(ids).sum(dim=1, dtype=torch.float64)
-    return total
+        losses.append(cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets))
+    return torch.cat(losses, dim=1)
 
 
-def score(model, tokens: numpy.ndarray, window: int, stride: int) -> Perplexity:
-    """Score a stream of tokens.
+def batches_of(windows: list[Window]) -> list[list[int]]:
+    """Indices of windows of like length that go through the model together, the longest first: what is going to exhaust the
+    memory does so at once."""
+    order = sorted(range(len(windows)), key=lambda index: windows[index].begin - windows[index].end)
+    batches = []
+    for index in order:
+        longest = windows[batches[-1][0]] if batches else None
+        if longest is None or (len(batches[-1]) + 1) * (longest.end - longest.begin - 1) > TOKENS_PER_BATCH:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+def position_edges(window: int) -> numpy.ndarray:
+    """Bins of the number of tokens before a scored one, 1 … ``window``, equally wide on a logarithmic axis: the first number of
+    each bin and, at the end, ``window + 1``."""
+    starts = numpy.round(2 ** (numpy.arange(BINS_PER_OCTAVE * math.log2(window) + 1) / BINS_PER_OCTAVE)).astype(int)
+    return numpy.append(numpy.unique(starts[starts <= window]), window + 1)
+
+
+def score_batch(model, tokens: numpy.ndarray, windows: list[Window], edges: numpy.ndarray) -> tuple[list[float], numpy.ndarray]:
+    """Score windows in one forward pass.
+
+    Args:
+        model: a causal language model of transformers, in evaluation mode.
+        tokens: ``[num_tokens]``, the stream that the windows lie in.
+        windows: the longest first.
+        edges: of :func:`position_edges`.
+
+    Returns:
+        Summed negative log-likelihood (nats) of each window; and of each bin, with how many tokens, ``[2, bins]``.
+    """
+    width = windows[0].end - windows[0].begin
+    batch = numpy.zeros((len(windows), width), dtype="int64")
+    is_scored = numpy.zeros((len(windows), width - 1), dtype=bool)
+    for row, (_, begin, first, end) in enumerate(windows):
+        batch[row, : end - begin] = tokens[begin:end]
+        is_scored[row, first - begin - 1 : end - begin - 1] = True
+    skipped = int(is_scored.any(axis=0).argmax())
+    device = model.get_input_embeddings().weight.device
+    losses = numpy.zeros(is_scored.shape)
+    losses[:, skipped:] = nll_of_batch(model, torch.from_numpy(batch).to(device), skipped).cpu().numpy()
+    losses[~is_scored] = 0
+    inside = edges[:-1][edges[:-1] < width] - 1
+    bins = numpy.zeros((2, len(edges) - 1))
+    bins[:, : len(inside)] = [numpy.add.reduceat(part.sum(axis=0), inside) for part in (losses, is_scored)]
+    return losses.sum(axis=1).tolist(), bins
+
+
+def score(model, tokens: numpy.ndarray, windows: list[Window]) -> tuple[pandas.DataFrame, pandas.DataFrame]:
+    """Score the windows of an evaluation set, in this process or, where ``torch.distributed`` is initialised, in all of them.
 
     Args:
         model: a causal language model of transformers, in evaluation mode.
         tokens: ``[num_tokens]``
-        window, stride: in tokens, see :func:`rolling_windows`.
+        windows: of :func:`longqlora.protocols.lay_windows`.
+
+    Returns:
+        By window: document, begin, num_scored, nll (summed, in nats). By position: tokens_before (the first of a bin),
+        num_scored, nll.
 
     Raises:
-        ValueError: if a loss is not a number.
+        NonFiniteLogits: if a loss is not a number; the message names the window.
     """
-    sums, counts = [], []
-    device = model.get_input_embeddings().weight.device
-    rows_per_batch = max(1, TOKENS_PER_BATCH // window)
-    windows = list(rolling_windows(len(tokens), window, stride))
-    with tqdm(total=len(windows), unit="window", disable=None) as bar:
-        for (_, scored), same_shape in groupby(windows, key=lambda w: (w[1] - w[0], w[2])):
-            same_shape = list(same_shape)
-            for first in range(0, len(same_shape), rows_per_batch):
-                rows = same_shape[first : first + rows_per_batch]
-                batch = numpy.stack([tokens[begin : end + 1] for begin, end, _ in rows]).astype("int64")  # [b, n + 1]
-                sums.append(nll_of_batch(model, torch.from_numpy(batch).to(device), scored).cpu().numpy())
-                counts.extend([scored] * len(rows))
-                bar.update(len(rows))
-    nll_sums = numpy.concatenate(sums)
-    if not numpy.isfinite(nll_sums).all():
-        raise ValueError(f"window {int(numpy.argmin(numpy.isfinite(nll_sums)))} of {len(nll_sums)}: the loss is not a number")
-    return Perplexity(len(tokens), nll_sums, numpy.array(counts))
+    rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    batches = batches_of(windows)
+    edges = position_edges(max(window.end - window.begin - 1 for window in windows))
+    results = {}
+    for number in tqdm(range(rank, len(batches), world), unit="batch", disable=None):
+        results[number] = score_batch(model, tokens, [windows[index] for index in batches[number]], edges)
+    if world > 1:
+        gathered = [None] * world
+        distributed.all_gather_object(gathered, results)
+        results = {number: result for part in gathered for number, result in part.items()}
+    by_window = pandas.DataFrame(windows, columns=Window._fields)
+    by_window["num_scored"] = by_window["end"] - by_window["first"]
+    sums, bins = numpy.zeros(len(windows)), numpy.zeros((2, len(edges) - 1))
+    for number, batch in enumerate(batches):  # in this order, so that the sums round alike for any number of processes
+        sums[batch] = results[number][0]
+        bins += results[number][1]
+    if not numpy.isfinite(sums).all():
+        index = int(numpy.argmin(numpy.isfinite(sums)))
+        where = f"window {index} of {len(windows)}, tokens {windows[index].begin} to {windows[index].end - 1}"
+        raise NonFiniteLogits(f"{where}: the loss is not a number (NaN or infinite logits)")
+    by_position = pandas.DataFrame({"tokens_before": edges[:-1], "num_scored": bins[1].astype(int), "nll": bins[0]})
+    by_window = by_window.assign(nll=sums)[["document", "begin", "num_scored", "nll"]]
+    return by_window, by_position[by_position["num_scored"] > 0]
+
+
+@contextmanager
+def process_group():
+    """Initialise ``torch.distributed`` where torchrun started this process among others."""
+    if "RANK" not in os.environ:
+        yield
+        return
+    distributed.init_process_group("gloo")  # sums alone are exchanged, also where each process has a GPU
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
 
 
 def evaluate_perplexity(
     *,
-    model_path: str,
-    rope_context: int | None,
-    rope_scaling: str,
+    label: str,
+    dataset_label: str,
+    model: dict,
     tokens_path: str,
+    protocol: str,
     window: int,
     stride: int,
-    precision: str,
     device: str,
+    windows_path: str,
 ) -> dict:
-    """Load a model, score an evaluation set and return the protocol and the result, ready for JSON.
+    """Score a system on an evaluation set; write what each window lost, and return the protocol and the result.
 
     Args:
-        model_path: directory or hub id.
-        rope_context: extend the model's context to this many tokens, untrained; None: as it is.
-        rope_scaling: how, see :func:`longqlora.positions.extend_context`.
-        tokens_path: ``.bin`` file.
-        window, stride: in tokens.
-        precision: see :func:`longqlora.models.load_model`.
+        label, dataset_label: names of the system and of the set, for messages.
+        model: fields of :class:`longqlora.models.EvaluatedModel`.
+        tokens_path: ``.bin`` file, its description beside it.
+        protocol, window, stride: see :func:`longqlora.protocols.lay_windows`.
         device: ``cpu`` or ``cuda``.
+        windows_path: Parquet file to write, a row a window (document, begin, num_scored, nll).
 
     Raises:
         ValueError: if the evaluation set was made with another tokenizer, or is empty; if the model cannot take the window.
+        NonFiniteLogits: naming system, set and window.
     """
-    config = load_config(model_path)
-    if window > getattr(config, "max_seq_len", window):  # ALiBi models make a bias of so many tokens
-        raise ValueError(f"{model_path}: a window of {window} tokens is beyond the {config.max_seq_len} that the model takes")
+    evaluated = EvaluatedModel(**model)
+    config = evaluated.config()
+    is_within_context, context = evaluated.check_window(window), context_of(config)
     check_vocabulary(tokens_path, config.vocab_size)
-    where = find_device(device)
-    model = load_model(
-        model_path, device=where, precision=precision, context_length=rope_context, rope_type=rope_scaling
-    ).eval()
-    result = score(model, read_tokens(tokens_path), window, stride)
+    description = read_description(tokens_path)
+    windows = lay_windows(protocol, description["document_ends"], window, stride)
+    if not is_within_context:
+        log.warning("%s: %d tokens are beyond its context of %d, with no scaling of positions", label, window, context)
+    with process_group():
+        loaded = evaluated.load(find_device(device), window)
+        try:
+            by_window, by_position = score(loaded, read_tokens(tokens_path), windows)
+        except NonFiniteLogits as error:
+            raise NonFiniteLogits(f"{label} on {dataset_label} at {window} tokens: {error}") from None
+    if os.environ.get("RANK", "0") == "0":
+        by_window.to_parquet(windows_path, index=False)
+    stamp = {"protocol": protocol, "window": window, "stride": stride}
+    mean, units = mean_nll(by_window, stamp)
+    num_tokens, num_scored = description["document_ends"][-1], int(by_window["num_scored"].sum())
     return {
-        "window": window,
-        "stride": stride,
-        "precision": precision,
-        "attention": "full",
-        "num_tokens": result.num_tokens,
-        "num_scored": int(result.num_scored.sum()),
-        "num_unscored": result.num_tokens - int(result.num_scored.sum()),
-        "num_windows": len(result.nll_sums),
-        "mean_nll": result.mean_nll,
-        "standard_error": result.standard_error,
-        "perplexity": math.exp(result.mean_nll),
-        "model": model_path,
-        "model_context": context_of(model.config),
+        **stamp,
+        "precision": evaluated.precision,
+        "attention": evaluated.attention,
+        "weights": "adapter on the base" if evaluated.adapter else "model",
+        "num_tokens": num_tokens,
+        "num_scored": num_scored,
+        "num_documents": len(description["document_ends"]),
+        "num_windows": len(windows),
+        "mean_nll": mean.mean,
+        "standard_error": mean.standard_error,
+        "standard_error_units": units,
+        "perplexity": math.exp(mean.mean),
+        "model": evaluated.path,
+        "model_context": context,
+        "is_within_context": is_within_context,
+        "dataset_warning": description.get("warning"),
+        "loss_by_position": by_position.to_dict("list"),
     }

@@ -1,43 +1,70 @@
-"""Plots of perplexity against context length."""
+"""Plots of perplexity, of the loss by position, and of retrieval."""
 
 import pandas
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
+from longqlora.ablations import AXES
 from longqlora.figures import panels_for
-from longqlora.tables import format_perplexity, published_records, read_records
+from longqlora.tables import ablation_cells, format_perplexity, published_records, read_records, read_retrieval
 
 HEADROOM = 1.3  # of the frame above the best system's worst value
 MARKERS = "osD^vP*X"
 
 
-def frame_top(cells: pandas.DataFrame) -> float:
-    """Upper edge of a panel: at each length the best system is well inside; a system that breaks leaves the frame."""
-    return HEADROOM * cells.groupby("context_length")["perplexity"].min().max()
+def frame_top(cells: pandas.DataFrame, x: str = "context_length", value: str = "perplexity") -> float:
+    """Upper edge of a panel: everywhere the best system is well inside; a system that breaks leaves the frame."""
+    return HEADROOM * cells.groupby(x)[value].min().max()
 
 
-def draw_panel(axes, cells: pandas.DataFrame, colours: dict[str, str]) -> None:
-    """One evaluation set: a line a system on a log₂ axis; where a line leaves the frame, its value stands at the edge."""
-    top = frame_top(cells)
-    for number, (label, rows) in enumerate(cells.groupby("label", sort=False)):
-        rows = rows.sort_values("context_length")
-        style = {"linestyle": "--" if label.endswith("(published)") else "-", "marker": MARKERS[number % len(MARKERS)]}
-        axes.plot(rows["context_length"], rows["perplexity"], color=colours[label], markersize=5, label=label, **style)
-    axes.set_ylim(cells["perplexity"].min() * 0.95, top)
-    first = cells["context_length"].min()
-    for length, rows in cells[cells["perplexity"] > top].groupby("context_length"):
-        for line, row in enumerate(rows.sort_values("perplexity", ascending=False).itertuples()):
-            axes.annotate(
-                f"{format_perplexity(row.perplexity)} ↑", (length, top), xytext=(-4 if length == first else 4, -4 - 12 * line),
-                textcoords="offset points", ha="left" if length == first else "right", va="top", fontsize=8,
-                color=colours[row.label], bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-            )  # fmt: skip
+def powers_of_two(axes, values) -> None:
+    """A log₂ axis with a tick at each value, written out."""
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(sorted(cells["context_length"].unique())))
+    axes.xaxis.set_major_locator(FixedLocator(sorted(values)))
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("context length (tokens)")
-    axes.set_title(cells["dataset_label"].iloc[0])
     axes.grid(alpha=0.3)
+
+
+def draw_panel(axes, cells: pandas.DataFrame, colours: dict[str, str], x: str = "context_length") -> None:
+    """One evaluation set: a line a label on a log₂ axis; where a line leaves the frame, its value stands at the edge."""
+    top = frame_top(cells, x)
+    for number, (label, rows) in enumerate(cells.groupby("label", sort=False)):
+        rows = rows.sort_values(x)
+        style = {"linestyle": "--" if label.endswith("(published)") else "-", "marker": MARKERS[number % len(MARKERS)]}
+        errors = rows.get("standard_error", pandas.Series(dtype=float)).reindex(rows.index).astype(float).fillna(0)
+        axes.errorbar(
+            rows[x], rows["perplexity"], yerr=rows["perplexity"] * errors, color=colours[label], markersize=5, label=label,
+            elinewidth=0.8, capsize=2, **style,
+        )  # fmt: skip
+    axes.set_ylim(cells["perplexity"].min() * 0.95, top)
+    first = cells[x].min()
+    for place, rows in cells[cells["perplexity"] > top].groupby(x):
+        for line, row in enumerate(rows.sort_values("perplexity", ascending=False).itertuples()):
+            axes.annotate(
+                f"{format_perplexity(row.perplexity)} ↑", (place, top), xytext=(-4 if place == first else 4, -4 - 12 * line),
+                textcoords="offset points", ha="left" if place == first else "right", va="top", fontsize=8,
+                color=colours[row.label], bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+            )  # fmt: skip
+    powers_of_two(axes, cells[x].unique())
+    axes.set_title(cells["dataset_label"].iloc[0])
+
+
+def draw_panels(cells: pandas.DataFrame, outputs: list[str], x: str, x_label: str) -> None:
+    """A panel an evaluation set, a line a label, one legend below."""
+    datasets = cells["dataset_label"].unique()
+    colours = {label: f"C{number % 10}" for number, label in enumerate(cells["label"].unique())}
+    with panels_for(outputs, (5 * len(datasets), 4.2), len(datasets)) as panels:
+        for axes, dataset in zip(panels, datasets, strict=True):
+            draw_panel(axes, cells[cells["dataset_label"] == dataset], colours, x)
+            axes.set_xlabel(x_label)
+        panels[0].set_ylabel("perplexity (± standard error)")
+        share_legend(panels)
+
+
+def share_legend(panels) -> None:
+    """One legend below all panels."""
+    handles, labels = panels[0].get_legend_handles_labels()
+    panels[0].figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
 
 
 def plot_perplexity(records: list[str], published: list[dict], outputs: list[str]) -> None:
@@ -49,11 +76,86 @@ def plot_perplexity(records: list[str], published: list[dict], outputs: list[str
         outputs: image files, the format by their suffix.
     """
     cells = pandas.concat([read_records(records), published_records(published)], ignore_index=True)
-    datasets = cells["dataset_label"].unique()
-    colours = {label: f"C{number % 10}" for number, label in enumerate(cells["label"].unique())}
+    draw_panels(cells, outputs, "context_length", "context length (tokens)")
+
+
+def plot_ablation(records: list[str], ablation: dict, outputs: list[str]) -> None:
+    """Draw the perplexity of a grid: against its first axis, a line a context length, if that is a number; else against the
+    context length, a line a combination.
+
+    Args:
+        records: paths of JSON records.
+        ablation: label, axes and rows, see :func:`longqlora.ablations.add_ablations`.
+        outputs: image files, the format by their suffix.
+    """
+    cells = ablation_cells(records, ablation)
+    first, *others = ablation["axes"]
+    if not pandas.api.types.is_numeric_dtype(cells[first]):
+        draw_panels(cells, outputs, "context_length", "context length (tokens)")
+        return
+    cells["label"] = [
+        ", ".join([f"{row['context_length']} tokens", *(f"{AXES[axis]} {row[axis]}".replace("_", " ") for axis in others)])
+        for _, row in cells.iterrows()
+    ]
+    draw_panels(cells, outputs, first, AXES[first])
+
+
+def plot_loss_by_position(records: list[str], csv: str, outputs: list[str]) -> None:
+    """Draw the mean loss against the position in the window, at the longest context length, one panel an evaluation set.
+
+    Args:
+        records: paths of JSON records.
+        csv: path to write the means of all context lengths to.
+        outputs: image files, the format by their suffix.
+    """
+    cells = read_records(records)
+    named = ["label", "dataset_label", "context_length"]
+    losses = pandas.concat(
+        [
+            pandas.DataFrame(cell["loss_by_position"]).assign(**{name: cell[name] for name in named})
+            for _, cell in cells.iterrows()
+        ]
+    )
+    losses["mean_nll"] = losses["nll"] / losses["num_scored"]
+    losses[[*named, "tokens_before", "num_scored", "mean_nll"]].to_csv(csv, index=False)
+    losses = losses[losses["context_length"] == losses["context_length"].max()]
+    datasets = losses["dataset_label"].unique()
     with panels_for(outputs, (5 * len(datasets), 4.2), len(datasets)) as panels:
         for axes, dataset in zip(panels, datasets, strict=True):
-            draw_panel(axes, cells[cells["dataset_label"] == dataset], colours)
-        panels[0].set_ylabel("perplexity")
-        handles, labels = panels[0].get_legend_handles_labels()
-        panels[0].figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+            here = losses[losses["dataset_label"] == dataset]
+            for label, rows in here.groupby("label", sort=False):
+                axes.plot(rows["tokens_before"], rows["mean_nll"], label=label)
+            late = here[here["tokens_before"] >= here["tokens_before"].max() / 16]
+            highest = here.groupby("tokens_before")["mean_nll"].min().max()
+            axes.set_ylim(0.95 * late["mean_nll"].min(), 1.05 * max(highest, frame_top(late, "tokens_before", "mean_nll")))
+            powers_of_two(axes, [2**power for power in range(int(here["tokens_before"].max()).bit_length())])
+            axes.set_xlabel("tokens before it in the window")
+            axes.set_title(f"{dataset}, {here['context_length'].iloc[0]} tokens")
+        panels[0].set_ylabel("mean negative log-likelihood (nats)")
+        share_legend(panels)
+
+
+def plot_retrieval(records: list[str], outputs: list[str]) -> None:
+    """Draw retrieval accuracy as heat maps of context length and depth: a column a system, a row a task.
+
+    Args:
+        records: paths of JSON records of retrieval.
+        outputs: image files, the format by their suffix.
+    """
+    cells = read_retrieval(records)
+    systems, tasks = cells["label"].unique(), cells["task"].unique()
+    with panels_for(outputs, (2.1 * len(systems) + 1, 2.4 * len(tasks) + 0.6), len(systems), rows=len(tasks)) as panels:
+        for number, axes in enumerate(panels):
+            task, system = tasks[number // len(systems)], systems[number % len(systems)]
+            here = cells[(cells["task"] == task) & (cells["label"] == system)]
+            table = here.pivot(index="depth", columns="context_length", values="accuracy")
+            image = axes.imshow(table, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            for row, shares in enumerate(table.to_numpy()):
+                for column, share in enumerate(shares):
+                    axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8)
+            axes.set_xticks(range(table.shape[1]), table.columns)
+            axes.set_yticks(range(table.shape[0]), [f"{depth:.0%}" for depth in table.index])
+            axes.set_title(system if number < len(systems) else "", fontsize=9)
+            axes.set_ylabel(f"{task.replace('_', ' ')}\ndepth" if number % len(systems) == 0 else "")
+            axes.set_xlabel("context length (tokens)" if number >= len(systems) * (len(tasks) - 1) else "")
+        panels[0].figure.colorbar(image, ax=panels, label="found")

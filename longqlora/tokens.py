@@ -93,6 +93,14 @@ def write_tokens(path: str | Path, documents: Iterable[list[int]], *, vocab_size
     return description
 
 
+def read_description(path: str | Path) -> dict:
+    """What is known of a token file; one with no description beside it is a single document in LongLoRA's uint16."""
+    described = description_path(path)
+    if described.exists():
+        return json.loads(described.read_text())
+    return {"dtype": "uint16", "document_ends": [Path(path).stat().st_size // 2]}
+
+
 def read_tokens(path: str | Path) -> numpy.ndarray:
     """Map a token file into memory: ``[num_tokens]``, read-only.
 
@@ -101,15 +109,18 @@ def read_tokens(path: str | Path) -> numpy.ndarray:
     Raises:
         ValueError: if the file is empty, no whole number of ids, or not as long as its description says.
     """
-    described = description_path(path)
-    description = json.loads(described.read_text()) if described.exists() else {"dtype": "uint16"}
+    description = read_description(path)
     dtype, num_bytes = DTYPES[description["dtype"]], Path(path).stat().st_size
-    if num_bytes == 0 or num_bytes % dtype.itemsize:
+    if num_bytes == 0:
+        raise ValueError(f"{path}: the file is empty, expected a stream of {description['dtype']} token ids")
+    if num_bytes % dtype.itemsize:
         raise ValueError(
-            f"{path}: {num_bytes} bytes are not a stream of {description['dtype']} token ids, {dtype.itemsize} bytes each"
+            f"{path}: {num_bytes} bytes are not a stream of {description['dtype']} token ids, {dtype.itemsize} bytes each; "
+            "it is cut off, or no file of token ids"
         )
     tokens = numpy.memmap(path, dtype=dtype, mode="r")
     if len(tokens) != description.get("num_tokens", len(tokens)):
+        described = description_path(path)
         raise ValueError(f"{path}: {len(tokens)} tokens, where {described} says {description['num_tokens']}")
     return tokens
 

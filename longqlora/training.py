@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -225,10 +226,15 @@ def train(
 
     Raises:
         ValueError: before weights are loaded, if the model cannot be extended and trained so (the message names both values),
-            the data were made with another tokenizer, or they cannot be packed as the settings ask.
+            the data were made with another tokenizer, or cannot be packed as the settings ask; if DeepSpeed is missing.
         NonFiniteLoss, Interrupted, MemoryError, OSError: if the training or the writing of a checkpoint fails; see
             :mod:`longqlora.resuming`.
     """
+    if settings["zero_stage"] and not find_spec("deepspeed"):
+        stage = settings["zero_stage"]
+        raise ValueError(
+            f"training.zero_stage {stage} needs DeepSpeed, which is not installed: pip install deepspeed, or zero_stage: 0"
+        )
     where = find_device(device)
     config = AutoConfig.from_pretrained(base_model)
     problems = list(extension_problems(config.to_dict(), context_length, settings))

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from longqlora.launching import deepspeed_config, launch
 from longqlora.models import autocast_dtype
 from longqlora.tokens import tokenize_documents
+from longqlora.training import train
 
 needs_deepspeed = pytest.mark.skipif(
     not find_spec("deepspeed") or not shutil.which("g++"), reason="needs deepspeed, which compiles with g++"
@@ -39,11 +40,16 @@ def arguments(inputs, output, **settings) -> dict:
     return inputs | places | context | {"settings": STEPS | settings}
 
 
+def train_in_processes(**asked) -> dict:
+    settings = asked["settings"]
+    return launch(train, threads=2, num_processes=settings["num_processes"], by_torchrun=settings["zero_stage"] > 0, **asked)
+
+
 @pytest.fixture(scope="module")
 def single(inputs, tmp_path_factory):
     """One process with twice the batch: its card and its adapter."""
     output = tmp_path_factory.mktemp("single") / "adapter"
-    return launch(**arguments(inputs, output, batch_size=2)), load_file(output / "adapter_model.safetensors")
+    return train_in_processes(**arguments(inputs, output, batch_size=2)), load_file(output / "adapter_model.safetensors")
 
 
 def assert_equal_to(single, card: dict, output: Path) -> None:
@@ -68,7 +74,7 @@ def assert_equal_to(single, card: dict, output: Path) -> None:
     ids=["no DeepSpeed", "ZeRO-2, offloaded", "ZeRO-3, offloaded"],
 )
 def test_two_processes_train_what_one_trains_with_twice_the_batch(inputs, single, tmp_path, settings):
-    card = launch(threads=2, **arguments(inputs, tmp_path / "adapter", num_processes=2, **settings))
+    card = train_in_processes(**arguments(inputs, tmp_path / "adapter", num_processes=2, **settings))
     assert_equal_to(single, card, tmp_path / "adapter")
     assert not (tmp_path / "adapter" / "training_args.bin").exists()
 
@@ -79,7 +85,8 @@ def test_two_processes_train_what_one_trains_with_twice_the_batch(inputs, single
 def test_two_processes_that_are_killed_resume(inputs, single, tmp_path, settings):
     output = tmp_path / "adapter"
     asked = arguments(inputs, output, num_processes=2, **settings)
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from longqlora.launching import launch; launch(**{asked!r})"
+    started = f"from test_launching import train_in_processes; train_in_processes(**{asked!r})"
+    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; {started}"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, start_new_session=True)
     deadline = time.monotonic() + 240
@@ -87,7 +94,7 @@ def test_two_processes_that_are_killed_resume(inputs, single, tmp_path, settings
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)  # handed on to both: they end together, with a checkpoint
     process.wait(timeout=120)
-    card = launch(threads=2, **asked)
+    card = train_in_processes(**asked)
     assert card["resumed_from_step"] >= 2
     assert_equal_to(single, card, output)
 
@@ -95,22 +102,22 @@ def test_two_processes_that_are_killed_resume(inputs, single, tmp_path, settings
 def test_accumulated_batches_of_different_lengths_weigh_by_their_tokens(inputs, tmp_path):
     """The short last window has fewer tokens: one batch of four and four batches of one learn the same."""
     settings = {"steps": 20, "checkpoint_steps": 100}
-    big = launch(**arguments(inputs, tmp_path / "big", batch_size=4, gradient_accumulation=1, **settings))
-    small = launch(**arguments(inputs, tmp_path / "small", batch_size=1, gradient_accumulation=4, **settings))
+    big = train_in_processes(**arguments(inputs, tmp_path / "big", batch_size=4, gradient_accumulation=1, **settings))
+    small = train_in_processes(**arguments(inputs, tmp_path / "small", batch_size=1, gradient_accumulation=4, **settings))
     for row, reference in zip(small["trace"], big["trace"], strict=True):
         assert row["loss"] == pytest.approx(reference["loss"], abs=TOLERANCE)
 
 
 def test_a_failing_process_is_an_error(inputs, tmp_path):
     asked = arguments(inputs, tmp_path / "adapter", num_processes=2) | {"context_length": 32}
-    with pytest.raises(RuntimeError, match="one of 2 training processes failed"):
-        launch(**asked)
+    with pytest.raises(RuntimeError, match="one of 2 processes failed"):
+        train_in_processes(**asked)
 
 
 def test_deepspeed_that_is_missing_is_named(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("longqlora.launching.find_spec", lambda name: None)
+    monkeypatch.setattr("longqlora.training.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="zero_stage 2 needs DeepSpeed, which is not installed: pip install"):
-        launch(**arguments(inputs, tmp_path / "adapter", zero_stage=2))
+        train(**arguments(inputs, tmp_path / "adapter", zero_stage=2))
 
 
 def test_the_configuration_of_deepspeed_shards_and_offloads_what_the_stage_says():

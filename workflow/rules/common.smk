@@ -5,7 +5,16 @@ import os
 import yaml
 from snakemake.exceptions import WorkflowError
 
-from longqlora.experiment import ConfigError, corpus_shards, is_hub_model, is_local, load_experiment, sample_shares
+from longqlora.experiment import (
+    ConfigError,
+    corpus_shards,
+    evaluated_model,
+    is_hub_model,
+    is_local,
+    load_experiment,
+    sample_shares,
+)
+from longqlora.protocols import stride_of
 from longqlora.provenance import code_of as files_behind
 
 ROOT = Path(workflow.basedir)
@@ -18,13 +27,18 @@ except ConfigError as error:
 RESULTS = f"results/{experiment['experiment']}"
 BASE_MODEL = experiment["base_model"]["path"]
 TOKENIZER = experiment["base_model"]["tokenizer"]
-SYSTEMS = experiment["systems"]
+SYSTEMS = experiment["systems"]  # the rows of the table, and the cells of the ablations
+ROWS = experiment["rows"]
 TRAINED = [name for name, system in SYSTEMS.items() if "training" in system]
+TRAINED_ROWS = [name for name in ROWS if name in TRAINED]
 WHOLE = [name for name in TRAINED if SYSTEMS[name]["training"]["method"] == "full"]  # nothing to merge
 ADAPTED = [name for name in TRAINED if name not in WHOLE]
-CHAT = [name for name in TRAINED if SYSTEMS[name]["training"]["data"] == "sft"]
-DATASETS = experiment["evaluation"]["datasets"]
-LENGTHS = experiment["evaluation"]["lengths"]
+CHAT = [name for name in ROWS if name in TRAINED and SYSTEMS[name]["training"]["data"] == "sft"]
+EVALUATION = experiment["evaluation"]
+DATASETS = EVALUATION["datasets"]
+LENGTHS = EVALUATION["lengths"]
+RETRIEVAL = experiment["retrieval"]
+ABLATIONS = experiment["ablations"]
 CORPUS = experiment.get("corpus", {"sources": []})
 SHARDS = corpus_shards(CORPUS["sources"])
 SFT = experiment.get("sft", {"sources": []})
@@ -40,6 +54,7 @@ def one_of(names):
 wildcard_constraints:
     system=one_of(SYSTEMS),
     dataset=one_of(DATASETS),
+    ablation=one_of(ABLATIONS),
     shard=one_of(SHARDS),
     length=r"\d+",
 
@@ -70,10 +85,15 @@ def base_model(wildcards, input):
     return str(input.base_model or BASE_MODEL)
 
 
-def evaluated_model(wildcards):
-    """The model that training made of a system, its published model, or the base."""
-    system = wildcards.system
-    return f"{RESULTS}/models/{system}" if system in TRAINED else SYSTEMS[system]["model"]
+def model_of(wildcards):
+    """What a system is evaluated as: the model that training made of it, its adapter on the base, its published model, the base."""
+    return evaluated_model(experiment, wildcards.system)
+
+
+def local_parts(wildcards):
+    """The folders of this machine that a system is evaluated from."""
+    model = model_of(wildcards)
+    return [path for path in (model["path"], model.get("adapter")) if path and not is_hub_model(path)]
 
 
 def has_own_tokenizer(wildcards):
@@ -82,11 +102,10 @@ def has_own_tokenizer(wildcards):
 
 
 def evaluation_tokens(wildcards):
-    """The evaluation set as the system's tokenizer encodes it."""
+    """The evaluation set as the system's tokenizer encodes it; for retrieval, the set that the filler is taken from."""
     made = rules.retokenize_evaluation_set if has_own_tokenizer(wildcards) else rules.prepare_evaluation_set
-    return {"tokens": made.output.tokens, "description": made.output.description}
-
-
-def untrained_context(wildcards):
-    """The context to which a system's positions are interpolated at evaluation; a merged model has its own inside."""
-    return None if wildcards.system in TRAINED else SYSTEMS[wildcards.system].get("context_length")
+    dataset = getattr(wildcards, "dataset", RETRIEVAL["filler"])
+    return {
+        name: str(getattr(made.output, name)).format(system=wildcards.system, dataset=dataset)
+        for name in ("tokens", "description")
+    }

@@ -1,39 +1,71 @@
-# One small JSON record per cell of the table: {system, dataset, length}.
+# One small JSON record per cell of the tables: perplexity of {system, dataset, length}, retrieval of {system, length}.
 
 
 rule evaluate_perplexity:
     input:
         unpack(evaluation_tokens),
-        model=lambda wildcards: local_model(evaluated_model(wildcards)),
+        model=local_parts,
         code=code_of("evaluate_perplexity"),
     output:
         record=f"{RESULTS}/perplexity/{{system}}/{{dataset}}/{{length}}.json",
+        windows=f"{RESULTS}/perplexity/{{system}}/{{dataset}}/{{length}}.parquet",
     log:
         f"{RESULTS}/logs/evaluate_perplexity/{{system}}/{{dataset}}/{{length}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/evaluate_perplexity/{{system}}/{{dataset}}/{{length}}.tsv"
     conda:
         "../../environment.yml"
-    threads: 1
+    threads: 1 if GPUS else EVALUATION["num_processes"]
     resources:
-        gpu=GPUS,
+        gpu=GPUS * EVALUATION["num_processes"],
     params:
         label=lambda wildcards: SYSTEMS[wildcards.system]["label"],
         dataset_label=lambda wildcards: DATASETS[wildcards.dataset]["label"],
-        model=evaluated_model,
+        model=model_of,
         has_own_tokenizer=has_own_tokenizer,
-        rope_context=untrained_context,
-        rope_scaling=lambda wildcards: SYSTEMS[wildcards.system]["rope_scaling"],
-        stride=lambda wildcards: experiment["evaluation"]["stride"] or int(wildcards.length),
-        precision=experiment["evaluation"]["precision"],
+        protocol=EVALUATION["protocol"],
+        stride=lambda wildcards: stride_of(EVALUATION["protocol"], int(wildcards.length), EVALUATION["stride"]),
+        num_processes=EVALUATION["num_processes"],
         device=experiment["device"],
     script:
         "../scripts/evaluate_perplexity.py"
 
 
+rule evaluate_retrieval:
+    input:
+        unpack(evaluation_tokens),
+        model=local_parts,
+        tokenizer=lambda wildcards: local_model(SYSTEMS[wildcards.system]["tokenizer"]),
+        code=code_of("evaluate_retrieval"),
+    output:
+        record=f"{RESULTS}/retrieval/{{system}}/{{length}}.json",
+    log:
+        f"{RESULTS}/logs/evaluate_retrieval/{{system}}/{{length}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/evaluate_retrieval/{{system}}/{{length}}.tsv"
+    conda:
+        "../../environment.yml"
+    resources:
+        gpu=GPUS,
+    params:
+        label=lambda wildcards: SYSTEMS[wildcards.system]["label"],
+        model=model_of,
+        tokenizer=lambda wildcards: SYSTEMS[wildcards.system]["tokenizer"],
+        settings={key: RETRIEVAL[key] for key in ("tasks", "depths", "samples")},
+        seed=experiment["seed"],
+        device=experiment["device"],
+    script:
+        "../scripts/evaluate_retrieval.py"
+
+
 rule evaluate:
     input:
-        expand(rules.evaluate_perplexity.output.record, system=SYSTEMS, dataset=DATASETS, length=LENGTHS),
+        perplexity=expand(rules.evaluate_perplexity.output.record, system=ROWS, dataset=DATASETS, length=LENGTHS),
+        retrieval=(
+            expand(rules.evaluate_retrieval.output.record, system=ROWS, length=RETRIEVAL["lengths"])
+            if RETRIEVAL["tasks"]
+            else []
+        ),
     localrule: True
 
 

@@ -1,14 +1,22 @@
 # The records as tables and as plots; no model is needed here.
 
 
+def windows_beside(records):
+    """What each window lost, beside the records of perplexity."""
+    return [str(record).replace(".json", ".parquet") for record in records]
+
+
 rule render_table:
     input:
-        records=rules.evaluate.input,
+        records=rules.evaluate.input.perplexity,
+        windows=windows_beside(rules.evaluate.input.perplexity),
+        retrieval=rules.evaluate.input.retrieval,
         code=code_of("render_table"),
     output:
         csv=f"{RESULTS}/tables/perplexity.csv",
         markdown=f"{RESULTS}/tables/perplexity.md",
         latex=f"{RESULTS}/tables/perplexity.tex",
+        differences=f"{RESULTS}/tables/differences.csv",
     log:
         f"{RESULTS}/logs/render_table.log",
     benchmark:
@@ -23,7 +31,7 @@ rule render_table:
 
 rule plot_perplexity:
     input:
-        records=rules.evaluate.input,
+        records=rules.evaluate.input.perplexity,
         code=code_of("plot_perplexity"),
     output:
         png=f"{RESULTS}/plots/perplexity.png",
@@ -40,9 +48,46 @@ rule plot_perplexity:
         "../scripts/plot_perplexity.py"
 
 
+rule plot_loss_by_position:
+    input:
+        records=rules.evaluate.input.perplexity,
+        code=code_of("plot_loss_by_position"),
+    output:
+        csv=f"{RESULTS}/tables/loss_by_position.csv",
+        png=f"{RESULTS}/plots/loss_by_position.png",
+        svg=f"{RESULTS}/plots/loss_by_position.svg",
+    log:
+        f"{RESULTS}/logs/plot_loss_by_position.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/plot_loss_by_position.tsv"
+    conda:
+        "../../environment.yml"
+    script:
+        "../scripts/plot_loss_by_position.py"
+
+
+rule report_retrieval:
+    input:
+        records=rules.evaluate.input.retrieval,
+        code=code_of("report_retrieval"),
+    output:
+        csv=f"{RESULTS}/tables/retrieval.csv",
+        markdown=f"{RESULTS}/tables/retrieval.md",
+        png=f"{RESULTS}/plots/retrieval.png",
+        svg=f"{RESULTS}/plots/retrieval.svg",
+    log:
+        f"{RESULTS}/logs/report_retrieval.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/report_retrieval.tsv"
+    conda:
+        "../../environment.yml"
+    script:
+        "../scripts/report_retrieval.py"
+
+
 rule plot_loss:
     input:
-        cards=expand(f"{RESULTS}/training/{{system}}.json", system=TRAINED),
+        cards=expand(f"{RESULTS}/training/{{system}}.json", system=TRAINED_ROWS),
         code=code_of("plot_loss"),
     output:
         csv=f"{RESULTS}/tables/loss.csv",
@@ -55,13 +100,50 @@ rule plot_loss:
     conda:
         "../../environment.yml"
     params:
-        labels=[SYSTEMS[system]["label"] for system in TRAINED],
+        labels=[SYSTEMS[system]["label"] for system in TRAINED_ROWS],
     script:
         "../scripts/plot_loss.py"
+
+
+def ablation_records(wildcards):
+    """The cells of a grid."""
+    cells = ABLATIONS[wildcards.ablation]["rows"]
+    return expand(rules.evaluate_perplexity.output.record, system=cells, dataset=DATASETS, length=LENGTHS)
+
+
+rule report_ablation:
+    input:
+        records=ablation_records,
+        windows=lambda wildcards: windows_beside(ablation_records(wildcards)),
+        code=code_of("report_ablation"),
+    output:
+        csv=f"{RESULTS}/tables/ablations/{{ablation}}.csv",
+        markdown=f"{RESULTS}/tables/ablations/{{ablation}}.md",
+        latex=f"{RESULTS}/tables/ablations/{{ablation}}.tex",
+        png=f"{RESULTS}/plots/ablations/{{ablation}}.png",
+        svg=f"{RESULTS}/plots/ablations/{{ablation}}.svg",
+    log:
+        f"{RESULTS}/logs/report_ablation/{{ablation}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/report_ablation/{{ablation}}.tsv"
+    conda:
+        "../../environment.yml"
+    params:
+        ablation=lambda wildcards: ABLATIONS[wildcards.ablation],
+    script:
+        "../scripts/report_ablation.py"
+
+
+rule ablations:
+    input:
+        expand(rules.report_ablation.output, ablation=ABLATIONS),
+    localrule: True
 
 
 rule perplexity_report:
     input:
         rules.render_table.output,
         rules.plot_perplexity.output,
+        rules.plot_loss_by_position.output,
+        rules.report_retrieval.output if RETRIEVAL["tasks"] else [],
     localrule: True

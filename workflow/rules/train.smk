@@ -77,5 +77,5 @@ rule merge_adapter:
 
 rule train:
     input:
-        expand(f"{RESULTS}/models/{{system}}", system=TRAINED),
+        expand(f"{RESULTS}/models/{{system}}", system=TRAINED_ROWS),
     localrule: True

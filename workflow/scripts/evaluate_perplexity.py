@@ -1,7 +1,7 @@
 """Measure one cell of the table: the perplexity of a system on an evaluation set at a context length.
 
-Reads a model and a token stream; writes a JSON record of the protocol and the result. Fails when the stream was made with
-another tokenizer, or a loss is not a number.
+Reads a model and a token stream; writes a JSON record of the protocol and the result, and what each window lost (Parquet).
+Fails when the stream was made with another tokenizer, or a loss is not a number.
 """
 
 import json
@@ -9,19 +9,24 @@ from pathlib import Path
 
 from longqlora.joblog import job_log
 
+from longqlora.launching import launch
 from longqlora.perplexity import evaluate_perplexity
 from longqlora.provenance import digest_of_files, digest_of_values
 
 with job_log(snakemake.log[0]):
-    result = evaluate_perplexity(
-        model_path=snakemake.params.model,
-        rope_context=snakemake.params.rope_context,
-        rope_scaling=snakemake.params.rope_scaling,
+    result = launch(
+        evaluate_perplexity,
+        num_processes=snakemake.params.num_processes,
+        threads=snakemake.threads,
+        label=snakemake.params.label,
+        dataset_label=snakemake.params.dataset_label,
+        model=snakemake.params.model,
         tokens_path=snakemake.input.tokens,
+        protocol=snakemake.params.protocol,
         window=int(snakemake.wildcards.length),
         stride=snakemake.params.stride,
-        precision=snakemake.params.precision,
         device=snakemake.params.device,
+        windows_path=snakemake.output.windows,
     )
     cell = {
         "system": snakemake.wildcards.system,

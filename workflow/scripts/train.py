@@ -12,10 +12,15 @@ from pathlib import Path
 from longqlora.joblog import job_log
 
 from longqlora.launching import launch
+from longqlora.training import train
 
 with job_log(snakemake.log[0]):
+    settings = snakemake.params.settings
     card = launch(
+        train,
+        num_processes=settings["num_processes"],
         threads=snakemake.threads,
+        by_torchrun=settings["zero_stage"] > 0,
         label=snakemake.params.label,
         base_model=snakemake.params.base_model,
         data=snakemake.input.data,
@@ -24,7 +29,7 @@ with job_log(snakemake.log[0]):
         work=snakemake.params.work,
         context_length=snakemake.params.context_length,
         rope_type=snakemake.params.rope_scaling,
-        settings=snakemake.params.settings,
+        settings=settings,
         seed=snakemake.params.seed,
         device=snakemake.params.device,
     )

@@ -1,0 +1,91 @@
+"""Retrieval accuracy of a system at a context length: what it finds again, by task and by depth in the text."""
+
+import logging
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, GenerationConfig
+
+from longqlora.models import EvaluatedModel, find_device
+from longqlora.needles import Prompt, prompts_of, score_answer
+from longqlora.tokens import read_tokens
+
+log = logging.getLogger(__name__)
+
+TOKENS_PER_BATCH = 8192  # of the prompts that are answered at once
+
+
+@torch.inference_mode()
+def answer(model, tokenizer, prompts: list[Prompt], max_new_tokens: int) -> list[float]:
+    """Let a model continue prompts of equal length, greedily, and score each.
+
+    Args:
+        model: a causal language model of transformers, in evaluation mode.
+        tokenizer: of the model.
+        prompts: all of the same number of tokens.
+        max_new_tokens: longest answer.
+
+    Returns:
+        For each prompt the share of its answers that were found.
+    """
+    device = model.get_input_embeddings().weight.device
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        use_cache=model.config._attn_implementation == "sdpa",  # sparse attention takes no cache
+    )
+    length = len(prompts[0].ids)
+    rows, scores = max(1, TOKENS_PER_BATCH // length), []
+    for first in range(0, len(prompts), rows):
+        batch = prompts[first : first + rows]
+        ids = torch.tensor([prompt.ids for prompt in batch], device=device)
+        new = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)[:, length:].tolist()
+        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        scores += [score_answer(*given) for given in zip(batch, new, texts, strict=True)]
+    return scores
+
+
+def evaluate_retrieval(
+    *, model: dict, tokenizer: str, filler: str, tasks: list[str], length: int, depths: list[float], samples: int, seed: int,
+    device: str,
+) -> dict:  # fmt: skip
+    """Ask a system all questions of a context length.
+
+    Args:
+        model: fields of :class:`longqlora.models.EvaluatedModel`.
+        tokenizer: directory or hub id.
+        filler: ``.bin`` file of an evaluation set.
+        tasks: of :data:`longqlora.needles.TASKS`.
+        length: tokens of a prompt and its answer.
+        depths: where the needles lie, 0 to 1.
+        samples: prompts of each task and depth.
+        seed: of the experiment.
+        device: ``cpu`` or ``cuda``.
+
+    Returns:
+        The protocol; by task and depth the share of answers found (``cells``); and their mean (``accuracy``).
+
+    Raises:
+        ValueError: if the length is too short for a task, or the model cannot take it.
+    """
+    evaluated = EvaluatedModel(**model)
+    is_within_context = evaluated.check_window(length)
+    pieces, tokens = AutoTokenizer.from_pretrained(tokenizer), read_tokens(filler)
+    drawing = {"length": length, "samples": samples, "filler": tokens, "tokenizer": pieces, "seed": seed}
+    asked = {(task, depth): prompts_of(task, depth=depth, **drawing) for task in tasks for depth in depths}
+    loaded, cells = evaluated.load(find_device(device), length), []
+    for (task, depth), (prompts, max_new_tokens) in tqdm(asked.items(), unit="cell", disable=None):
+        scores = answer(loaded, pieces, prompts, max_new_tokens)
+        cells.append({"task": task, "depth": depth, "accuracy": sum(scores) / len(scores), "samples": len(scores)})
+        log.info("%d tokens, %s at depth %g: %.0f %% found", length, task, depth, 100 * cells[-1]["accuracy"])
+    return {
+        "precision": evaluated.precision,
+        "attention": evaluated.attention,
+        "model": evaluated.path,
+        "is_within_context": is_within_context,
+        "seed": seed,
+        "cells": cells,
+        "accuracy": sum(cell["accuracy"] for cell in cells) / len(cells),
+    }
