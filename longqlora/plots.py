@@ -1,5 +1,9 @@
 """Plots of perplexity, of the loss by position, and of retrieval."""
 
+import math
+from contextlib import contextmanager
+from textwrap import wrap
+
 import pandas
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
@@ -7,13 +11,16 @@ from longqlora.ablations import AXES
 from longqlora.figures import panels_for
 from longqlora.tables import ablation_cells, format_perplexity, published_records, read_records, read_retrieval
 
-HEADROOM = 1.3  # of the frame above the best system's worst value
+BROKEN = 2  # times the best value: what is above it may leave the frame
+HEADROOM = 1.05  # of the frame above what has to be inside
+INCHES_PER_LABEL = 3  # of a legend
 MARKERS = "osD^vP*X"
 
 
 def frame_top(cells: pandas.DataFrame, x: str = "context_length", value: str = "perplexity") -> float:
-    """Upper edge of a panel: everywhere the best system is well inside; a system that breaks leaves the frame."""
-    return HEADROOM * cells.groupby(x)[value].min().max()
+    """Upper edge of a panel: every system is inside it except where it breaks."""
+    best = cells.groupby(x)[value].transform("min")
+    return HEADROOM * cells.loc[cells[value] <= BROKEN * best, value].max()
 
 
 def powers_of_two(axes, values) -> None:
@@ -53,18 +60,22 @@ def draw_panels(cells: pandas.DataFrame, outputs: list[str], x: str, x_label: st
     """A panel an evaluation set, a line a label, one legend below."""
     datasets = cells["dataset_label"].unique()
     colours = {label: f"C{number % 10}" for number, label in enumerate(cells["label"].unique())}
-    with panels_for(outputs, (5 * len(datasets), 4.2), len(datasets)) as panels:
+    with panels_with_legend(outputs, len(datasets), len(colours)) as panels:
         for axes, dataset in zip(panels, datasets, strict=True):
             draw_panel(axes, cells[cells["dataset_label"] == dataset], colours, x)
             axes.set_xlabel(x_label)
         panels[0].set_ylabel("perplexity (± standard error)")
-        share_legend(panels)
 
 
-def share_legend(panels) -> None:
-    """One legend below all panels."""
-    handles, labels = panels[0].get_legend_handles_labels()
-    panels[0].figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+@contextmanager
+def panels_with_legend(outputs: list[str], num_panels: int, num_labels: int):
+    """Axes side by side, and below them one legend of what was drawn in the first."""
+    width = max(7, 5 * num_panels)
+    columns = min(num_labels, int(width / INCHES_PER_LABEL))
+    with panels_for(outputs, (width, 4 + 0.25 * math.ceil(num_labels / columns)), num_panels) as panels:
+        yield panels
+        handles, labels = panels[0].get_legend_handles_labels()
+        panels[0].figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def plot_perplexity(records: list[str], published: list[dict], outputs: list[str]) -> None:
@@ -120,19 +131,17 @@ def plot_loss_by_position(records: list[str], csv: str, outputs: list[str]) -> N
     losses[[*named, "tokens_before", "num_scored", "mean_nll"]].to_csv(csv, index=False)
     losses = losses[losses["context_length"] == losses["context_length"].max()]
     datasets = losses["dataset_label"].unique()
-    with panels_for(outputs, (5 * len(datasets), 4.2), len(datasets)) as panels:
+    with panels_with_legend(outputs, len(datasets), losses["label"].nunique()) as panels:
         for axes, dataset in zip(panels, datasets, strict=True):
             here = losses[losses["dataset_label"] == dataset]
             for label, rows in here.groupby("label", sort=False):
                 axes.plot(rows["tokens_before"], rows["mean_nll"], label=label)
-            late = here[here["tokens_before"] >= here["tokens_before"].max() / 16]
-            highest = here.groupby("tokens_before")["mean_nll"].min().max()
-            axes.set_ylim(0.95 * late["mean_nll"].min(), 1.05 * max(highest, frame_top(late, "tokens_before", "mean_nll")))
+            late = here[here["tokens_before"] >= here["tokens_before"].max() / 64]  # the first few are far above all others
+            axes.set_ylim(0.95 * late["mean_nll"].min(), frame_top(late, "tokens_before", "mean_nll"))
             powers_of_two(axes, [2**power for power in range(int(here["tokens_before"].max()).bit_length())])
             axes.set_xlabel("tokens before it in the window")
             axes.set_title(f"{dataset}, {here['context_length'].iloc[0]} tokens")
         panels[0].set_ylabel("mean negative log-likelihood (nats)")
-        share_legend(panels)
 
 
 def plot_retrieval(records: list[str], outputs: list[str]) -> None:
@@ -144,7 +153,8 @@ def plot_retrieval(records: list[str], outputs: list[str]) -> None:
     """
     cells = read_retrieval(records)
     systems, tasks = cells["label"].unique(), cells["task"].unique()
-    with panels_for(outputs, (2.1 * len(systems) + 1, 2.4 * len(tasks) + 0.6), len(systems), rows=len(tasks)) as panels:
+    size = (1.6 * len(systems) + 2, 2 * len(tasks) + 1)
+    with panels_for(outputs, size, len(systems), rows=len(tasks)) as panels:
         for number, axes in enumerate(panels):
             task, system = tasks[number // len(systems)], systems[number % len(systems)]
             here = cells[(cells["task"] == task) & (cells["label"] == system)]
@@ -154,8 +164,9 @@ def plot_retrieval(records: list[str], outputs: list[str]) -> None:
                 for column, share in enumerate(shares):
                     axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8)
             axes.set_xticks(range(table.shape[1]), table.columns)
-            axes.set_yticks(range(table.shape[0]), [f"{depth:.0%}" for depth in table.index])
-            axes.set_title(system if number < len(systems) else "", fontsize=9)
-            axes.set_ylabel(f"{task.replace('_', ' ')}\ndepth" if number % len(systems) == 0 else "")
-            axes.set_xlabel("context length (tokens)" if number >= len(systems) * (len(tasks) - 1) else "")
-        panels[0].figure.colorbar(image, ax=panels, label="found")
+            is_left = number % len(systems) == 0
+            axes.set_yticks(range(table.shape[0]), [f"{100 * depth:.0f} %" if is_left else "" for depth in table.index])
+            axes.set_title("\n".join(wrap(system, 18)) if number < len(systems) else "", fontsize=9)
+            axes.set_ylabel(f"{task.replace('_', ' ')}\ndepth" if is_left else "")
+        panels[0].figure.supxlabel("context length (tokens)", fontsize=10)
+        panels[0].figure.colorbar(image, ax=panels, label="found (%)", format=lambda share, _: f"{100 * share:.0f}")
