@@ -13,8 +13,8 @@ AXES = {
 
 
 def vary(system: dict, changes: dict) -> dict:
-    """A system with other settings, evaluated with its adapter on the base: nothing has to be merged."""
-    varied = system | {"training": dict(system["training"]), "merged": False}
+    """A system with other settings; an adapter is evaluated on the base, so that nothing has to be merged."""
+    varied = system | {"training": dict(system["training"]), "merged": system["training"]["method"] == "full"}
     for axis, value in changes.items():
         if axis in ("rank", "steps"):
             varied["training"][axis] = value
@@ -70,6 +70,8 @@ def place(systems: dict[str, dict], varied: str, changes: dict) -> str:
         if other.get("weights_of", name) in owners and evaluation_of(other) == evaluation_of(system):
             return name
     name = ".".join([varied, *(f"{axis}-{value}" for axis, value in changes.items())]).replace("_", "-")
+    while name in systems:  # a row that happens to be called so, with other settings
+        name += ".cell"
     if owners:
         del system["training"]
         system["weights_of"] = owners[0]

@@ -71,7 +71,7 @@ def certify(models: dict[str, Callable], tokens: numpy.ndarray, window: int) -> 
         window: in tokens; the stride is the same.
 
     Returns:
-        By model: mean_nll (nats), standard_error, perplexity, and what :func:`compare` returns.
+        By model: mean_nll (nats), standard_error (None for a single window), perplexity, and what :func:`compare` returns.
     """
     measured, trained = {}, None
     for name, load in models.items():
@@ -86,7 +86,8 @@ def certify(models: dict[str, Callable], tokens: numpy.ndarray, window: int) -> 
             "perplexity": math.exp(result.mean),
             **compare(trained, rows),
         }
-        log.info("%s: %s", name, ", ".join(f"{key} {value:.5g}" for key, value in measured[name].items()))
+        known = {key: value for key, value in measured[name].items() if value is not None}
+        log.info("%s: %s", name, ", ".join(f"{key} {value:.5g}" for key, value in known.items()))
         del model
     return measured
 

@@ -25,7 +25,7 @@ class Estimate:
     Attributes:
         mean: ``sum(values) / sum(weights)``.
         standard_error: None for a single unit.
-        num_units: how many units it rests on.
+        num_units: how many units it rests on, those that overlap counted as one.
     """
 
     mean: float
@@ -75,7 +75,9 @@ def ratio(values: numpy.ndarray, weights: numpy.ndarray, overlap: int = 0) -> Es
     squares = (residuals**2).sum()
     for lag in range(1, min(overlap, count - 1) + 1):
         squares += 2 * (1 - lag / (overlap + 1)) * (residuals[lag:] * residuals[:-lag]).sum()
-    return Estimate(float(mean), math.sqrt(count / (count - 1) * squares) / float(total), count)
+    reach = overlap + 1  # Bartlett's weights lose up to a third of covariances that fall linearly, as shared tokens make them
+    squares *= 3 * reach**2 / (2 * reach**2 + 1)
+    return Estimate(float(mean), math.sqrt(count / (count - 1) * squares) / float(total), max(2, count // reach))
 
 
 def units_of(windows: pandas.DataFrame, equally: bool) -> tuple[numpy.ndarray, numpy.ndarray, str]:

@@ -123,7 +123,7 @@ def complete_system(name: str, experiment: dict, common: dict) -> dict:
 
 
 def evaluated_model(experiment: dict, name: str) -> dict:
-    """What a system is evaluated as: the fields of :class:`longqlora.models.EvaluatedModel`."""
+    """What a system is evaluated as: the fields of :class:`longqlora.evaluated_model.EvaluatedModel`."""
     system = experiment["systems"][name]
     owner = system.get("weights_of", name)
     training, results = experiment["systems"][owner].get("training"), f"results/{experiment['experiment']}"
@@ -254,6 +254,8 @@ def check_ablations(experiment: dict):
         if ablation["system"] not in trained:
             legal = ", ".join(trained)
             yield f"ablations.{name}.system: {ablation['system']!r} is no trained system (legal: {legal or 'none'})"
+        elif "rank" in ablation["grid"] and experiment["systems"][ablation["system"]]["training"]["method"] == "full":
+            yield f"ablations.{name}.grid.rank: {ablation['system']!r} trains all weights and has no rank"
 
 
 def check_weights(systems: dict, name: str):
@@ -262,8 +264,9 @@ def check_weights(systems: dict, name: str):
     trained = ", ".join(other for other in systems if "training" in systems[other])
     if owner is not None and "training" not in systems.get(owner, {}):
         yield f"systems.{name}.weights_of: {owner!r} is no system with a training of its own (legal: {trained or 'none'})"
-    if owner is not None and "training" in system:
-        yield f"systems.{name}.weights_of: it has the weights of {owner!r}; leave training out"
+    for key in ("training", "context_length", "rope_scaling", "model", "tokenizer"):
+        if owner is not None and system.get(key, systems.get(owner, {}).get(key)) != systems.get(owner, {}).get(key):
+            yield f"systems.{name}.weights_of: it has the weights of {owner!r} as they were made; leave {key} out"
 
 
 def check_shares(key: str, shares: list[float]):

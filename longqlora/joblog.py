@@ -1,16 +1,19 @@
 """The log file of a job: plain lines of progress, warnings, and the traceback if the job fails.
 
 Scripts import this module first: until the job begins, Python collects no garbage. Its passes over the many objects that
-torch and transformers create are a quarter of the time that their import takes, and find nothing.
+torch and transformers create are a quarter of the time that their import takes, and find nothing. Large tensors on a CPU get
+huge pages, which torch decides when it makes its first tensor, and importing bitsandbytes makes one.
 """
 
 import gc
 import logging
+import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 gc.disable()
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 @contextmanager

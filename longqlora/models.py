@@ -3,7 +3,6 @@
 import ctypes
 import os
 import sys
-from dataclasses import dataclass
 from types import MethodType
 
 import torch
@@ -13,7 +12,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutput
 
-from longqlora.attention import register_shifted_sparse_attention
 from longqlora.positions import extend_context
 from longqlora.tokens import IGNORED
 
@@ -55,16 +53,15 @@ def find_device(name: str) -> torch.device:
 def keep_freed_memory() -> None:
     """Let this process keep freed memory, as torch does on a GPU, where the C library is glibc.
 
-    By default glibc maps each large tensor afresh and unmaps it when freed; the page faults of that are a tenth of the time
-    of a small model's training step. Kept memory is torn into pieces that fit no other tensor: aligned to pages, as torch
-    aligns what it asks huge pages for, tensors tear a third less of it.
+    By default glibc gives large tensors back to the system when they are freed, and the page faults of the next ones are a
+    tenth of the time of a small model's training step. What it keeps is torn into pieces that fit no other tensor, at worst
+    to three times what is in use; so tensors of 8 MiB and more are mapped by themselves, in the huge pages that a job asks
+    torch for (:mod:`longqlora.joblog`), which fault seldom.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
+        mallopt(-3, 8 * 2**20)  # M_MMAP_THRESHOLD: fixed, where glibc would raise it as tensors are freed
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
-        mallopt(-2, 64 * 2**20)  # M_TOP_PAD: grow it in steps of 64 MiB
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch when it first makes a tensor
 
 
 def load_config(path: str, context_length: int | None = None, rope_type: str = "linear"):
@@ -126,66 +123,6 @@ def load_model(
     if not is_deepspeed_zero3_enabled():  # which places the weights itself
         kwargs["device_map"] = {"": device}
     return AutoModelForCausalLM.from_pretrained(path, config=config, **kwargs)
-
-
-@dataclass(frozen=True)
-class EvaluatedModel:
-    """A model as a system is evaluated.
-
-    Attributes:
-        path: directory or hub id.
-        adapter: folder of an adapter in peft's format, put on the model and not merged; None: there is none.
-        context_length: extend the context to so many tokens; None: it is as it is.
-        rope_scaling: how, see :func:`longqlora.positions.extend_context`.
-        precision: see :func:`load_model`.
-        attention: ``full``, or ``shifted_sparse`` at inference as well.
-        group_ratio: of the shifted sparse attention.
-    """
-
-    path: str
-    adapter: str | None = None
-    context_length: int | None = None
-    rope_scaling: str = "linear"
-    precision: str = "auto"
-    attention: str = "full"
-    group_ratio: float = 0.25
-
-    def config(self):
-        """Its configuration, the context extended."""
-        return load_config(self.path, self.context_length, self.rope_scaling)
-
-    def check_window(self, window: int) -> bool:
-        """Whether ``window`` tokens are within its context, or its positions adapt to any length.
-
-        Raises:
-            ValueError: if it cannot read so many tokens at all.
-        """
-        config = self.config()
-        if window > getattr(config, "max_seq_len", window):  # ALiBi models make a bias of so many tokens
-            raise ValueError(
-                f"{self.path}: a window of {window} tokens is beyond the {config.max_seq_len} that the model takes"
-            )
-        rope = getattr(config, "rope_parameters", None) or {}
-        return window <= context_of(config) or rope.get("rope_type") == "dynamic"
-
-    def load(self, device: torch.device, window: int) -> PreTrainedModel:
-        """Load it in evaluation mode, to read ``window`` tokens at once; an adapter's layers stand in the model's places."""
-        attention = "sdpa"
-        if self.attention == "shifted_sparse":
-            attention = register_shifted_sparse_attention(self.group_ratio, window, in_evaluation=True)
-        model = load_model(
-            self.path,
-            device=device,
-            precision=self.precision,
-            context_length=self.context_length,
-            rope_type=self.rope_scaling,
-            attn_implementation=attention,
-        )
-        if self.adapter:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, self.adapter).base_model.model
-        return model.eval()
 
 
 def next_token_loss(model: PreTrainedModel, input_ids, labels, num_items_in_batch=None, **kwargs) -> torch.Tensor:

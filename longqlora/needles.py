@@ -3,8 +3,9 @@
 * ``passkey``: a number hidden once (Mohtashami & Jaggi 2023, arXiv 2305.16300), as LongLoRA tests it;
 * ``single_needle``, ``multi_key``, ``multi_value``: after RULER's needles (Hsieh et al. 2024, arXiv 2404.06654): a magic number
   of a word; the same among those of other words; several numbers of one word;
-* ``induction``: a run of random tokens, whose beginning is repeated at the end and is to be continued. It asks for no
-  language, so a very small model can do it.
+* ``induction`` (Olsson et al. 2022, arXiv 2209.11895): a passage that stands at the end of the text once more. It is found if
+  the repetition surprises the model less than after any of seven other passages in the place of the first: chance finds one
+  in eight. It asks for no language and no answer, so a model of a million parameters can do it.
 
 All is drawn from the seed, the filler is text of the experiment's own evaluation set, and every prompt of a cell has the same
 length in tokens. Shapes: a prompt is a list of token ids.
@@ -18,30 +19,24 @@ from dataclasses import dataclass
 
 import numpy
 
-TASKS = ("passkey", "single_needle", "multi_key", "multi_value", "induction")
 NUM_NEEDLES = 4  # of multi_key and multi_value, as RULER has
 WORDS = (
     "amber", "anchor", "basil", "beacon", "birch", "canyon", "cedar", "cobalt", "coral", "cricket", "dune", "ember", "falcon",
     "fennel", "flint", "garnet", "glacier", "harbor", "hazel", "indigo", "ivory", "juniper", "lagoon", "lantern", "maple",
     "meadow", "nectar", "orchid", "pebble", "quartz", "raven", "saffron", "thistle", "tundra", "velvet", "willow",
 )  # fmt: skip
-SEQUENCE_TOKENS = 16  # of induction
-CUE_TOKENS = 8  # of them repeated at the end
-ANSWER_TOKENS = 4  # to be continued with
+PASSAGE_TOKENS = 28  # of induction
+CUE_TOKENS = 4  # of the repetition, that do not count: they follow different words
+CHOICES = 8  # passages, one of which is repeated
 SLACK_TOKENS = 8  # that an answer may be longer than the numbers in it
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question.
-
-    Attributes:
-        ids: token ids of the prompt.
-        answers: texts that the answer must have, or, for induction, the token ids that must follow.
-    """
+    """One question: the token ids of the prompt, and texts that the answer must have."""
 
     ids: list[int]
-    answers: list[str] | list[int]
+    answers: list[str]
 
 
 @dataclass(frozen=True)
@@ -100,13 +95,18 @@ def spread(filler: list[int], pieces: Sequence[list[int]], places: Sequence[floa
     return ids + filler[done:]
 
 
+def randomness(*drawn: object) -> random.Random:
+    """Random numbers of a cell, the same whatever other cells there are."""
+    return random.Random(hashlib.sha256(" ".join(map(str, drawn)).encode()).digest())
+
+
 def prompts_of(
     task: str, *, length: int, depth: float, samples: int, filler: numpy.ndarray, tokenizer, seed: int
 ) -> tuple[list[Prompt], int]:
-    """Prompts of one cell; the same for the same arguments, whatever else is asked.
+    """Prompts of a passkey or needle cell.
 
     Args:
-        task: one of :data:`TASKS`.
+        task: passkey, single_needle, multi_key or multi_value.
         length: tokens of the prompt and its answer together.
         depth: where the needle that is asked for lies in the filler, 0 to 1; further ones lie anywhere.
         samples: how many.
@@ -120,9 +120,7 @@ def prompts_of(
     Raises:
         ValueError: if the length is too short for the task.
     """
-    rng = random.Random(hashlib.sha256(f"{seed} {task} {length} {depth:g}".encode()).digest())
-    if task == "induction":
-        return [draw_induction(length, depth, filler, rng) for _ in range(samples)], ANSWER_TOKENS
+    rng = randomness(seed, task, length, depth)
     needles = [draw_needles(task, rng) for _ in range(samples)]
 
     def encode(text: str) -> list[int]:
@@ -134,26 +132,38 @@ def prompts_of(
     for texts in needles:
         head, tail = begin + encode(texts.instruction), encode(texts.question)
         hidden = [encode(text) for text in texts.hidden]
-        room = length - budget - len(head) - len(tail) - sum(map(len, hidden))
-        if room < 0:
-            raise ValueError(f"{length} tokens are too short for the task {task}, which needs at least {length - room}")
+        room = room_in(length, budget + len(head) + len(tail) + sum(map(len, hidden)), task)
         places = [depth] + [rng.random() for _ in hidden[1:]]
         prompts.append(Prompt(head + spread(cut_filler(filler, room, rng), hidden, places) + tail, texts.answers))
     return prompts, budget
 
 
-def draw_induction(length: int, depth: float, filler: numpy.ndarray, rng: random.Random) -> Prompt:
-    """Filler with a run of random tokens in it, and the beginning of that run once more."""
-    room = length - SEQUENCE_TOKENS - CUE_TOKENS - ANSWER_TOKENS
-    if room < 0:
-        raise ValueError(f"{length} tokens are too short for the task induction, which needs at least {length - room}")
-    run = [int(filler[rng.randrange(len(filler))]) for _ in range(SEQUENCE_TOKENS)]  # as frequent as in the text
-    ids = spread(cut_filler(filler, room, rng), [run], [depth])
-    return Prompt(ids + run[:CUE_TOKENS], run[CUE_TOKENS : CUE_TOKENS + ANSWER_TOKENS])
+def room_in(length: int, needed: int, task: str) -> int:
+    """Tokens left for filler."""
+    if needed > length:
+        raise ValueError(f"retrieval.lengths: {length} tokens are too short for the task {task}, which needs at least {needed}")
+    return length - needed
 
 
-def score_answer(prompt: Prompt, ids: list[int], text: str) -> float:
-    """Share of the answers that were found: numbers, standing by themselves, in the text; token ids, all of them or none."""
-    if isinstance(prompt.answers[0], int):
-        return float(ids[: len(prompt.answers)] == prompt.answers)
+def repetitions_of(*, length: int, depth: float, samples: int, filler: numpy.ndarray, seed: int) -> list[list[list[int]]]:
+    """Texts of an induction cell: ``[samples, CHOICES, length]``, token ids. Those of a sample differ in the passage at
+    ``depth`` alone; the first has the one there that stands at the end of all.
+
+    Args:
+        length, depth, samples, filler, seed: see :func:`prompts_of`.
+
+    Raises:
+        ValueError: if the length is too short.
+    """
+    rng = randomness(seed, "induction", length, depth)
+    room, found = room_in(length, 2 * PASSAGE_TOKENS, "induction"), []
+    for _ in range(samples):
+        around = cut_filler(filler, room, rng)
+        passages = [cut_filler(filler, PASSAGE_TOKENS, rng) for _ in range(CHOICES)]
+        found.append([spread(around, [passage], [depth]) + passages[0] for passage in passages])
+    return found
+
+
+def score_answer(prompt: Prompt, text: str) -> float:
+    """Share of the answers, numbers that stand by themselves, that were found."""
     return sum(bool(re.search(rf"(?<!\d){answer}(?!\d)", text)) for answer in prompt.answers) / len(prompt.answers)

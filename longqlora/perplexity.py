@@ -17,7 +17,8 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from longqlora.estimates import mean_nll
-from longqlora.models import EvaluatedModel, context_of, find_device
+from longqlora.evaluated_model import EvaluatedModel
+from longqlora.models import context_of, find_device
 from longqlora.protocols import Window, lay_windows
 from longqlora.tokens import check_vocabulary, read_description, read_tokens
 
@@ -172,7 +173,7 @@ def evaluate_perplexity(
 
     Args:
         label, dataset_label: names of the system and of the set, for messages.
-        model: fields of :class:`longqlora.models.EvaluatedModel`.
+        model: fields of :class:`longqlora.evaluated_model.EvaluatedModel`.
         tokens_path: ``.bin`` file, its description beside it.
         protocol, window, stride: see :func:`longqlora.protocols.lay_windows`.
         device: ``cpu`` or ``cuda``.

@@ -65,7 +65,7 @@ def lay_windows(protocol: str, document_ends: list[int], window: int, stride: in
         windows = [part for number, ends in enumerate(spans(document_ends)) for part in roll(number, *ends, window, stride)]
     elif protocol == "longqlora":
         starts = range(0, num_tokens - 1, window)
-        windows = [Window(0, start, start + 1, min(start + window, num_tokens)) for start in starts]
+        windows = [Window(0, start, start + 1, min(start + window, num_tokens)) for start in starts if window > 1]
     else:
         starts = range(0, num_tokens - window, stride)[:-1]
         windows = [Window(0, start, start + 1, start + window) for start in starts if window > 1]

@@ -6,8 +6,10 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig
 
-from longqlora.models import EvaluatedModel, find_device
-from longqlora.needles import Prompt, prompts_of, score_answer
+from longqlora.evaluated_model import EvaluatedModel
+from longqlora.models import find_device
+from longqlora.needles import CUE_TOKENS, PASSAGE_TOKENS, Prompt, prompts_of, repetitions_of, score_answer
+from longqlora.perplexity import nll_of_batch
 from longqlora.tokens import read_tokens
 
 log = logging.getLogger(__name__)
@@ -34,7 +36,7 @@ def answer(model, tokenizer, prompts: list[Prompt], max_new_tokens: int) -> list
         do_sample=False,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
-        use_cache=model.config._attn_implementation == "sdpa",  # sparse attention takes no cache
+        use_cache=not model.config._attn_implementation.startswith("shifted_sparse"),  # which takes no cache
     )
     length = len(prompts[0].ids)
     rows, scores = max(1, TOKENS_PER_BATCH // length), []
@@ -43,7 +45,29 @@ def answer(model, tokenizer, prompts: list[Prompt], max_new_tokens: int) -> list
         ids = torch.tensor([prompt.ids for prompt in batch], device=device)
         new = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)[:, length:].tolist()
         texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-        scores += [score_answer(*given) for given in zip(batch, new, texts, strict=True)]
+        scores += [score_answer(*given) for given in zip(batch, texts, strict=True)]
+    return scores
+
+
+def recognise(model, repetitions: list[list[list[int]]]) -> list[float]:
+    """Whether a model finds each repeated passage: its tokens are likelier after itself than after any other.
+
+    Args:
+        model: a causal language model of transformers, in evaluation mode.
+        repetitions: of :func:`longqlora.needles.repetitions_of`.
+
+    Returns:
+        1 or 0 for each.
+    """
+    device, counted = model.get_input_embeddings().weight.device, PASSAGE_TOKENS - CUE_TOKENS
+    scores = []
+    for choices in repetitions:
+        texts = torch.tensor(choices, device=device)
+        rows = max(1, TOKENS_PER_BATCH // texts.shape[1])
+        losses = torch.cat(
+            [nll_of_batch(model, part, part.shape[1] - 1 - counted).double().sum(1) for part in texts.split(rows)]
+        )
+        scores.append(float(losses[0] < losses[1:].min()))  # equal losses are no sign of having seen it
     return scores
 
 
@@ -54,10 +78,10 @@ def evaluate_retrieval(
     """Ask a system all questions of a context length.
 
     Args:
-        model: fields of :class:`longqlora.models.EvaluatedModel`.
+        model: fields of :class:`longqlora.evaluated_model.EvaluatedModel`.
         tokenizer: directory or hub id.
         filler: ``.bin`` file of an evaluation set.
-        tasks: of :data:`longqlora.needles.TASKS`.
+        tasks: see :mod:`longqlora.needles`.
         length: tokens of a prompt and its answer.
         depths: where the needles lie, 0 to 1.
         samples: prompts of each task and depth.
@@ -72,12 +96,20 @@ def evaluate_retrieval(
     """
     evaluated = EvaluatedModel(**model)
     is_within_context = evaluated.check_window(length)
-    pieces, tokens = AutoTokenizer.from_pretrained(tokenizer), read_tokens(filler)
-    drawing = {"length": length, "samples": samples, "filler": tokens, "tokenizer": pieces, "seed": seed}
-    asked = {(task, depth): prompts_of(task, depth=depth, **drawing) for task in tasks for depth in depths}
+    pieces, drawing = AutoTokenizer.from_pretrained(tokenizer), {"length": length, "samples": samples, "seed": seed}
+    drawing["filler"] = read_tokens(filler)
+
+    def draw(task: str, depth: float):
+        if task == "induction":
+            return repetitions_of(depth=depth, **drawing)
+        return prompts_of(task, depth=depth, tokenizer=pieces, **drawing)
+
+    asked = {
+        (task, depth): draw(task, depth) for task in tasks for depth in depths
+    }  # what cannot be asked fails before loading
     loaded, cells = evaluated.load(find_device(device), length), []
-    for (task, depth), (prompts, max_new_tokens) in tqdm(asked.items(), unit="cell", disable=None):
-        scores = answer(loaded, pieces, prompts, max_new_tokens)
+    for (task, depth), questions in tqdm(asked.items(), unit="cell", disable=None):
+        scores = recognise(loaded, questions) if task == "induction" else answer(loaded, pieces, *questions)
         cells.append({"task": task, "depth": depth, "accuracy": sum(scores) / len(scores), "samples": len(scores)})
         log.info("%d tokens, %s at depth %g: %.0f %% found", length, task, depth, 100 * cells[-1]["accuracy"])
     return {

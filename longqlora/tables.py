@@ -106,6 +106,9 @@ def leaders(cells: pandas.DataFrame, pairs: pandas.DataFrame) -> set[tuple[str, 
 
 def flattered(cells: pandas.DataFrame, retrieval: pandas.DataFrame) -> set[tuple[str, str, int]]:
     """(label, evaluation set, context length) of cells whose perplexity is good and whose retrieval is not."""
+    cells = cells[
+        ~cells["has_own_tokenizer"].astype(bool)
+    ]  # per other tokens, their perplexity says nothing beside the others'
     best = cells.groupby(CELL)["perplexity"].transform("min")
     good = cells[cells["perplexity"] <= GOOD_PERPLEXITY * best]
     poor = {(row.label, row.context_length) for row in retrieval.itertuples() if row.accuracy < POOR_RETRIEVAL}
@@ -173,7 +176,7 @@ PROTOCOLS = {
 
 def caption_of(cells: pandas.DataFrame, retrieval: pandas.DataFrame, notation: Notation, warned: bool) -> str:
     """What the numbers are and what the marks mean, in sentences."""
-    protocol = cells.iloc[0]
+    protocol, plain = cells.iloc[0], escape_latex if notation is LATEX else str
     units = ", ".join(sorted(cells["standard_error_units"].unique()))
     precisions = ", ".join(cells["precision"].unique())
     sentences = [
@@ -184,7 +187,7 @@ def caption_of(cells: pandas.DataFrame, retrieval: pandas.DataFrame, notation: N
     ]
     if protocol["protocol"] == "exact" and (cells["stride"] < cells["window"]).any():
         sentences.append(f"Stride {', '.join(map(str, cells['stride'].unique()))}.")
-    if (cells["is_within_context"] == False).any():  # noqa: E712
+    if not cells["is_within_context"].all():
         sentences.append(f"{notation.beyond} beyond the model's context, positions not scaled.")
     if len(retrieval):
         tasks = sorted({task for cell in retrieval["cells"] for task in pandas.DataFrame(cell)["task"]})
@@ -196,9 +199,10 @@ def caption_of(cells: pandas.DataFrame, retrieval: pandas.DataFrame, notation: N
         )
     others = cells.loc[cells["has_own_tokenizer"].astype(bool), "label"].unique()
     if len(others):
-        sentences.append(f"Per token of its own tokenizer, not of the base model's, and not compared: {', '.join(others)}.")
+        named = plain(", ".join(others))
+        sentences.append(f"Per token of its own tokenizer, not of the base model's, and not compared: {named}.")
     for warning in cells["dataset_warning"].dropna().unique():
-        sentences.append(f"Warning: {warning}")
+        sentences.append(f"Warning: {plain(warning)}")
     return " ".join(sentences)
 
 

@@ -199,4 +199,4 @@ def test_a_text_shorter_than_a_window_will_do(publish, monkeypatch, corpus):
     monkeypatch.setattr(certificate, "read_tokens", lambda path: read_tokens(path)[:50])
     found, _ = publish(steps=1, **LONGLORA)
     assert found["sample"]["tokens"] == 50
-    assert found["models"]["merge: 16-bit"]["standard_error"] == 0
+    assert found["models"]["merge: 16-bit"]["standard_error"] is None  # of a single window

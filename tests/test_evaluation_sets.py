@@ -55,3 +55,15 @@ def test_a_published_stream_without_a_description_is_retokenised_too(tmp_path, t
     (text,) = documents(str(tmp_path / "new.bin"), other)
     assert "one two" in text
     assert "three four" in text
+
+
+def test_a_stream_of_ids_that_another_tokenizer_made_is_warned_of(tmp_path, texts, tokenizer):
+    """The format says nothing of it, and every id is legal."""
+    foreign = train_tokenizer([text.upper() for text in texts], vocab_size=512)
+    for name, made_by in [("own", tokenizer), ("foreign", foreign)]:
+        ids = made_by(texts[0].upper(), add_special_tokens=False)["input_ids"]
+        numpy.array(ids, dtype="<u2").tofile(tmp_path / f"{name}.bin")
+    assert "warning" not in prepare_evaluation_set([str(tmp_path / "own.bin")], tokenizer, str(tmp_path / "a.bin"))
+    warning = prepare_evaluation_set([str(tmp_path / "foreign.bin")], tokenizer, str(tmp_path / "b.bin"))["warning"]
+    assert "foreign.bin: the ids seem to be those of another tokenizer" in warning
+    assert "and the text begins with" in warning

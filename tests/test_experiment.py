@@ -6,7 +6,14 @@ import numpy
 import pytest
 import yaml
 
-from longqlora.experiment import ConfigError, check_corpus, corpus_shards, load_experiment, sample_shares
+from longqlora.experiment import (
+    ConfigError,
+    check_corpus,
+    corpus_shards,
+    evaluated_model,
+    load_experiment,
+    sample_shares,
+)
 
 CONFIGS = ["config", "llama2-7b-8k", "llama2-7b-12k", "llama2-13b-8k", "vicuna-13b-8k", "vicuna-13b-8k-mixture"]
 
@@ -62,8 +69,19 @@ def test_the_papers_run_has_the_published_hyper_parameters(root, schema):
         ("training.attention", "sparse", r"training\.attention: 'sparse' is not one of \['shifted_sparse', 'full'\]"),
         ("device", None, r"'device' is a required property"),
         ("device", "gpu", r"device: 'gpu' is not one of \['cpu', 'cuda'\]"),
-        ("evaluation.lengths", [64, 1024], r"evaluation\.lengths: 1024 is beyond the longest context_length .* 256"),
         ("evaluation.stride", 128, r"evaluation\.stride: 128 exceeds the shortest of evaluation\.lengths, 64"),
+        ("evaluation.stride", 0, r"evaluation\.stride: 0 is less than the minimum of 1 \(tokens from one window to the next"),
+        ("evaluation.protocol", "rolling", r"evaluation\.protocol: 'rolling' is not one of \['exact', 'longqlora', "),
+        ("evaluation.protocol", "longlora", r"evaluation\.stride: 256 exceeds the shortest of evaluation\.lengths, 64"),
+        ("evaluation.precision", "int4", r"evaluation\.precision: 'int4' is not one of \['auto', 'float32', .*'int8', 'nf4'\]"),
+        ("systems.Base", {}, r"systems: 'Base' does not match"),
+        ("systems.base.weights_of", "nobody", r"systems\.base\.weights_of: 'nobody' is no system with a training of its own"),
+        ("systems.chat.weights_of", "longqlora", r"systems\.chat\.weights_of: .* 'longqlora' .*; leave training out"),
+        ("systems.x", {"weights_of": "longqlora", "rope_scaling": "yarn"}, r"x\.weights_of: .*; leave rope_scaling out"),
+        ("retrieval", {"tasks": ["haystack"]}, r"retrieval\.tasks\.0: 'haystack' is not one of \['passkey', "),
+        ("retrieval", {"depths": [0, 1.5]}, r"retrieval\.depths\.1: 1\.5 is greater than the maximum of 1"),
+        ("retrieval", {"lengths": [64, 100]}, r"retrieval\.lengths: 100 is none of evaluation\.lengths"),
+        ("retrieval", {"filler": "poems"}, r"retrieval\.filler: 'poems' is no name of .* \(legal: prose, code\)"),
         ("corpus.sources", [{"paths": ["nowhere/*.jsonl"]}], r"corpus\.sources: no such file: nowhere/\*\.jsonl"),
         ("corpus.min_tokens", 5000, r"corpus\.min_tokens: 5000 exceeds corpus\.max_tokens, 1024"),
         ("base_model.path", "../nowhere", r"base_model\.path: \.\./nowhere is neither a folder .* nor a hub id"),
@@ -285,3 +303,85 @@ def test_a_local_model_that_does_not_fit_the_training_is_told_before_any_job_sta
 def test_records_must_be_left_to_train_on(schema, demo):
     with pytest.raises(ConfigError, match=r"sft\.held_out: 1213 of sft\.num_records 1213 leaves nothing to train on"):
         load_experiment(change(demo, "sft.held_out", 1213), schema)
+
+
+def test_a_length_beyond_every_context_is_evaluated_to_show_where_a_model_breaks(schema, demo):
+    config = change(change(demo, "evaluation.lengths", [64, 1024]), "retrieval.lengths", None)
+    lengths = load_experiment(config, schema)["evaluation"]["lengths"]
+    assert lengths == [64, 1024]
+
+
+def test_the_stride_is_left_to_the_protocol_of_the_papers(schema, demo):
+    demo["evaluation"]["protocol"] = "longqlora"
+    assert load_experiment(demo, schema)["evaluation"]["stride"] is None
+    with pytest.raises(ConfigError, match=r"evaluation\.stride: in the protocol longqlora the stride is the window"):
+        load_experiment(change(demo, "evaluation.stride", 64), schema)
+
+
+def test_retrieval_is_measured_at_the_lengths_of_perplexity_in_the_first_set(schema, demo):
+    demo.pop("retrieval", None)
+    retrieval = load_experiment(demo, schema)["retrieval"]
+    assert (retrieval["lengths"], retrieval["filler"]) == (demo["evaluation"]["lengths"], "prose")
+    assert retrieval["tasks"] == ["passkey", "single_needle", "multi_key", "multi_value"]
+    demo["retrieval"] = {"lengths": [128], "filler": "code", "tasks": []}
+    retrieval = load_experiment(demo, schema)["retrieval"]
+    assert (retrieval["lengths"], retrieval["filler"], retrieval["tasks"]) == ([128], "code", [])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"x\.bin: the file is empty"),
+        (b"123", r"x\.bin: 3 bytes are not a stream of uint16 token ids"),
+    ],
+)
+def test_a_broken_file_of_tokens_is_a_line_of_the_message(tmp_path, schema, demo, content, message):
+    (tmp_path / "x.bin").write_bytes(content)
+    demo["base_model"] = {"path": local_model(tmp_path / "small")}
+    demo["evaluation"]["datasets"]["prose"]["paths"] = [str(tmp_path / "x.bin")]
+    with pytest.raises(ConfigError, match=rf"^evaluation\.datasets\.prose: .*{message}"):
+        load_experiment(demo, schema)
+
+
+# --- what a system is evaluated as -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evaluated(schema, demo):
+    """Add a system to the demo and tell what it is evaluated as."""
+
+    def fields(name: str, **system) -> dict:
+        demo["systems"][name] = system or demo["systems"][name]
+        return evaluated_model(load_experiment(demo, schema), name)
+
+    return fields
+
+
+FULL = {"attention": "full", "precision": "float32"}
+ON_THE_BASE = {"path": "results/demo/pretrained/base", "rope_scaling": "linear", "context_length": 256}
+
+
+def test_rows_of_the_demo_are_evaluated_as_they_were_made(evaluated):
+    assert evaluated("base") == FULL | ON_THE_BASE | {"context_length": None}
+    assert evaluated("interpolated") == FULL | ON_THE_BASE
+    assert evaluated("long")["path"] == "results/demo/pretrained/long"
+    for name in ("longqlora", "longlora-full", "chat"):
+        assert evaluated(name) == FULL | {"group_ratio": 0.25, "path": f"results/demo/models/{name}"}
+
+
+def test_an_adapter_that_is_not_merged_is_put_on_the_base(evaluated):
+    fields = evaluated("x", context_length=256, training={}, merged=False, precision="nf4", rope_scaling="yarn")
+    on_it = {"group_ratio": 0.25, "adapter": "results/demo/adapters/x", "precision": "nf4", "rope_scaling": "yarn"}
+    assert fields == FULL | ON_THE_BASE | on_it
+
+
+def test_the_weights_of_another_system_are_evaluated_in_another_way(evaluated):
+    fields = evaluated("x", weights_of="longqlora", evaluation_attention="shifted_sparse")
+    assert fields == FULL | {"attention": "shifted_sparse", "group_ratio": 0.25, "path": "results/demo/models/longqlora"}
+    fields = evaluated("y", weights_of="longqlora", merged=False, precision="int8")
+    on_it = {"adapter": "results/demo/adapters/longqlora", "group_ratio": 0.25, "precision": "int8"}
+    assert fields == FULL | ON_THE_BASE | on_it
+
+
+def test_a_model_trained_whole_has_nothing_to_merge(evaluated):
+    assert evaluated("x", weights_of="longlora-full", merged=False)["path"] == "results/demo/models/longlora-full"

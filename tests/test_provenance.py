@@ -30,10 +30,15 @@ def test_stages_depend_on_what_they_use_and_on_nothing_else(root):
         assert f"workflow/scripts/{script}.py" in files
         return {Path(file).stem for file in files if file.startswith("longqlora/")}
 
-    assert modules("render_table") == {"joblog", "tables"}
-    assert modules("plot_perplexity") == {"figures", "joblog", "plots", "tables"}
-    assert modules("evaluate_perplexity") == {"joblog", "models", "perplexity", "positions", "provenance", "tokens"}
-    assert "perplexity" not in modules("train")
+    shown = {"ablations", "estimates", "joblog", "protocols", "tables"}
+    assert modules("render_table") == shown
+    for script in ("plot_perplexity", "plot_loss_by_position", "report_retrieval", "report_ablation"):
+        assert modules(script) == shown | {"figures", "plots"}
+    evaluation = {"attention", "evaluated_model", "joblog", "models", "positions", "provenance", "tokens"}
+    evaluation |= {"estimates", "perplexity", "protocols"}
+    assert modules("evaluate_perplexity") == evaluation | {"launching"}
+    assert modules("evaluate_retrieval") == evaluation | {"needles", "retrieval"}
+    assert not modules("train") & {"perplexity", "protocols", "estimates", "retrieval"}
     assert {"attention", "compatibility", "merging"} <= modules("train")
     assert modules("plot_loss") == {"figures", "joblog", "loss_curves"}
 

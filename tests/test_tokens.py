@@ -4,7 +4,7 @@ import numpy
 import pytest
 
 from longqlora.evaluation_sets import prepare_evaluation_set
-from longqlora.tokens import check_vocabulary, read_tokens, tokenize_documents, write_tokens
+from longqlora.tokens import check_vocabulary, read_description, read_tokens, tokenize_documents, write_tokens
 
 
 @pytest.mark.parametrize(("vocab_size", "item_bytes"), [(2**16, 2), (2**16 + 1, 4)])
@@ -30,10 +30,10 @@ def test_longlora_files_are_read_as_they_are_published(tmp_path, tokenizer):
 def test_bad_streams_are_refused_with_their_reason(tmp_path, tokenizer):
     path = tmp_path / "bad.bin"
     path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"bad\.bin: 0 bytes are not a stream of uint16"):
+    with pytest.raises(ValueError, match=r"bad\.bin: the file is empty, expected a stream of uint16 token ids"):
         read_tokens(path)
     path.write_bytes(b"123")
-    with pytest.raises(ValueError, match="3 bytes are not a stream"):
+    with pytest.raises(ValueError, match="3 bytes are not a stream of uint16 token ids, 2 bytes each; it is cut off"):
         read_tokens(path)
     numpy.array([3, 600], dtype="<u2").tofile(path)
     with pytest.raises(ValueError, match="token id 600, but the tokenizer's vocabulary ends at 511"):
@@ -42,6 +42,13 @@ def test_bad_streams_are_refused_with_their_reason(tmp_path, tokenizer):
         prepare_evaluation_set([str(path)], tokenizer, str(tmp_path / "out.bin"))
     with pytest.raises(ValueError, match="must be the only path"):
         prepare_evaluation_set([str(path), "x.txt"], tokenizer, str(tmp_path / "out.bin"))
+
+
+def test_a_stream_with_no_description_is_one_document(tmp_path):
+    numpy.arange(3, 500, dtype="<u2").tofile(tmp_path / "x.bin")
+    assert read_description(tmp_path / "x.bin") == {"dtype": "uint16", "document_ends": [497]}
+    described = write_tokens(tmp_path / "y.bin", [[5], [6, 7]], vocab_size=2**17, eos_token_id=2)
+    assert read_description(tmp_path / "y.bin") == described
 
 
 def test_a_truncated_stream_is_not_taken_for_whole(tmp_path):

@@ -13,8 +13,10 @@ import pytest
 import yaml
 
 PROJECT = ["Snakefile", "workflow", "config", "longqlora", "profiles", "environment.yml"]
-TARGETS = {"all", "data", "train", "evaluate", "answers", "perplexity_report"}
-EVALUATION = {"evaluate_perplexity", "render_table", "plot_perplexity"}
+TARGETS = {"all", "data", "train", "evaluate", "answers", "ablations", "perplexity_report"}
+PERPLEXITY_REPORTS = {"render_table": 1, "plot_perplexity": 1, "plot_loss_by_position": 1}
+REPORTS = {**PERPLEXITY_REPORTS, "report_retrieval": 1}
+EVALUATION = {"evaluate_perplexity", "evaluate_retrieval", *REPORTS}
 TRAINING = {"train_adapter", "train_model", "merge_adapter"}
 SHOWN = {"plot_loss", "answer_held_out"}
 
@@ -47,6 +49,11 @@ def shrink(config: dict) -> dict:
     config["training"].update(batch_size=2)
     config["evaluation"]["lengths"] = [32, 256]
     del config["evaluation"]["datasets"]["code"]
+    config["retrieval"] = {"tasks": ["induction"], "depths": [0, 1], "samples": 2}
+    config["ablations"] = {
+        "rank": {"system": "longqlora", "grid": {"rank": [4, 8]}},
+        "attention": {"system": "longqlora", "grid": {"evaluation_attention": ["full", "shifted_sparse"]}},
+    }
     return config
 
 
@@ -100,9 +107,16 @@ def test_the_run_leaves_tables_plots_models_and_records(project):
     assert sorted(zip(cells["system"], cells["context_length"], strict=True)) == [
         (system, length) for system in ("base", "chat", "longlora-full", "longqlora") for length in (32, 256)
     ]
-    assert (cells["num_scored"] == cells["num_tokens"] - 1).all()
+    assert (cells["num_scored"] == cells["num_tokens"] - cells["num_documents"]).all()
     assert cells["perplexity"].between(1, 512 * 2).all()
-    for name in ("tables/perplexity.md", "tables/perplexity.tex", "plots/perplexity.png", "plots/perplexity.svg"):
+    assert cells["retrieval_accuracy"].between(0, 1).all()
+    assert len(pandas.read_csv(results / "tables/differences.csv")) == 6 * 2  # pairs of systems, lengths
+    assert len(pandas.read_csv(results / "tables/retrieval.csv")) == 4 * 2 * 2  # systems, lengths, depths
+    for name in (
+        "tables/perplexity.md", "tables/perplexity.tex", "plots/perplexity.png", "plots/perplexity.svg",
+        "tables/loss_by_position.csv", "plots/loss_by_position.png", "plots/loss_by_position.svg",
+        "tables/retrieval.md", "plots/retrieval.png", "plots/retrieval.svg",
+    ):  # fmt: skip
         assert (results / name).stat().st_size > 100
     for system, context in [("longqlora", 256), ("longlora-full", 256), ("chat", 1024)]:
         model = json.loads((results / f"models/{system}/config.json").read_text())
@@ -153,13 +167,18 @@ def test_nothing_is_left_to_do(project):
 def test_an_edit_of_the_perplexity_module_reruns_evaluation_and_what_shows_it(project, module):
     module("longqlora/perplexity.py")  # the certificates of the merges are measured by it as well
     assert planned(project) == {
-        "merge_adapter": 2, "answer_held_out": 1, "evaluate_perplexity": 8, "render_table": 1, "plot_perplexity": 1,
+        "merge_adapter": 2, "answer_held_out": 1, "evaluate_perplexity": 8, "evaluate_retrieval": 4, **REPORTS,
     }  # fmt: skip
 
 
-def test_an_edit_of_the_plot_module_reruns_the_plot(project, module):
+def test_an_edit_of_the_needles_reruns_retrieval_and_what_shows_it(project, module):
+    module("longqlora/needles.py")
+    assert planned(project) == {"evaluate_retrieval": 8, "render_table": 1, "report_retrieval": 1}
+
+
+def test_an_edit_of_the_plot_module_reruns_the_plots(project, module):
     module("longqlora/plots.py")
-    assert planned(project) == {"plot_perplexity": 1}
+    assert planned(project) == {"plot_perplexity": 1, "plot_loss_by_position": 1, "report_retrieval": 1}
 
 
 def test_an_edit_of_the_attention_module_retrains(project, module):
@@ -170,7 +189,26 @@ def test_an_edit_of_the_attention_module_retrains(project, module):
 
 def test_a_new_length_computes_the_new_cells_only(project, config_file):
     edit(config_file, lambda config: config["evaluation"].update(lengths=[32, 64, 256]))
-    assert planned(project) == {"evaluate_perplexity": 4, "render_table": 1, "plot_perplexity": 1}
+    assert planned(project) == {"evaluate_perplexity": 4, "evaluate_retrieval": 4, **REPORTS}
+
+
+def test_another_protocol_measures_perplexity_anew_and_nothing_else(project, config_file):
+    edit(config_file, lambda config: config["evaluation"].update(protocol="longqlora"))
+    assert planned(project) == {"evaluate_perplexity": 8, **PERPLEXITY_REPORTS}
+
+
+def test_an_ablation_is_made_by_its_target_from_weights_that_are_there(project):
+    """The row's rank is 4: its adapter is on the base in both grids, and rank 8 alone is trained."""
+    assert planned(project, "ablations") == {"train_adapter": 1, "evaluate_perplexity": 6, "report_ablation": 2}
+    table = "results/demo/tables/ablations/attention.csv"
+    run = snakemake(project, table)
+    assert run.returncode == 0, run.stdout + run.stderr
+    cells = pandas.read_csv(project / table)
+    assert cells["attention"].tolist() == cells["evaluation_attention"].tolist() == ["full"] * 2 + ["shifted_sparse"] * 2
+    assert (cells["weights"] == "adapter on the base").all()
+    full, sparse = cells[cells["context_length"] == 256]["perplexity"]
+    assert full != sparse
+    assert (project / "results/demo/plots/ablations/attention.svg").exists()
 
 
 def test_an_edit_of_the_contamination_module_makes_the_data_anew(project, module):
@@ -205,15 +243,14 @@ def test_a_damaged_shard_stops_the_run_and_names_the_file(project, tmp_path):
 def test_a_changed_rank_retrains_that_system_only(project, config_file):
     edit(config_file, lambda config: config["systems"]["longqlora"]["training"].update(rank=8))
     assert planned(project) == {
-        "train_adapter": 1, "merge_adapter": 1, "plot_loss": 1,
-        "evaluate_perplexity": 2, "render_table": 1, "plot_perplexity": 1,
+        "train_adapter": 1, "merge_adapter": 1, "plot_loss": 1, "evaluate_perplexity": 2, "evaluate_retrieval": 2, **REPORTS,
     }  # fmt: skip
 
 
 def test_another_rope_scaling_retrains_that_system_only(project, config_file):
     edit(config_file, lambda config: config["systems"]["longlora-full"].update(rope_scaling="yarn"))
     assert planned(project) == {
-        "train_model": 1, "plot_loss": 1, "evaluate_perplexity": 2, "render_table": 1, "plot_perplexity": 1,
+        "train_model": 1, "plot_loss": 1, "evaluate_perplexity": 2, "evaluate_retrieval": 2, **REPORTS,
     }  # fmt: skip
 
 
@@ -221,7 +258,7 @@ def test_a_published_model_is_a_row_of_its_own_with_its_own_tokenizer(project, c
     published = {"label": "published", "model": "owner/model"}
     edit(config_file, lambda config: config["systems"].update(published=published))
     assert planned(project) == {
-        "retokenize_evaluation_set": 1, "evaluate_perplexity": 2, "render_table": 1, "plot_perplexity": 1,
+        "retokenize_evaluation_set": 1, "evaluate_perplexity": 2, "evaluate_retrieval": 2, **REPORTS,
     }  # fmt: skip
 
 
@@ -239,7 +276,7 @@ def test_targets_run_their_part_alone(project, module, config_file):
     module("longqlora/plots.py")
     assert planned(project, "data") == {}
     assert planned(project, "train") == {"train_adapter": 1, "merge_adapter": 1}
-    assert set(planned(project, "evaluate")) == {"train_adapter", "merge_adapter", "evaluate_perplexity"}
+    assert set(planned(project, "evaluate")) == {"train_adapter", "merge_adapter", "evaluate_perplexity", "evaluate_retrieval"}
     assert set(planned(project, "perplexity_report")) == {"train_adapter", "merge_adapter"} | EVALUATION
 
 
