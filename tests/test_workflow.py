@@ -2,10 +2,13 @@
 
 import json
 import os
+import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas
@@ -63,14 +66,19 @@ def edit(path: Path, change) -> None:
     path.write_text(yaml.safe_dump(config))
 
 
-@pytest.fixture(scope="module")
-def project(root, tmp_path_factory) -> Path:
-    """A copy of the project on which the whole workflow has run once."""
-    folder = tmp_path_factory.mktemp("project")
+def copy_project(root: Path, folder: Path) -> Path:
+    """A copy of the project with the demo cut to seconds."""
     for name in PROJECT:
         copy = shutil.copytree if (root / name).is_dir() else shutil.copy
         copy(root / name, folder / name)
     edit(folder / "config/config.yaml", shrink)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def project(root, tmp_path_factory) -> Path:
+    """A copy of the project on which the whole workflow has run once."""
+    folder = copy_project(root, tmp_path_factory.mktemp("project"))
     run = snakemake(folder)
     assert run.returncode == 0, run.stdout + run.stderr
     return folder
@@ -317,3 +325,41 @@ def test_touching_code_and_config_reruns_nothing(project):
     for path in [*project.glob("longqlora/*.py"), *project.glob("workflow/**/*.*"), project / "config/config.yaml"]:
         path.touch()
     assert planned(project) == {}
+
+
+def run_and_kill(folder: Path, target: str, checkpoints: Path, moment: float) -> None:
+    """Start the workflow, and kill it with all its jobs ``moment`` seconds after it has written a new checkpoint."""
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", target]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    before, silent = set(checkpoints.glob("checkpoint-*")), subprocess.DEVNULL
+    process = subprocess.Popen(command, cwd=folder, stdout=silent, stderr=silent, env=environment, start_new_session=True)
+    while process.poll() is None and set(checkpoints.glob("checkpoint-*")) <= before:
+        time.sleep(0.02)
+    time.sleep(moment)
+    assert process.poll() is None, "it was over before it could be killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert snakemake(folder, "--unlock").returncode == 0
+
+
+def test_a_workflow_that_is_killed_twice_ends_in_the_very_same_adapter(root, tmp_path):
+    folder, target = copy_project(root, tmp_path), "results/demo/adapters/longqlora"
+    edit(folder / "config/config.yaml", lambda config: config["training"].update(steps=300, checkpoint_steps=25))
+    checkpoints = folder / "results/demo/checkpoints/longqlora"
+    for _ in range(2):
+        run_and_kill(folder, target, checkpoints, moment=random.uniform(0, 1))
+        assert not (folder / target / "adapter_model.safetensors").exists()
+
+    def finish() -> tuple[bytes, dict]:
+        run = snakemake(folder, target)
+        assert run.returncode == 0, run.stdout + run.stderr
+        card = json.loads((folder / "results/demo/training/longqlora.json").read_text())
+        return (folder / target / "adapter_model.safetensors").read_bytes(), card
+
+    adapter, card = finish()
+    assert card["resumed_from_step"] >= 50
+    shutil.rmtree(folder / target)
+    expected, uninterrupted = finish()
+    assert uninterrupted["resumed_from_step"] == 0
+    assert adapter == expected
+    assert card["trace"] == uninterrupted["trace"]
