@@ -21,6 +21,16 @@ def benchmark(root, monkeypatch):
     return importlib.import_module("training")
 
 
+@pytest.fixture
+def cases(benchmark):
+    return importlib.import_module("training_cases")
+
+
+@pytest.fixture
+def measuring(benchmark):
+    return importlib.import_module("measuring")
+
+
 def test_the_script_measures_every_case_and_writes_json_and_markdown(root, tmp_path):
     output = tmp_path / "results.json"
     options = ["--shape", "toy", "--lengths", "64", "128", "--repetitions", "1", "--cases", "ours", "published"]
@@ -55,31 +65,31 @@ def naive_published_attention(query, key, value, group):
     return scores.softmax(-1) @ value
 
 
-def test_published_attention_is_its_definition_by_a_mask(benchmark):
+def test_published_attention_is_its_definition_by_a_mask(cases):
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 2, 4, 32, 8, dtype=torch.float64)
-    mask = benchmark.published_mask(q_length=32, device="cpu", dtype=torch.float64)
-    out, _ = benchmark.published_attention(None, query, key, value, mask)
+    mask = cases.published_mask(q_length=32, device="cpu", dtype=torch.float64)
+    out, _ = cases.published_attention(None, query, key, value, mask)
     expected = naive_published_attention(query, key, value, group=8).transpose(1, 2)  # [b, n, h, d]
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)  # its softmax is in float32
 
 
-def test_the_first_tokens_of_the_published_attention_see_the_last(benchmark):
+def test_the_first_tokens_of_the_published_attention_see_the_last(cases):
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 4, 32, 8)
-    mask = benchmark.published_mask(q_length=32, device="cpu")
-    before, _ = benchmark.published_attention(None, query, key, value, mask)
+    mask = cases.published_mask(q_length=32, device="cpu")
+    before, _ = cases.published_attention(None, query, key, value, mask)
     value[:, :, -1] += 1
-    after, _ = benchmark.published_attention(None, query, key, value, mask)
+    after, _ = cases.published_attention(None, query, key, value, mask)
     changed = (before != after).any(-1)[0]  # [n, h]
     assert changed[:, :2].nonzero()[:, 0].unique().tolist() == [31]
     assert changed[:, 2:].nonzero()[:, 0].unique().tolist() == [0, 1, 2, 3, 31]
 
 
-def test_published_attention_names_a_length_that_its_groups_do_not_divide(benchmark):
+def test_published_attention_names_a_length_that_its_groups_do_not_divide(cases):
     query = torch.randn(1, 4, 30, 8)
     with pytest.raises(ValueError, match="30 tokens are no multiple of the group of 7"):
-        benchmark.published_attention(None, query, query, query, benchmark.published_mask(q_length=30, device="cpu"))
+        cases.published_attention(None, query, query, query, cases.published_mask(q_length=30, device="cpu"))
 
 
 @pytest.fixture
@@ -87,28 +97,28 @@ def ids():
     return torch.randint(512, (1, 128), generator=torch.Generator().manual_seed(5))
 
 
-def losses_of_two_steps(benchmark, name, precision, ids):
-    model = benchmark.prepare_case(benchmark.CASES[name], "toy", precision, ids.shape[1], CPU)
-    step = benchmark.training_step(model, ids)
+def losses_of_two_steps(cases, name, precision, ids):
+    model = cases.prepare_case(cases.CASES[name], "toy", precision, ids.shape[1], CPU)
+    step = cases.training_step(model, ids)
     return [step(), step()]
 
 
 @pytest.mark.parametrize("precision", ["nf4", "auto"])
-def test_ours_with_full_attention_and_the_plain_path_train_alike(benchmark, ids, precision):
-    ours, plain = (losses_of_two_steps(benchmark, name, precision, ids) for name in ("ours_full", "plain"))
+def test_ours_with_full_attention_and_the_plain_path_train_alike(cases, ids, precision):
+    ours, plain = (losses_of_two_steps(cases, name, precision, ids) for name in ("ours_full", "plain"))
     assert ours == pytest.approx(plain, abs=1e-4)
     assert ours[0] != ours[1]
 
 
-def test_the_published_loss_is_the_plain_one_under_its_own_attention(benchmark, ids):
-    case = benchmark.CASES["published"]
-    model = benchmark.prepare_case(case, "toy", "nf4", ids.shape[1], CPU)
-    plain = benchmark.prepare_case(benchmark.Case("published", "plain", reentrant=False), "toy", "nf4", ids.shape[1], CPU)
-    assert benchmark.training_step(model, ids)() == pytest.approx(benchmark.training_step(plain, ids)(), abs=1e-4)
+def test_the_published_loss_is_the_plain_one_under_its_own_attention(cases, ids):
+    case = cases.CASES["published"]
+    model = cases.prepare_case(case, "toy", "nf4", ids.shape[1], CPU)
+    plain = cases.prepare_case(cases.Case("published", "plain", reentrant=False), "toy", "nf4", ids.shape[1], CPU)
+    assert cases.training_step(model, ids)() == pytest.approx(cases.training_step(plain, ids)(), abs=1e-4)
 
 
-def test_the_base_is_quantised_and_its_embeddings_are_not(benchmark):
-    model = benchmark.build_model("toy", "nf4", 128, CPU, "sdpa")
+def test_the_base_is_quantised_and_its_embeddings_are_not(cases):
+    model = cases.build_model("toy", "nf4", 128, CPU, "sdpa")
     kinds = {name: type(weight).__name__ for name, weight in model.named_parameters()}
     quantised = {name for name, kind in kinds.items() if kind == "Params4bit"}
     assert quantised == {name for name in kinds if "_proj" in name}
@@ -116,28 +126,30 @@ def test_the_base_is_quantised_and_its_embeddings_are_not(benchmark):
     assert model.config.rope_parameters["factor"] == 2  # 128 tokens on a context of 64
 
 
-def test_the_evaluation_scores_the_whole_window(benchmark, ids):
-    model = benchmark.prepare_case(benchmark.CASES["perplexity"], "toy", "nf4", 127, CPU)
+def test_the_evaluation_scores_the_whole_window(cases, ids):
+    model = cases.prepare_case(cases.CASES["perplexity"], "toy", "nf4", 127, CPU)
     with torch.inference_mode():
         logits = model(ids[:, :-1]).logits.flatten(0, 1)
-    assert benchmark.evaluation_step(model, ids)() == pytest.approx(cross_entropy(logits, ids[0, 1:]).item(), abs=1e-4)
+    assert cases.evaluation_step(model, ids)() == pytest.approx(cross_entropy(logits, ids[0, 1:]).item(), abs=1e-4)
 
 
-def test_the_stand_in_for_the_chunked_loss_gives_its_values_and_gradients(benchmark):
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_the_stand_in_for_the_chunked_loss_gives_its_values_and_gradients(cases, reduction):
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(1500, 16), torch.randn(50, 16), torch.randint(50, (1500,))
     targets[7] = -100
     found = []
-    for loss in (benchmark.checkpointed_cross_entropy, lambda h, w, t: cross_entropy(h @ w.T, t, reduction="none")):
+    stand_in = cases.stand_ins.checkpointed_cross_entropy
+    for loss in (stand_in, lambda h, w, t, reduction: cross_entropy(h @ w.T, t, reduction=reduction)):
         leaf = hidden.clone().requires_grad_()
-        losses = loss(leaf, weight, targets)
+        losses = loss(leaf, weight, targets, reduction)
         losses.sum().backward()
         found.append((losses, leaf.grad))
     torch.testing.assert_close(*found)
 
 
-def test_a_process_over_its_time_limit_is_ended(benchmark):
-    child = benchmark.Child(time.sleep, 600, time_limit=0.2)
+def test_a_process_over_its_time_limit_is_ended(measuring):
+    child = measuring.Child(time.sleep, 600, time_limit=0.2)
     assert child.answer() == {"failure": "over the time limit of 0.2 s"}
     child.stop()
     assert not child.process.is_alive()
@@ -156,18 +168,18 @@ class Actor:
         self.steps += 1
         if self.case == "plain" and self.steps == 3:
             return {"failure": "out of memory"}
-        return {"seconds": float(self.steps), "loss": 6.0, "peak_bytes": 2**31}
+        return {"seconds": float(self.steps), "cpu_seconds": 1.0, "loss": 6.0, "peak_bytes": 2**31}
 
     def stop(self):
         pass
 
 
 @pytest.fixture
-def results(benchmark, monkeypatch):
+def results(measuring, monkeypatch):
     """Of a run in which one case was over its limit and another failed at its second timed step."""
-    monkeypatch.setattr(benchmark, "Child", Actor)
+    monkeypatch.setattr(measuring, "Child", Actor)
     rows = [{"shape": "small", "tokens": 2048, "case": case} for case in ("ours", "plain", "published")]
-    benchmark.measure_together(rows, set_up_of=lambda row: (row["case"],), repetitions=3, time_limit=1, save=lambda: None)
+    measuring.measure_together(rows, set_up_of=lambda row: (row["case"],), repetitions=3, time_limit=1, save=lambda: None)
     where = {"cores": 2, "processor": "a processor", "system": "a system"}
     return {
         "date": "2026-01-01", "command": "python benchmarks/training.py", "machine": where, "versions": {"torch": "2"},
@@ -182,10 +194,10 @@ def test_a_case_over_its_time_limit_is_reported_and_the_others_are_measured(benc
     assert published["seconds"] == []
     lines = benchmark.report_markdown(results).splitlines()
     (line,) = (line for line in lines if line.startswith("| small | 2048 | ours |"))
-    assert "| 683 | 3 (2 to 4) | 1024 | 2.00 |" in line
+    assert "| 683 | 3 (2 to 4) | 1 | 1024 | 2.00 |" in line
     (line,) = (line for line in lines if line.startswith("| small | 2048 | plain | 1024 |"))
     assert line.endswith("| out of memory |")
-    (line,) = (line for line in lines if line.startswith("| small | 2048 | published |  |  |"))
+    (line,) = (line for line in lines if line.startswith("| small | 2048 | published |  |  |  |"))
     assert line.endswith("| over the time limit of 1 s |")
 
 
@@ -197,9 +209,9 @@ def test_goals_are_judged_by_what_was_measured(benchmark, results):
     assert lines[4].endswith("| ≤ 4.4 |  | not measured |")
 
 
-def test_a_step_of_the_7b_shape_costs_what_is_known_of_it(benchmark):
+def test_a_step_of_the_7b_shape_costs_what_is_known_of_it(cases):
     tokens = 8192
-    attention = benchmark.step_flops("7b", "ours_full", tokens) - benchmark.step_flops("7b", "ours", tokens)
+    attention = cases.step_flops("7b", "ours_full", tokens) - cases.step_flops("7b", "ours", tokens)
     assert attention == pytest.approx(0.75 * 4.5 * 32 * 2 * tokens**2 * 4096)
-    evaluated = benchmark.step_flops("7b", "perplexity", 2)
+    evaluated = cases.step_flops("7b", "perplexity", 2)
     assert evaluated / 2 == pytest.approx(2 * 6.6e9, rel=0.01)  # 2 operations a weight; the embeddings are only looked up

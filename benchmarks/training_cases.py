@@ -1,0 +1,312 @@
+"""The training steps that are compared, and the evaluation of a window: shapes, attention, losses, models with random weights.
+
+Shapes: b batch, n tokens of a window, h heads, d width of a head, G tokens of a group.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import MethodType
+
+import stand_ins  # before longqlora
+import torch
+from measuring import GIB, MIB, best_seconds, held_memory, timed
+from torch.nn.functional import cross_entropy
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_outputs import CausalLMOutput
+
+from longqlora.attention import register_shifted_sparse_attention
+from longqlora.models import autocast_dtype, find_device, name_of, resident_dtype, use_chunked_loss
+from longqlora.perplexity import nll_of_batch
+from longqlora.positions import extend_context
+from longqlora.training import add_adapter
+
+
+def llama(hidden_size: int, intermediate_size: int, layers: int, heads: int, context: int, vocab_size: int = 32000) -> dict:
+    """A shape in the words of ``LlamaConfig``."""
+    return {
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": context,
+        "vocab_size": vocab_size,
+    }
+
+
+SHAPES = {
+    "toy": llama(64, 128, 2, 4, context=64, vocab_size=512),
+    "small": llama(512, 1376, 6, 8, context=2048),
+    "7b": llama(4096, 11008, 32, 32, context=4096),
+    "13b": llama(5120, 13824, 40, 40, context=4096),
+}
+GROUP_RATIO = 0.25
+ADAPTER = {  # the paper's
+    "rank": 64,
+    "alpha": 16,
+    "dropout": 0.05,
+    "target_modules": "all-linear",
+    "modules_to_save": [],
+    "zero_stage": 0,
+}
+LEARNING_RATE, MAX_GRAD_NORM = 2e-4, 0.3
+
+
+@dataclass(frozen=True)
+class Case:
+    """What distinguishes a case: its attention (``shifted_sparse``, ``sdpa``, ``published``), its loss (``chunked``, over the
+    ``whole`` window, or ``plain``, as transformers does it; without training, ``scored`` as an evaluation does, or ``none``),
+    and the kind of its checkpointing."""
+
+    attention: str
+    loss: str
+    reentrant: bool = False
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it runs with the project's settings of memory as well (``longqlora.models.keep_freed_memory``)."""
+        return self.loss in ("chunked", "scored", "none")
+
+    @property
+    def is_training(self) -> bool:
+        return self.loss in ("chunked", "whole", "plain")
+
+
+CASES = {
+    "ours": Case("shifted_sparse", "chunked"),
+    "ours_full": Case("sdpa", "chunked"),
+    "plain": Case("sdpa", "plain"),
+    "published": Case("published", "whole", reentrant=True),
+    "perplexity": Case("sdpa", "scored"),
+    "forward": Case("sdpa", "none"),
+}
+
+
+# The published step
+
+
+def published_mask(*, q_length: int, device, dtype=torch.float32, **request) -> torch.Tensor:
+    """Causality of the whole window, to be added to scores: ``[1, 1, n, n]``, made once per forward, as transformers did."""
+    return torch.full((q_length, q_length), torch.finfo(dtype).min, dtype=dtype, device=device).triu_(1)[None, None]
+
+
+def published_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """S² attention as first published: the second half of the heads is rolled by half a group, so that the first G/2 tokens
+    share a group with the last G/2, which they see although those are their future.
+
+    Args:
+        query, key, value: ``[b, h, n, d]``, n a multiple of G.
+        attention_mask: ``[1, 1, n, n]``, see :func:`published_mask`.
+
+    Returns:
+        ``[b, n, h, d]``, None
+    """
+    batch, heads, tokens, width = query.shape
+    group = int(tokens * GROUP_RATIO)
+    if tokens % group:
+        raise ValueError(f"{tokens} tokens are no multiple of the group of {group}")
+
+    def roll_half(x, by):  # [b, n, h, d]
+        straight, shifted = x.chunk(2, dim=2)
+        return torch.cat([straight, shifted.roll(by, dims=1)], dim=2)
+
+    def fold(x):
+        x = roll_half(x.transpose(1, 2), -(group // 2))  # [b, n, h, d]
+        return x.reshape(batch * tokens // group, group, heads, width).transpose(1, 2)  # [b · n / G, h, G, d]
+
+    query, key, value = fold(query), fold(key), fold(value)
+    scores = query @ key.transpose(2, 3) * (scaling or width**-0.5)  # [b · n / G, h, G, G]
+    scores = scores + attention_mask[:, :, :group, :group]
+    shares = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    out = (shares @ value).transpose(1, 2).reshape(batch, tokens, heads, width)
+    return roll_half(out, group // 2), None
+
+
+def register_published_attention() -> str:
+    """Register it with transformers and return its name."""
+    AttentionInterface.register("published_shifted_sparse", published_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("published_shifted_sparse", published_mask)
+    return "published_shifted_sparse"
+
+
+def use_whole_window_loss(model):
+    """Make ``model(input_ids, labels=…)`` compute its loss from the float32 logits of the whole window, as published."""
+    logits_of = model.forward
+
+    def forward(self, input_ids, labels, **kwargs):
+        logits = logits_of(input_ids=input_ids, **kwargs).logits.float()  # [b, n, vocabulary]
+        return CausalLMOutput(loss=cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
+
+    model.forward = MethodType(forward, model)
+    return model
+
+
+# Models
+
+
+def build_model(shape: str, precision: str, length: int, device: torch.device, attention: str):
+    """A LLaMA with random weights, extended to ``length`` tokens if its own context is shorter.
+
+    The model begins without storage and gets one weight after the other, quantised at once, so that at no time there is a
+    16-bit copy of it.
+
+    Args:
+        precision: of the linear layers: ``nf4``, or ``auto``, as :func:`longqlora.models.load_model` takes it.
+    """
+    config = LlamaConfig(**SHAPES[shape], use_cache=False, bos_token_id=1, eos_token_id=2)
+    if length > config.max_position_embeddings:
+        extend_context(config, length)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    torch.manual_seed(1)
+    for name, module in list(model.named_modules()):
+        for key, weight in list(module.named_parameters(recurse=False)):
+            new = torch.empty(weight.shape, dtype=resident_dtype(device), device=device)
+            new = new.normal_(std=0.02) if new.ndim == 2 else new.fill_(1)
+            if precision == "nf4" and isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
+                model.set_submodule(name, quantised_layer(new, autocast_dtype(device)))
+            else:
+                setattr(module, key, torch.nn.Parameter(new, requires_grad=False))
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)  # its frequencies are no parameters
+    model.is_loaded_in_4bit = precision == "nf4"  # peft asks
+    return model
+
+
+def quantised_layer(weight: torch.Tensor, compute_dtype: torch.dtype):
+    """A linear layer in NF4 with double quantisation.
+
+    Args:
+        weight: ``[out, in]``
+    """
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    rows, columns = weight.shape
+    layer = Linear4bit(columns, rows, bias=False, compute_dtype=compute_dtype, quant_type="nf4", device="meta")
+    layer.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", module=layer).to(weight.device)
+    return layer.requires_grad_(False)
+
+
+def prepare_case(case: Case, shape: str, precision: str, length: int, device: torch.device):
+    """The model of a case, with its attention, loss, adapter and checkpointing."""
+    attention = {
+        "shifted_sparse": lambda: register_shifted_sparse_attention(GROUP_RATIO),
+        "published": register_published_attention,
+        "sdpa": lambda: "sdpa",
+    }[case.attention]()
+    model = build_model(shape, precision, length, device, attention)
+    if not case.is_training:
+        return model.eval()
+    if case.loss != "plain":
+        {"chunked": use_chunked_loss, "whole": use_whole_window_loss}[case.loss](model)
+    torch.manual_seed(2)
+    model = add_adapter(model, {**ADAPTER, "method": "qlora" if precision == "nf4" else "lora"})
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": case.reentrant})
+    if case.reentrant:
+        model.enable_input_require_grads()
+    return model.train()
+
+
+def training_step(model, ids: torch.Tensor) -> Callable[[], float]:
+    """A function that trains on a batch once and returns the loss.
+
+    Args:
+        ids: ``[b, n]``
+    """
+    weights, dtype = [weight for weight in model.parameters() if weight.requires_grad], autocast_dtype(ids.device)
+    if ids.is_cuda and importlib.util.find_spec("bitsandbytes"):
+        from bitsandbytes.optim import PagedAdamW32bit as AdamW
+    else:
+        from torch.optim import AdamW
+    optimizer = AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
+
+    def step() -> float:
+        torch.manual_seed(3)  # the dropout of all cases is the same
+        with nullcontext() if dtype is torch.float32 else torch.autocast(ids.device.type, dtype):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def evaluation_step(model, ids: torch.Tensor) -> Callable[[], float]:
+    """A function that scores a window and returns the mean negative log-likelihood.
+
+    Args:
+        ids: ``[1, n + 1]``
+    """
+    return lambda: nll_of_batch(model, ids).mean().item()
+
+
+def forward_step(model, ids: torch.Tensor) -> Callable[[], float]:
+    """A function that runs transformers' plain forward pass over a window, all its logits in the type of the weights, and
+    returns the loss of the last token.
+
+    Args:
+        ids: ``[1, n + 1]``
+    """
+
+    @torch.inference_mode()
+    def step() -> float:
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        return cross_entropy(logits[0, -1:].float(), ids[0, -1:]).item()
+
+    return step
+
+
+# What a process sets up
+
+
+def set_up_case(name: str, shape: str, precision: str, length: int, device_name: str) -> tuple[dict, Callable[[], dict]]:
+    """Load the model of a case; return what it holds, and a function that takes a step and reports it."""
+    case = CASES[name]
+    device = find_device(device_name) if case.is_ours else torch.device(device_name)
+    model = prepare_case(case, shape, precision, length, device)
+    loaded = held_memory(device)
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(SHAPES[shape]["vocab_size"], (1, length + (not case.is_training)), generator=generator).to(device)
+    make_step = {"scored": evaluation_step, "none": forward_step}.get(case.loss, training_step)
+    step = make_step(model, ids)
+    return {"loaded_bytes": loaded}, lambda: timed(step, device)
+
+
+def set_up_ceiling(device_name: str) -> tuple[dict, None]:
+    """What the machine can do: rate of a square matrix product in the autocast type, and bandwidth of a copy (read + write)."""
+    device = find_device(device_name)
+    on_gpu, dtype = device.type == "cuda", autocast_dtype(device)
+    size, num_bytes = (8192, GIB) if on_gpu else (2048, 256 * MIB)
+    left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
+    target, product = torch.empty_like(source), torch.empty_like(left)
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "matmul_size": size,
+        "matmul_dtype": name_of(dtype),
+        "matmul_flops": 2 * size**3 / best_seconds(lambda: torch.mm(left, right, out=product), on_gpu),
+        "copy_bytes_per_second": 2 * num_bytes / best_seconds(lambda: target.copy_(source), on_gpu),
+        "stand_ins": stand_ins.STOOD_IN_FOR,
+    }, None
+
+
+def step_flops(shape: str, name: str, tokens: int) -> float:
+    """Floating-point operations of a step, what checkpointing computes again included.
+
+    A weight that is frozen costs 2 operations per token forward, 2 again and 2 for the gradient of its input; one of the
+    adapter 2 more; the output layer is not computed again. Attention counts what causality leaves, its backward pass 2.5 times
+    the forward one (FlashAttention).
+    """
+    config, case = SHAPES[shape], CASES[name]
+    width, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    linear, head = layers * width * (4 * width + 3 * inner), config["vocab_size"] * width
+    adapter = layers * ADAPTER["rank"] * (8 * width + 3 * (width + inner))
+    seen = tokens if case.attention == "sdpa" else tokens * GROUP_RATIO
+    attention = layers * 2 * tokens * seen * width
+    if not case.is_training:
+        return tokens * 2 * (linear + head) + attention
+    return tokens * (6 * linear + 8 * adapter + 4 * head) + 4.5 * attention
