@@ -72,7 +72,7 @@ def position_edges(window: int) -> numpy.ndarray:
     """Bins of the number of tokens before a scored one, 1 … ``window``, equally wide on a logarithmic axis: the first number of
     each bin and, at the end, ``window + 1``."""
     starts = numpy.round(2 ** (numpy.arange(BINS_PER_OCTAVE * math.log2(window) + 1) / BINS_PER_OCTAVE)).astype(int)
-    return numpy.append(numpy.unique(starts[starts <= window]), window + 1)
+    return numpy.append(numpy.unique(starts[starts < max(2, window)]), window + 1)  # none is of the last token alone
 
 
 def score_batch(model, tokens: numpy.ndarray, windows: list[Window], edges: numpy.ndarray) -> tuple[list[float], numpy.ndarray]:
