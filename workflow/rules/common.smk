@@ -109,3 +109,21 @@ def evaluation_tokens(wildcards):
         name: str(getattr(made.output, name)).format(system=wildcards.system, dataset=dataset)
         for name in ("tokens", "description")
     }
+
+
+def windows_beside(records):
+    """What each window lost, beside the records of perplexity."""
+    return [f"{str(record).removesuffix('.json')}.parquet" for record in records]
+
+
+def ablation_records(wildcards):
+    """The cells of a grid."""
+    cells = ABLATIONS[wildcards.ablation]["rows"]
+    return expand(rules.evaluate_perplexity.output.record, system=cells, dataset=DATASETS, length=LENGTHS)
+
+
+def ablation_reports(wildcards):
+    """What the target ablations makes."""
+    if not ABLATIONS:
+        raise WorkflowError("no ablations are configured; name config/ablations.yaml behind the experiment's --configfile")
+    return expand(rules.report_ablation.output, ablation=ABLATIONS)

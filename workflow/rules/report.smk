@@ -1,11 +1,6 @@
 # The records as tables and as plots; no model is needed here.
 
 
-def windows_beside(records):
-    """What each window lost, beside the records of perplexity."""
-    return [str(record).replace(".json", ".parquet") for record in records]
-
-
 rule render_table:
     input:
         records=rules.evaluate.input.perplexity,
@@ -105,12 +100,6 @@ rule plot_loss:
         "../scripts/plot_loss.py"
 
 
-def ablation_records(wildcards):
-    """The cells of a grid."""
-    cells = ABLATIONS[wildcards.ablation]["rows"]
-    return expand(rules.evaluate_perplexity.output.record, system=cells, dataset=DATASETS, length=LENGTHS)
-
-
 rule report_ablation:
     input:
         records=ablation_records,
@@ -136,7 +125,7 @@ rule report_ablation:
 
 rule ablations:
     input:
-        expand(rules.report_ablation.output, ablation=ABLATIONS),
+        ablation_reports,
     localrule: True
 
 
