@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from longqlora.evaluated_model import EvaluatedModel
 from longqlora.models import find_device
 from longqlora.needles import CUE_TOKENS, PASSAGE_TOKENS, Prompt, prompts_of, repetitions_of, score_answer
-from longqlora.perplexity import nll_of_batch
+from longqlora.perplexity import NonFiniteLogits, nll_of_batch
 from longqlora.tokens import read_tokens
 
 log = logging.getLogger(__name__)
@@ -58,15 +58,19 @@ def recognise(model, repetitions: list[list[list[int]]]) -> list[float]:
 
     Returns:
         1 or 0 for each.
+
+    Raises:
+        NonFiniteLogits: if a loss is not a number.
     """
     device, counted = model.get_input_embeddings().weight.device, PASSAGE_TOKENS - CUE_TOKENS
     scores = []
     for choices in repetitions:
         texts = torch.tensor(choices, device=device)
         rows = max(1, TOKENS_PER_BATCH // texts.shape[1])
-        losses = torch.cat(
-            [nll_of_batch(model, part, part.shape[1] - 1 - counted).double().sum(1) for part in texts.split(rows)]
-        )
+        parts = [nll_of_batch(model, part, part.shape[1] - 1 - counted) for part in texts.split(rows)]
+        losses = torch.cat(parts).double().sum(1)
+        if not torch.isfinite(losses).all():
+            raise NonFiniteLogits("the loss of a repeated passage is not a number (NaN or infinite logits)")
         scores.append(float(losses[0] < losses[1:].min()))  # equal losses are no sign of having seen it
     return scores
 
@@ -104,9 +108,7 @@ def evaluate_retrieval(
             return repetitions_of(depth=depth, **drawing)
         return prompts_of(task, depth=depth, tokenizer=pieces, **drawing)
 
-    asked = {
-        (task, depth): draw(task, depth) for task in tasks for depth in depths
-    }  # what cannot be asked fails before loading
+    asked = {(task, depth): draw(task, depth) for task in tasks for depth in depths}  # what cannot be asked fails here
     loaded, cells = evaluated.load(find_device(device), length), []
     for (task, depth), questions in tqdm(asked.items(), unit="cell", disable=None):
         scores = recognise(loaded, questions) if task == "induction" else answer(loaded, pieces, *questions)

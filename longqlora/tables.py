@@ -106,9 +106,7 @@ def leaders(cells: pandas.DataFrame, pairs: pandas.DataFrame) -> set[tuple[str, 
 
 def flattered(cells: pandas.DataFrame, retrieval: pandas.DataFrame) -> set[tuple[str, str, int]]:
     """(label, evaluation set, context length) of cells whose perplexity is good and whose retrieval is not."""
-    cells = cells[
-        ~cells["has_own_tokenizer"].astype(bool)
-    ]  # per other tokens, their perplexity says nothing beside the others'
+    cells = cells[~cells["has_own_tokenizer"].astype(bool)]  # theirs is per other tokens
     best = cells.groupby(CELL)["perplexity"].transform("min")
     good = cells[cells["perplexity"] <= GOOD_PERPLEXITY * best]
     poor = {(row.label, row.context_length) for row in retrieval.itertuples() if row.accuracy < POOR_RETRIEVAL}

@@ -9,6 +9,7 @@ from transformers import MptConfig, MptForCausalLM
 from longqlora import retrieval
 from longqlora.evaluated_model import EvaluatedModel
 from longqlora.needles import CHOICES, CUE_TOKENS, PASSAGE_TOKENS, Prompt, prompts_of
+from longqlora.perplexity import NonFiniteLogits
 from longqlora.retrieval import answer, evaluate_retrieval, recognise
 from longqlora.tokens import tokenize_documents
 
@@ -146,6 +147,14 @@ def test_a_passage_is_found_where_it_is_likelier_after_itself_than_after_any_oth
 def test_a_model_that_does_not_see_the_passage_has_not_found_it(model):
     same = numpy.tile(numpy.random.default_rng(0).integers(3, 512, 60), (1, CHOICES, 1)).tolist()
     assert recognise(model, same) == [0]
+
+
+def test_a_loss_that_is_not_a_number_is_an_error_and_no_miss(model):
+    with torch.no_grad():
+        model.lm_head.weight[3, 0] = float("nan")
+    repetitions = numpy.random.default_rng(0).integers(3, 512, (1, CHOICES, 60)).tolist()
+    with pytest.raises(NonFiniteLogits, match="the loss of a repeated passage is not a number"):
+        recognise(model, repetitions)
 
 
 def test_a_model_without_rotary_positions_can_be_asked(tmp_path, ask):
