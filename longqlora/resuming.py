@@ -113,9 +113,13 @@ def pad_numbered(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]
     return pad_at_right(rows) | {"window": torch.stack([row["window"] for row in rows])}
 
 
+class AlreadyTrained(Exception):
+    """A run that goes on from its last step: the trainer would take one more before it looks whether it is at the end."""
+
+
 class StopOnSignal(TrainerCallback):
     """Ends the training at the end of the step in which SIGTERM or SIGINT arrives, with a checkpoint; a second one ends it at
-    once."""
+    once. Begins none that is over."""
 
     received: signal.Signals | None = None
 
@@ -130,6 +134,10 @@ class StopOnSignal(TrainerCallback):
     def restore(self):
         for number, handler in self.former.items():
             signal.signal(number, handler)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            raise AlreadyTrained
 
     def on_step_end(self, args, state, control, **kwargs):
         if any_process(self.received is not None):
@@ -179,7 +187,10 @@ class ResumableTrainer(Trainer):
             checkpoint = newest_whole_checkpoint(self.work)
         if checkpoint:
             log.info("going on from %s", checkpoint)
-        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except AlreadyTrained:  # what came before the end was interrupted, such as the writing of the adapter
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         if self.state.global_step < self.state.max_steps:
             by = self.stop.received.name if self.stop.received else "a signal"
             raise Interrupted(

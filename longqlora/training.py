@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 BASE_PRECISION = {"qlora": "nf4", "lora": "auto", "full": "float32"}
 """What each method keeps the base's weights in; weights that are trained are float32, under autocast."""
+WITHOUT_EFFECT = ("logging_steps", "checkpoint_steps", "checkpoints_kept")
+"""Settings that change nothing in what is trained: a run goes on where it was when one of them is another."""
 TRACED = ("step", "loss", "learning_rate", "grad_norm")
 
 
@@ -256,7 +258,7 @@ def train(
         "config": config.to_json_string(),
         "data": digest_of_file(data),
         "context": [context_length, rope_type],
-        "settings": settings,
+        "settings": {key: value for key, value in settings.items() if key not in WITHOUT_EFFECT},
         "seed": seed,
     }
     with arguments.main_process_first():

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,7 +165,22 @@ def test_other_settings_or_data_begin_anew(inputs, tmp_path):
     settings = STEPS | {"steps": 2}
     train_tiny(base, data, tmp_path / "adapter", **settings)
     assert train_tiny(base, data, tmp_path / "adapter", **settings)["resumed_from_step"] == 2
+    without_effect = {"checkpoint_steps": 1, "checkpoints_kept": 5, "logging_steps": 2}
+    assert train_tiny(base, data, tmp_path / "adapter", **settings | without_effect)["resumed_from_step"] == 2
     assert train_tiny(base, data, tmp_path / "adapter", **settings | {"learning_rate": 1e-3})["resumed_from_step"] == 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "full", "learning_rate": 1e-3}], ids=["qlora", "full"])
+def test_a_run_that_ended_before_its_output_was_written_takes_no_further_step(inputs, tmp_path, settings):
+    base, data = inputs
+    expected = train_tiny(base, data, tmp_path / "adapter", **STEPS | settings)
+    shutil.copytree(tmp_path / "adapter", tmp_path / "expected")
+    shutil.rmtree(tmp_path / "adapter")
+    card = train_tiny(base, data, tmp_path / "adapter", **STEPS | settings)
+    assert card["resumed_from_step"] == card["steps"] == STEPS["steps"]
+    assert card["trace"] == expected["trace"]
+    assert card["tokens"] == expected["tokens"]
+    assert_same(tmp_path / "adapter", tmp_path / "expected")
 
 
 def test_a_work_folder_is_emptied_for_another_run_only(tmp_path):
