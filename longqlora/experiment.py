@@ -14,6 +14,7 @@ import numpy
 
 from longqlora.ablations import add_ablations
 from longqlora.compatibility import extension_problems
+from longqlora.needles import PASSAGE_TOKENS
 from longqlora.protocols import stride_of
 from longqlora.provenance import digest_of_values
 from longqlora.tokens import read_tokens
@@ -243,6 +244,8 @@ def check_evaluation(evaluation: dict, retrieval: dict):
         legal = ", ".join(evaluation["datasets"])
         yield f"retrieval.filler: {retrieval['filler']!r} is no name of evaluation.datasets (legal: {legal})"
     for length in retrieval["lengths"]:
+        if "induction" in retrieval["tasks"] and length < 2 * PASSAGE_TOKENS:
+            yield f"retrieval.lengths: {length} is too short for the task induction, which needs at least {2 * PASSAGE_TOKENS}"
         if length not in evaluation["lengths"]:
             yield f"retrieval.lengths: {length} is none of evaluation.lengths, beside whose perplexity it would stand"
 

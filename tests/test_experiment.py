@@ -80,6 +80,7 @@ def test_the_papers_run_has_the_published_hyper_parameters(root, schema):
         ("systems.x", {"weights_of": "longqlora", "rope_scaling": "yarn"}, r"x\.weights_of: .*; leave rope_scaling out"),
         ("retrieval", {"tasks": ["haystack"]}, r"retrieval\.tasks\.0: 'haystack' is not one of \['passkey', "),
         ("retrieval", {"depths": [0, 1.5]}, r"retrieval\.depths\.1: 1\.5 is greater than the maximum of 1"),
+        ("retrieval", {"tasks": ["induction"], "lengths": [32]}, r"retrieval\.lengths: 32 is too short .* at least 56"),
         ("retrieval", {"lengths": [64, 100]}, r"retrieval\.lengths: 100 is none of evaluation\.lengths"),
         ("retrieval", {"filler": "poems"}, r"retrieval\.filler: 'poems' is no name of .* \(legal: prose, code\)"),
         ("corpus.sources", [{"paths": ["nowhere/*.jsonl"]}], r"corpus\.sources: no such file: nowhere/\*\.jsonl"),

@@ -50,7 +50,7 @@ def shrink(config: dict) -> dict:
     config["systems"] = {name: config["systems"][name] for name in ("base", "longqlora", "longlora-full", "chat")}
     config["systems"]["chat"]["context_length"] = 1024
     config["training"].update(batch_size=2)
-    config["evaluation"]["lengths"] = [32, 256]
+    config["evaluation"]["lengths"] = [64, 256]
     del config["evaluation"]["datasets"]["code"]
     config["retrieval"] = {"tasks": ["induction"], "depths": [0, 1], "samples": 2}
     config["ablations"] = {
@@ -113,7 +113,7 @@ def test_the_run_leaves_tables_plots_models_and_records(project):
     results = project / "results/demo"
     cells = pandas.read_csv(results / "tables/perplexity.csv")
     assert sorted(zip(cells["system"], cells["context_length"], strict=True)) == [
-        (system, length) for system in ("base", "chat", "longlora-full", "longqlora") for length in (32, 256)
+        (system, length) for system in ("base", "chat", "longlora-full", "longqlora") for length in (64, 256)
     ]
     assert (cells["num_scored"] == cells["num_tokens"] - cells["num_documents"]).all()
     assert cells["perplexity"].between(1, 512 * 2).all()
@@ -196,7 +196,7 @@ def test_an_edit_of_the_attention_module_retrains(project, module):
 
 
 def test_a_new_length_computes_the_new_cells_only(project, config_file):
-    edit(config_file, lambda config: config["evaluation"].update(lengths=[32, 64, 256]))
+    edit(config_file, lambda config: config["evaluation"].update(lengths=[64, 128, 256]))
     assert planned(project) == {"evaluate_perplexity": 4, "evaluate_retrieval": 4, **REPORTS}
 
 
