@@ -12,6 +12,11 @@ AXES = {
 """What can be varied, and its name in tables and plots."""
 
 
+def name_of_cell(changes: dict) -> str:
+    """Values by axis as tables and plots name them: ``LoRA rank 16, training steps 25``."""
+    return ", ".join(f"{AXES[axis]} {value}".replace("_", " ") for axis, value in changes.items())
+
+
 def vary(system: dict, changes: dict) -> dict:
     """A system with other settings; an adapter is evaluated on the base, so that nothing has to be merged."""
     varied = system | {"training": dict(system["training"]), "merged": system["training"]["method"] == "full"}
@@ -22,7 +27,7 @@ def vary(system: dict, changes: dict) -> dict:
             varied[axis] = value
     if "steps" in changes:
         varied["training"].pop("epochs", None)
-    varied["label"] = ", ".join(f"{AXES[axis]} {value}" for axis, value in changes.items())
+    varied["label"] = name_of_cell(changes)
     return varied
 
 

@@ -6,7 +6,6 @@ known by a 64-bit hash; two different ones of 10⁷ and 10¹⁰ share a hash wit
 clean text.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import pandas
 import pyarrow
 import pyarrow.parquet
 
-from longqlora.tokens import description_path, read_tokens
+from longqlora.tokens import read_description, read_tokens
 
 WORD = re.compile(r"\w+")
 MULTIPLIER = numpy.uint64(0x9E3779B97F4A7C15)  # odd, its bits well mixed (2⁶⁴ / golden ratio)
@@ -89,7 +88,7 @@ class EvaluationNgrams:
 def decoded_pieces(path: str, tokenizer) -> Iterator[str]:
     """Yield the text of a token stream in pieces: its documents where they are known, and long ones in pieces that overlap."""
     tokens = read_tokens(path)
-    ends = json.loads(description_path(path).read_text())["document_ends"]
+    ends = read_description(path)["document_ends"]
     for start, end in zip([0, *ends[:-1]], ends, strict=True):
         for first in range(start, end, TOKENS_PER_PIECE):
             piece = tokens[first : min(end, first + TOKENS_PER_PIECE + TOKENS_OF_OVERLAP)]

@@ -9,7 +9,7 @@ import fsspec
 import numpy
 
 from longqlora.documents import read_documents
-from longqlora.tokens import check_vocabulary, description_path, read_tokens, tokenize_documents
+from longqlora.tokens import check_vocabulary, description_path, read_description, read_tokens, tokenize_documents
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def retokenize(*, tokens: str, tokenizer, new_tokenizer, output: str) -> dict:
         output: path of the ``.bin`` to write, its description beside it.
     """
     stream = read_tokens(tokens)
-    ends = json.loads(description_path(tokens).read_text())["document_ends"]
+    ends = read_description(tokens)["document_ends"]
     documents = (stream[begin:end] for begin, end in zip([0, *ends], ends, strict=False))
     texts = (tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in documents)
     return tokenize_documents(texts, new_tokenizer, output)

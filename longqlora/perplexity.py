@@ -200,24 +200,35 @@ def evaluate_perplexity(
     if os.environ.get("RANK", "0") == "0":
         by_window.to_parquet(windows_path, index=False)
     stamp = {"protocol": protocol, "window": window, "stride": stride}
-    mean, units = mean_nll(by_window, stamp)
-    num_tokens, num_scored = description["document_ends"][-1], int(by_window["num_scored"].sum())
     return {
         **stamp,
         "precision": evaluated.precision,
         "attention": evaluated.attention,
         "weights": "adapter on the base" if evaluated.adapter else "model",
-        "num_tokens": num_tokens,
-        "num_scored": num_scored,
+        "model": evaluated.path,
+        "model_context": context,
+        "is_within_context": is_within_context,
+        "num_tokens": description["document_ends"][-1],
         "num_documents": len(description["document_ends"]),
-        "num_windows": len(windows),
+        "dataset_warning": description.get("warning"),
+        **summarise(by_window, stamp),
+        "loss_by_position": by_position.to_dict("list"),
+    }
+
+
+def summarise(by_window: pandas.DataFrame, protocol: dict) -> dict:
+    """What the windows of an evaluation come to.
+
+    Args:
+        by_window: of :func:`score`.
+        protocol: its protocol, window and stride.
+    """
+    mean, units = mean_nll(by_window, protocol)
+    return {
+        "num_windows": len(by_window),
+        "num_scored": int(by_window["num_scored"].sum()),
         "mean_nll": mean.mean,
         "standard_error": mean.standard_error,
         "standard_error_units": units,
         "perplexity": math.exp(mean.mean),
-        "model": evaluated.path,
-        "model_context": context,
-        "is_within_context": is_within_context,
-        "dataset_warning": description.get("warning"),
-        "loss_by_position": by_position.to_dict("list"),
     }

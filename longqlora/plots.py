@@ -7,7 +7,7 @@ from textwrap import wrap
 import pandas
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-from longqlora.ablations import AXES
+from longqlora.ablations import AXES, name_of_cell
 from longqlora.figures import panels_for
 from longqlora.tables import ablation_cells, format_perplexity, published_records, read_records, read_retrieval
 
@@ -105,7 +105,7 @@ def plot_ablation(records: list[str], ablation: dict, outputs: list[str]) -> Non
         draw_panels(cells, outputs, "context_length", "context length (tokens)")
         return
     cells["label"] = [
-        ", ".join([f"{row['context_length']} tokens", *(f"{AXES[axis]} {row[axis]}".replace("_", " ") for axis in others)])
+        ", ".join(filter(None, [f"{row['context_length']} tokens", name_of_cell({axis: row[axis] for axis in others})]))
         for _, row in cells.iterrows()
     ]
     draw_panels(cells, outputs, first, AXES[first])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas
 
-from longqlora.ablations import AXES
+from longqlora.ablations import name_of_cell
 from longqlora.estimates import CONFIDENCE, paired_difference
 
 GOOD_PERPLEXITY = 1.1  # at most so many times the best of its column …
@@ -207,7 +207,7 @@ def caption_of(cells: pandas.DataFrame, retrieval: pandas.DataFrame, notation: N
 def escape_latex(text: str) -> str:
     """Text as LaTeX prints it."""
     escaped = re.sub(r"([&%$#_{}])", r"\\\1", text.replace("\\", r"\textbackslash "))
-    return escaped.replace("~", r"\textasciitilde ").replace("^", r"\textasciicircum ").replace(">", "$>$").replace("⚠", "(!)")
+    return escaped.replace("~", r"\textasciitilde ").replace("^", r"\textasciicircum ").replace(">", "$>$")
 
 
 def write_markdown(path: str, table: pandas.DataFrame, caption: str, title: str | None = None) -> None:
@@ -297,10 +297,7 @@ def ablation_cells(records: list[str], ablation: dict) -> pandas.DataFrame:
     cells = read_records(records)
     for axis in ablation["axes"]:
         cells[axis] = [ablation["rows"][system][axis] for system in cells["system"]]
-    cells["label"] = [
-        ", ".join(f"{AXES[axis]} {value}".replace("_", " ") for axis, value in ablation["rows"][system].items())
-        for system in cells["system"]
-    ]
+    cells["label"] = [name_of_cell(ablation["rows"][system]) for system in cells["system"]]
     return cells
 
 
@@ -313,7 +310,7 @@ def render_ablation(*, records: list[str], windows: list[str], ablation: dict, c
         ablation: label, axes and rows, see :func:`longqlora.ablations.add_ablations`.
         csv, markdown, latex: paths to write.
     """
-    cells, nothing = ablation_cells(records, ablation), pandas.DataFrame(columns=["label", "context_length", "accuracy"])
+    cells, nothing = ablation_cells(records, ablation), read_records([])  # of retrieval
     cells.drop(columns="loss_by_position").to_csv(csv, index=False)
     pairs, title = differences(cells, windows), ablation["label"]
     write_markdown(markdown, layout(cells, nothing, MARKDOWN, pairs), caption_of(cells, nothing, MARKDOWN, False), title)

@@ -232,18 +232,8 @@ def train(
         NonFiniteLoss, Interrupted, MemoryError, OSError: if the training or the writing of a checkpoint fails; see
             :mod:`longqlora.resuming`.
     """
-    if settings["zero_stage"] and not find_spec("deepspeed"):
-        stage = settings["zero_stage"]
-        raise ValueError(
-            f"training.zero_stage {stage} needs DeepSpeed, which is not installed: pip install deepspeed, or zero_stage: 0"
-        )
-    where = find_device(device)
-    config = AutoConfig.from_pretrained(base_model)
-    problems = list(extension_problems(config.to_dict(), context_length, settings))
-    if problems:
-        raise ValueError("\n".join(f"{base_model}: {problem}" for problem in problems))
-    if data.endswith(".bin"):
-        check_vocabulary(data, config.vocab_size)
+    where, config = find_device(device), AutoConfig.from_pretrained(base_model)
+    check_before_weights(base_model, config, data, context_length, settings)
     set_seed(seed)
     windows = load_training_data(
         data, context_length, isolate_documents=settings["isolate_documents"], pack_records=settings["pack_records"]
@@ -301,6 +291,20 @@ def train(
     if trainer.is_world_process_zero():
         complete_output(Path(output), label, card, trainer.state)
     return card
+
+
+def check_before_weights(base_model: str, config, data: str, context_length: int, settings: dict) -> None:
+    """What can be told before weights are loaded: raise ValueError as :func:`train` says."""
+    if settings["zero_stage"] and not find_spec("deepspeed"):
+        stage = settings["zero_stage"]
+        raise ValueError(
+            f"training.zero_stage {stage} needs DeepSpeed, which is not installed: pip install deepspeed, or zero_stage: 0"
+        )
+    problems = list(extension_problems(config.to_dict(), context_length, settings))
+    if problems:
+        raise ValueError("\n".join(f"{base_model}: {problem}" for problem in problems))
+    if data.endswith(".bin"):
+        check_vocabulary(data, config.vocab_size)
 
 
 def complete_output(output: Path, label: str, card: dict, state: TrainerState) -> None:
