@@ -1,0 +1,144 @@
+"""Do the types of a 4-bit base change what is learned? Losses of the same training in float32 and in 16 bit.
+
+    python benchmarks/precision.py --base MODEL --data TOKENS.bin --tokens 256 --steps 50
+
+Each run trains a LoRA adapter on the NF4 base with the same windows in the same order; a base whose context is shorter than a
+window is extended (linear). The types of a GPU are forced on a CPU (``longqlora.adapters.add_adapter``), autocast included; in
+float16 the loss is scaled, as the trainer does. The last run differs from the first one by nothing but the seed of the adapter
+and of the dropout: the noise that the others are to be compared with.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from datetime import date
+from statistics import fmean
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+from transformers import AutoConfig
+
+from longqlora.adapters import BaseTypes, add_adapter
+from longqlora.attention import register_shifted_sparse_attention
+from longqlora.models import context_of, load_model, use_chunked_loss
+from longqlora.packing import load_training_data
+from longqlora.provenance import machine, versions
+
+CPU = torch.device("cpu")
+SHOWN_STEPS = (1, 10, 25, 50)
+ADAPTER = {
+    "method": "qlora",
+    "alpha": 16,
+    "dropout": 0.05,
+    "target_modules": "all-linear",
+    "modules_to_save": [],
+    "zero_stage": 0,
+}
+FLOAT32 = BaseTypes(torch.float32, torch.float32)
+
+
+class Run(NamedTuple):
+    types: BaseTypes
+    autocast: torch.dtype
+    seed: int = 1
+
+
+RUNS = {
+    "base in float32, autocast bfloat16": Run(FLOAT32, torch.bfloat16),
+    "base in bfloat16 (A100 and newer)": Run(BaseTypes(torch.bfloat16, torch.bfloat16), torch.bfloat16),
+    "residual stream in float32, layers in float16 (V100)": Run(BaseTypes(torch.float32, torch.float16), torch.float16),
+    "base in float32, autocast float16": Run(FLOAT32, torch.float16),
+    "base in float32, autocast bfloat16, another seed": Run(FLOAT32, torch.bfloat16, seed=2),
+}
+
+
+def load_base(arguments: argparse.Namespace, compute_dtype: torch.dtype):
+    """The base in NF4, whose linear layers compute in the type that a GPU would."""
+    attention = arguments.attention
+    if attention == "shifted_sparse":
+        attention = register_shifted_sparse_attention(0.25, arguments.tokens)
+    is_short = context_of(AutoConfig.from_pretrained(arguments.base)) < arguments.tokens
+    with patch("longqlora.models.autocast_dtype", lambda device: compute_dtype):
+        model = load_model(
+            arguments.base,
+            device=CPU,
+            precision="nf4",
+            context_length=arguments.tokens if is_short else None,
+            attn_implementation=attention,
+        )
+    return use_chunked_loss(model)
+
+
+def train(arguments: argparse.Namespace, run: Run) -> list[float]:
+    """Train, and return the loss of each step."""
+    windows = load_training_data(arguments.data, arguments.tokens)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0)).tolist()
+    model = load_base(arguments, run.autocast)
+    torch.manual_seed(run.seed)
+    model = add_adapter(model, {**ADAPTER, "rank": arguments.rank}, types=run.types).train()
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=arguments.learning_rate, weight_decay=0.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=run.autocast is torch.float16)
+    losses = []
+    for step in range(arguments.steps):
+        rows = [order[(step * arguments.batch_size + row) % len(order)] for row in range(arguments.batch_size)]
+        ids = torch.stack([windows[row]["input_ids"] for row in rows])
+        with torch.autocast("cpu", run.autocast):
+            loss = model(input_ids=ids, labels=ids).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        clip_grad_norm_(weights, arguments.max_grad_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def table_row(name: str, losses: list[float], reference: list[float]) -> str:
+    """Losses at some steps, and how far they are from the reference on average and at most."""
+    shown = [f"{losses[step - 1]:.4f}" if step <= len(losses) else "" for step in SHOWN_STEPS]
+    distances = [abs(loss - other) for loss, other in zip(losses, reference, strict=True)]
+    apart = [""] * 2 if losses is reference else [f"{fmean(distances):.5f}", f"{max(distances):.5f}"]
+    return f"| {' | '.join([name, *shown, *apart])} |"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True, help="folder of a RoPE model")
+    parser.add_argument("--data", required=True, help=".bin of token ids, made with its tokenizer")
+    parser.add_argument("--tokens", type=int, default=256, help="of a window (256)")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--max-grad-norm", type=float, default=0.3)
+    parser.add_argument("--attention", choices=["shifted_sparse", "sdpa"], default="shifted_sparse")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    where, packages = machine(), ", ".join(f"{name} {version}" for name, version in versions().items())
+    print(f"## Losses by the types of the base, {date.today().isoformat()}\n")
+    print(
+        f"`{shlex.join([os.path.basename(sys.executable), *sys.argv])}`, {torch.get_num_threads()} threads on {where['cores']}"
+    )
+    print(f"cores of {where['processor']}, {where['system']}; {packages}.\n")
+    print(f"| | {' | '.join(f'step {step}' for step in SHOWN_STEPS)} | mean difference | largest |")
+    print(f"|:--|{'--:|' * (len(SHOWN_STEPS) + 2)}")
+    reference = None
+    for name, run in RUNS.items():
+        started = time.perf_counter()
+        losses = train(arguments, run)
+        print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        reference = reference or losses
+        print(table_row(name, losses, reference), flush=True)
+
+
+if __name__ == "__main__":
+    main()
