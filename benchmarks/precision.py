@@ -103,7 +103,7 @@ def table_row(name: str, losses: list[float], reference: list[float]) -> str:
     """Losses at some steps, and how far they are from the reference on average and at most."""
     shown = [f"{losses[step - 1]:.4f}" if step <= len(losses) else "" for step in SHOWN_STEPS]
     distances = [abs(loss - other) for loss, other in zip(losses, reference, strict=True)]
-    apart = [""] * 2 if losses is reference else [f"{fmean(distances):.5f}", f"{max(distances):.5f}"]
+    apart = [""] * 2 if losses is reference else [f"{fmean(distances):.6f}", f"{max(distances):.6f}"]
     return f"| {' | '.join([name, *shown, *apart])} |"
 
 
@@ -126,7 +126,7 @@ def main() -> None:
     where, packages = machine(), ", ".join(f"{name} {version}" for name, version in versions().items())
     print(f"## Losses by the types of the base, {date.today().isoformat()}\n")
     print(
-        f"`{shlex.join([os.path.basename(sys.executable), *sys.argv])}`, {torch.get_num_threads()} threads on {where['cores']}"
+        f"`{shlex.join([os.path.basename(sys.executable), *sys.argv])}`, threads: {torch.get_num_threads()}, {where['cores']}"
     )
     print(f"cores of {where['processor']}, {where['system']}; {packages}.\n")
     print(f"| | {' | '.join(f'step {step}' for step in SHOWN_STEPS)} | mean difference | largest |")

@@ -27,7 +27,7 @@ class BaseTypes(NamedTuple):
     weights: torch.dtype
     """Of what is not quantized: embeddings, norms, output layer. The residual stream has it too."""
     layers: torch.dtype
-    """Of what the norms inside the layers return, and so of the activations there."""
+    """Of what the linear layers get from the norms before them, and so of what they return."""
 
 
 def base_types(device: torch.device) -> BaseTypes:
@@ -79,11 +79,8 @@ def prepare_base(model: PreTrainedModel, types: BaseTypes) -> None:
             weight.data = weight.data.to(types.weights)
     if types.layers is torch.float32:
         return
-    # copies of these norms that are trained whole (modules_to_save) keep the hook, and so their layers the type
     for name, module in model.get_decoder().layers.named_modules():
-        if name.endswith("norm"):  # the two of each layer, and those of queries and keys (qwen3)
+        # not q_norm and k_norm (qwen3): RoPE turns what they return in float32, and attention casts it once, behind that
+        if name.endswith("layernorm"):
+            # a copy that is trained whole (modules_to_save) keeps the hook
             module.register_forward_hook(lambda module, inputs, output: output.to(types.layers))
-    model.get_decoder().rotary_emb.register_forward_hook(
-        # float32 sines would turn queries and keys into float32 again
-        lambda module, inputs, output: tuple(part.to(types.layers) for part in output)
-    )
