@@ -1,4 +1,5 @@
 import importlib
+import itertools
 import json
 import math
 import os
@@ -215,3 +216,59 @@ def test_a_step_of_the_7b_shape_costs_what_is_known_of_it(cases):
     assert attention == pytest.approx(0.75 * 4.5 * 32 * 2 * tokens**2 * 4096)
     evaluated = cases.step_flops("7b", "perplexity", 2)
     assert evaluated / 2 == pytest.approx(2 * 6.6e9, rel=0.01)  # 2 operations a weight; the embeddings are only looked up
+
+
+@pytest.fixture
+def memory(benchmark):
+    return importlib.import_module("memory")
+
+
+def allocated_at_most(function) -> int:
+    """The most bytes that torch's allocator has given out during a call, by torch's profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes))
+
+
+@pytest.mark.parametrize("form", ["float32", "current"])
+def test_the_traced_peak_is_that_of_a_real_step(memory, form):
+    step = {"shape": "toy", "tokens": 512, "types": memory.types_of(form, torch.bfloat16)}
+    options = {"attention": "shifted_sparse", "offload": False}
+    traced = memory.trace_step(**step, compute_dtype=torch.bfloat16, **options)
+    with memory.pretend_gpu(torch.bfloat16):
+        model = memory.build_step(memory.MemoryTrace(), **step, **options)
+        real = allocated_at_most(lambda: memory.take_micro_steps(memory.MemoryTrace(), model, 512, torch.bfloat16))
+    during_the_step = traced["peak"] - traced["parts"]["weights and adapter"]
+    assert 0.95 * real < during_the_step <= real  # a real kernel has a workspace
+    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert traced["parts"]["gradients"] == 4 * trainable
+    assert traced["adam_state"] == 8 * trainable
+
+
+def test_16_bit_halves_what_a_forward_pass_saves_and_offloading_takes_it_away(memory):
+    width, layers, tokens = 64, 2, 512
+    types = {form: memory.types_of(form, torch.bfloat16) for form in memory.FORMS}
+    found = {
+        form: memory.trace_step("toy", tokens, types[form], torch.bfloat16, attention="sdpa", offload=form == "offloaded")
+        for form in memory.FORMS
+    }
+    saved = {form: result["parts"]["saved by the forward pass"] for form, result in found.items()}
+    assert saved["float32"] - saved["current"] >= 2 * tokens * width * layers
+    # the first layer's input stays: with activation checkpointing transformers makes the embeddings' output require a gradient
+    assert saved["current"] - saved["offloaded"] == 2 * tokens * width * (layers - 1)
+    assert found["float32"]["peak"] > found["current"]["peak"] >= found["offloaded"]["peak"]
+
+
+def test_the_types_that_are_traced_are_those_of_the_gpu(memory):
+    assert memory.types_of("current", torch.bfloat16) == (torch.bfloat16, torch.bfloat16)
+    assert memory.types_of("offloaded", torch.float16) == (torch.float32, torch.float16)
+    assert memory.types_of("float32", torch.bfloat16) == (torch.float32, torch.float32)
+
+
+def test_the_script_of_memory_prints_a_row_for_each_form(memory, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks/memory.py", "--steps", "toy/128", "--forms", "float32", "current"])
+    memory.main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| toy/128 |")]
+    assert [row.split(" | ")[1] for row in rows] == ["float32, layers float32", "bfloat16, layers bfloat16"]
