@@ -54,6 +54,7 @@ RUNS = {
     "base in float32, autocast float16": Run(FLOAT32, torch.float16),
     "base in float32, autocast bfloat16, another seed": Run(FLOAT32, torch.bfloat16, seed=2),
 }
+NUMBERED = [f"{number} {name}" for number, name in enumerate(RUNS, start=1)]
 
 
 def load_base(arguments: argparse.Namespace, compute_dtype: torch.dtype):
@@ -118,6 +119,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--max-grad-norm", type=float, default=0.3)
     parser.add_argument("--attention", choices=["shifted_sparse", "sdpa"], default="shifted_sparse")
+    parser.add_argument("--runs", type=int, nargs="*", default=range(2, len(RUNS) + 1), help=f"beside 1: {', '.join(NUMBERED)}")
     return parser.parse_args()
 
 
@@ -132,7 +134,9 @@ def main() -> None:
     print(f"| | {' | '.join(f'step {step}' for step in SHOWN_STEPS)} | mean difference | largest |")
     print(f"|:--|{'--:|' * (len(SHOWN_STEPS) + 2)}")
     reference = None
-    for name, run in RUNS.items():
+    for number, (name, run) in enumerate(RUNS.items(), start=1):
+        if number not in {1, *arguments.runs}:
+            continue
         started = time.perf_counter()
         losses = train(arguments, run)
         print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)

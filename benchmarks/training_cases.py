@@ -17,11 +17,11 @@ from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_outputs import CausalLMOutput
 
+from longqlora.adapters import BaseTypes, add_adapter
 from longqlora.attention import register_shifted_sparse_attention
 from longqlora.models import autocast_dtype, find_device, name_of, resident_dtype, use_chunked_loss
 from longqlora.perplexity import nll_of_batch
 from longqlora.positions import extend_context
-from longqlora.training import add_adapter
 
 
 def llama(hidden_size: int, intermediate_size: int, layers: int, heads: int, context: int, vocab_size: int = 32000) -> dict:
@@ -202,7 +202,9 @@ def prepare_case(case: Case, shape: str, precision: str, length: int, device: to
     if case.loss != "plain":
         {"chunked": use_chunked_loss, "whole": use_whole_window_loss}[case.loss](model)
     torch.manual_seed(2)
-    model = add_adapter(model, {**ADAPTER, "method": "qlora" if precision == "nf4" else "lora"})
+    # the others train as peft prepares a 4-bit base; ours in the types of the device
+    types = None if case.is_ours else BaseTypes(torch.float32, torch.float32)
+    model = add_adapter(model, {**ADAPTER, "method": "qlora" if precision == "nf4" else "lora"}, types=types)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": case.reentrant})
     if case.reentrant:
         model.enable_input_require_grads()

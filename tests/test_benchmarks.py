@@ -105,7 +105,8 @@ def losses_of_two_steps(cases, name, precision, ids):
 
 
 @pytest.mark.parametrize("precision", ["nf4", "auto"])
-def test_ours_with_full_attention_and_the_plain_path_train_alike(cases, ids, precision):
+def test_ours_with_full_attention_and_the_plain_path_train_alike(cases, monkeypatch, ids, precision):
+    monkeypatch.setattr(cases, "autocast_dtype", lambda device: torch.float32)  # in bfloat16, if the CPU has it, 1e-4 is noise
     ours, plain = (losses_of_two_steps(cases, name, precision, ids) for name in ("ours_full", "plain"))
     assert ours == pytest.approx(plain, abs=1e-4)
     assert ours[0] != ours[1]
@@ -125,6 +126,16 @@ def test_the_base_is_quantised_and_its_embeddings_are_not(cases):
     assert quantised == {name for name in kinds if "_proj" in name}
     assert not any(weight.is_meta for weight in [*model.parameters(), *model.buffers()])
     assert model.config.rope_parameters["factor"] == 2  # 128 tokens on a context of 64
+
+
+@pytest.mark.parametrize(
+    ("name", "embeddings"), [("ours", torch.bfloat16), ("plain", torch.float32), ("published", torch.float32)]
+)
+def test_only_ours_trains_with_the_base_in_16_bit(cases, monkeypatch, name, embeddings):
+    types = cases.BaseTypes(torch.bfloat16, torch.bfloat16)
+    monkeypatch.setattr("longqlora.adapters.base_types", lambda device: types)  # of a GPU
+    model = cases.prepare_case(cases.CASES[name], "toy", "nf4", 128, CPU)
+    assert model.get_input_embeddings().weight.dtype is embeddings
 
 
 def test_the_evaluation_scores_the_whole_window(cases, ids):
@@ -272,3 +283,32 @@ def test_the_script_of_memory_prints_a_row_for_each_form(memory, monkeypatch, ca
     memory.main()
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| toy/128 |")]
     assert [row.split(" | ")[1] for row in rows] == ["float32, layers float32", "bfloat16, layers bfloat16"]
+
+
+def test_losses_by_the_types_of_the_base_begin_alike_and_stay_close(benchmark, monkeypatch, capsys, model_folder, corpus):
+    options = [
+        "--base",
+        model_folder,
+        "--data",
+        corpus,
+        "--tokens",
+        "128",
+        "--steps",
+        "10",
+        "--rank",
+        "4",
+        "--learning-rate",
+        "0.01",
+    ]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/precision.py", *options, "--runs", "2", "3", "5"])
+    importlib.import_module("precision").main()
+    rows = [
+        line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if " base " in line or " layers " in line
+    ]
+    reference, bfloat16, float16, other_seed = (
+        [cell for cell in row[1:] if cell.strip()] for row in rows if row[1].startswith("6.")
+    )
+    assert reference[0] == other_seed[0]  # an adapter begins with nothing
+    assert 0 < float(bfloat16[-2]) < 5e-3
+    assert 0 < float(float16[-2]) < 5e-3
+    assert float(reference[1]) < float(reference[0])
