@@ -6,7 +6,7 @@ are not quantized (beside the output layer), is the type of every activation:
 | compute type of the device | embeddings, norms, output layer | residual stream | inside the layers |
 |:--|:--|:--|:--|
 | bfloat16 (GPU) | bfloat16 | bfloat16 | bfloat16 |
-| float16 (GPU) | float32 | float32, because sums of float16 over many layers overflow | float16 |
+| float16 (GPU) | float32 | float32, because a sum over many layers could overflow float16 | float16 |
 | any (CPU) | float32 | float32 | float32 |
 
 LoRA weights are float32 everywhere: a small update of a 16-bit weight would be lost.
@@ -48,7 +48,7 @@ def add_adapter(model: PreTrainedModel, settings: dict, *, types: BaseTypes | No
     """
     if settings["method"] == "qlora":
         default = BaseTypes(torch.float32, torch.float32) if settings["zero_stage"] else base_types(model.device)
-        prepare_base(model, types or default)
+        set_base_types(model, types or default)
     trains_embeddings = any(name.split(".")[-1] == "embed_tokens" for name in settings["modules_to_save"])
     lora = LoraConfig(
         task_type="CAUSAL_LM",
@@ -67,14 +67,14 @@ def add_adapter(model: PreTrainedModel, settings: dict, *, types: BaseTypes | No
     return model
 
 
-def prepare_base(model: PreTrainedModel, types: BaseTypes) -> None:
-    """Freeze a 4-bit base and give it its types.
+def set_base_types(model: PreTrainedModel, types: BaseTypes) -> None:
+    """Give a 4-bit base the types that it trains in.
 
     This takes the place of peft's ``prepare_model_for_kbit_training``, which makes all that is not quantized float32. What
-    else that function does, letting the embeddings' output require a gradient, is for reentrant checkpointing only.
+    else that function does is not needed: ``get_peft_model`` freezes the base as well, and the embeddings' output must require
+    a gradient for reentrant checkpointing only.
     """
     for weight in model.parameters():
-        weight.requires_grad = False
         if weight.is_floating_point():  # 4-bit weights are packed into bytes
             weight.data = weight.data.to(types.weights)
     if types.layers is torch.float32:
