@@ -101,11 +101,12 @@ def train(arguments: argparse.Namespace, run: Run) -> list[float]:
 
 
 def table_row(name: str, losses: list[float], reference: list[float]) -> str:
-    """Losses at some steps, and how far they are from the reference on average and at most."""
+    """Losses at some steps, and how far they are from the reference: on average, at most, and with the sign."""
     shown = [f"{losses[step - 1]:.4f}" if step <= len(losses) else "" for step in SHOWN_STEPS]
-    distances = [abs(loss - other) for loss, other in zip(losses, reference, strict=True)]
-    apart = [""] * 2 if losses is reference else [f"{fmean(distances):.6f}", f"{max(distances):.6f}"]
-    return f"| {' | '.join([name, *shown, *apart])} |"
+    differences = [loss - other for loss, other in zip(losses, reference, strict=True)]
+    sizes = [abs(difference) for difference in differences]
+    apart = [f"{fmean(sizes):.6f}", f"{max(sizes):.6f}", f"{fmean(differences):+.6f}"]
+    return f"| {' | '.join([name, *shown, *([''] * 3 if losses is reference else apart)])} |"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -131,8 +132,8 @@ def main() -> None:
         f"`{shlex.join([os.path.basename(sys.executable), *sys.argv])}`, threads: {torch.get_num_threads()}, {where['cores']}"
     )
     print(f"cores of {where['processor']}, {where['system']}; {packages}.\n")
-    print(f"| | {' | '.join(f'step {step}' for step in SHOWN_STEPS)} | mean difference | largest |")
-    print(f"|:--|{'--:|' * (len(SHOWN_STEPS) + 2)}")
+    print(f"| | {' | '.join(f'step {step}' for step in SHOWN_STEPS)} | mean distance | largest | mean difference |")
+    print(f"|:--|{'--:|' * (len(SHOWN_STEPS) + 3)}")
     reference = None
     for number, (name, run) in enumerate(RUNS.items(), start=1):
         if number not in {1, *arguments.runs}:
