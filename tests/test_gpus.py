@@ -19,9 +19,10 @@ TWO = ["GPU-aaaa", "GPU-bbbb"]
 FOUR = [*TWO, "GPU-cccc", "GPU-bcde"]
 
 PREAMBLE = """
-import json, logging, os, sys
+import json, logging, os, signal, sys
 from pathlib import Path
 from longqlora.jobs.gpus import HELD_LOCKS, reserve_gpus, share_reservation
+signal.alarm(20)  # ends a process that waits for ever, so that its test fails
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 def reserve(machine, count, folder, poll_seconds=0.02):
     return reserve_gpus("cuda", count, driver=lambda: machine, folder=Path(folder), poll_seconds=poll_seconds)
