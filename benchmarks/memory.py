@@ -39,8 +39,8 @@ from training_cases import ADAPTER, GROUP_RATIO, SHAPES, build_model
 
 from longqlora.adapters import BaseTypes, add_adapter, base_types
 from longqlora.attention import register_shifted_sparse_attention
+from longqlora.jobs.digests import versions
 from longqlora.models import name_of, use_chunked_loss
-from longqlora.provenance import versions
 
 CPU = torch.device("cpu")
 STEPS = ("7b/8192", "13b/12288", "7b/32768")

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from longqlora.documents import read_parquet
+from longqlora.jobs.memory import memory_explained
 from longqlora.models import find_device, load_model
 
 log = logging.getLogger(__name__)
@@ -47,14 +48,15 @@ def answer_held_out(
         output: JSON file, a list of source, messages (up to the question), reference and answer.
         markdown: the same to read, long questions shortened in their middle.
     """
-    model = load_model(model_path, device=find_device(device)).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     answers = []
-    for _, row in deque(read_parquet(records), maxlen=held_out):
-        *messages, reference = row["messages"]
-        given = answer(model, tokenizer, messages)
-        answers.append({"source": row["source"], "messages": messages, "reference": reference["content"], "answer": given})
-        log.info("%s: %d characters", row["source"], len(given))
+    with memory_explained(f"answering with {model_path}", "A shorter sft.max_tokens, or fewer questions at that length."):
+        model = load_model(model_path, device=find_device(device)).eval()
+        for _, row in deque(read_parquet(records), maxlen=held_out):
+            *messages, reference = row["messages"]
+            given = answer(model, tokenizer, messages)
+            answers.append({"source": row["source"], "messages": messages, "reference": reference["content"], "answer": given})
+            log.info("%s: %d characters", row["source"], len(given))
     Path(output).write_text(json.dumps(answers, indent=2, ensure_ascii=False))
     Path(markdown).write_text(render_answers(label, answers), encoding="utf-8")
 

@@ -9,42 +9,26 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from longqlora.model_files import WEIGHTS, weight_files
+
 MAX_SHARD_BYTES = 5 * 10**9  # of one written file
-FORMS = [
-    ("model.safetensors.index.json", "model.safetensors"),
-    ("pytorch_model.bin.index.json", "pytorch_model.bin"),  # older models of the hub have nothing else
-]
 
 
 def checkpoint_folder(path: str) -> Path:
     """The folder of a model: ``path`` itself, or that of the hub's cache, its weights fetched if they are not there yet."""
     if Path(path).is_dir():
         return Path(path)
-    for index, single in FORMS:
-        patterns = [index, single, f"{Path(single).stem}-*{Path(single).suffix}"]
-        folder = Path(snapshot_download(path, allow_patterns=patterns))
-        if (folder / index).exists() or (folder / single).exists():
+    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+        names = [f"{stem}{suffix}", f"{stem}{suffix}.index.json"]
+        folder = Path(snapshot_download(path, allow_patterns=[*names, f"{stem}-*{suffix}"]))
+        if any((folder / name).exists() for name in names):
             return folder
-    raise ValueError(f"{path}: the repository holds neither {' nor '.join(single for _, single in FORMS)}")
-
-
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The files that hold a model's weights, in order.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    for index, single in FORMS:
-        if (folder / index).exists():
-            return [folder / name for name in sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))]
-        if (folder / single).exists():
-            return [folder / single]
-    raise ValueError(f"{folder}: holds no weights; {' or '.join(single for _, single in FORMS)} is missing")
+    raise ValueError(f"{path}: the repository holds neither {' nor '.join(WEIGHTS[::2])}")
 
 
 def read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the names and tensors of a checkpoint, one in memory at a time."""
-    for path in checkpoint_files(folder):
+    for path in weight_files(folder):
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (it is not a dictionary)

@@ -15,7 +15,8 @@ import pandas
 import pyarrow
 import pyarrow.parquet
 
-from longqlora.tokens import read_description, read_tokens
+from longqlora.token_descriptions import read_description
+from longqlora.tokens import read_tokens
 
 WORD = re.compile(r"\w+")
 MULTIPLIER = numpy.uint64(0x9E3779B97F4A7C15)  # odd, its bits well mixed (2⁶⁴ / golden ratio)

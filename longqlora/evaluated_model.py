@@ -6,7 +6,8 @@ import torch
 from transformers import PreTrainedModel
 
 from longqlora.attention import register_shifted_sparse_attention
-from longqlora.models import context_of, load_config, load_model
+from longqlora.models import load_config, load_model
+from longqlora.positions import context_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,14 @@ class EvaluatedModel:
             )
         rope = getattr(config, "rope_parameters", None) or {}
         return window <= context_of(config) or rope.get("rope_type") == "dynamic"
+
+    def memory_advice(self, window: int) -> tuple[str, str]:
+        """What its evaluation was doing when memory was exhausted, and which settings to change, as
+        :func:`longqlora.jobs.memory.memory_explained` takes them."""
+        return (
+            f"reading {window} tokens at once with {self.path} in precision {self.precision}",
+            "A smaller evaluation.precision (nf4 takes least), or shorter evaluation.lengths.",
+        )
 
     def load(self, device: torch.device, window: int) -> PreTrainedModel:
         """Load it in evaluation mode, to read ``window`` tokens at once; an adapter's layers stand in the model's places."""

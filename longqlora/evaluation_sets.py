@@ -9,7 +9,8 @@ import fsspec
 import numpy
 
 from longqlora.documents import read_documents
-from longqlora.tokens import check_vocabulary, description_path, read_description, read_tokens, tokenize_documents
+from longqlora.token_descriptions import description_path, read_description
+from longqlora.tokens import check_vocabulary, read_tokens, tokenize_documents
 
 log = logging.getLogger(__name__)
 

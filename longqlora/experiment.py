@@ -10,15 +10,17 @@ import re
 from pathlib import Path
 
 import jsonschema
-import numpy
 
 from longqlora.ablations import add_ablations
 from longqlora.compatibility import extension_problems
+from longqlora.jobs.digests import FileFacts, digest_of_values
+from longqlora.model_files import weight_files
 from longqlora.needles import PASSAGE_TOKENS
 from longqlora.protocols import stride_of
-from longqlora.provenance import digest_of_values
-from longqlora.tokens import read_tokens
+from longqlora.token_descriptions import largest_token
 
+PROGRESS = ("logging_steps", "checkpoint_steps", "checkpoints_kept")
+"""Settings of a training that change nothing in what is trained."""
 MAX_SHARDS = 256  # that a source is cut into by itself: the join holds a file of each open
 REMOTE = re.compile(r"^\w[\w+.-]*://")
 HUB_ID = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
@@ -80,7 +82,7 @@ def complete(config: dict, schema: dict) -> dict:
     parts = schema["properties"]
     experiment = {**defaults_of(schema, schema), **config}
     experiment["base_model"] = {"tokenizer": config["base_model"]["path"], **config["base_model"]}
-    for section in ("evaluation", "retrieval", "corpus", "sft", "demo", "decontamination"):
+    for section in ("evaluation", "retrieval", "corpus", "sft", "demo", "decontamination", "merge"):
         if section in experiment:
             experiment[section] = {**defaults_of(parts[section], schema), **experiment[section]}
     if "corpus" in experiment:
@@ -120,6 +122,7 @@ def complete_system(name: str, experiment: dict, common: dict) -> dict:
         whole["training"] = {**common, **own}
         if "epochs" in own and "steps" not in own:
             whole["training"].pop("steps", None)
+        whole["progress"] = {key: whole["training"].pop(key) for key in PROGRESS}
     return whole
 
 
@@ -132,7 +135,7 @@ def evaluated_model(experiment: dict, name: str) -> dict:
     if training:
         how["group_ratio"] = training["group_ratio"]
     if training and (system["merged"] or training["method"] == "full"):
-        return how | {"path": f"{results}/models/{owner}"}  # with its scaling inside
+        return how | {"path": f"{results}/weights/{owner}"}  # with its scaling inside
     how |= {"path": system["model"], "context_length": system.get("context_length"), "rope_scaling": system["rope_scaling"]}
     return how | ({"adapter": f"{results}/adapters/{owner}"} if training else {})
 
@@ -304,6 +307,8 @@ def check_training(experiment: dict, name: str, system: dict):
     for option, data in (("isolate_documents", "corpus"), ("pack_records", "sft")):
         if training[option] and training["data"] != data:
             yield f"{where}.training.{option}: is for data: {data}, found data: {training['data']}"
+    if training["offload_activations"] and not training["activation_checkpointing"]:
+        yield f"{where}.training.offload_activations: moves what checkpointing keeps; give activation_checkpointing: true too"
     if training["offload"] and not training["zero_stage"]:
         yield f"{where}.training.offload: is for DeepSpeed; give zero_stage: 2 or 3 too"
     longest = experiment.get("sft", {}).get("max_tokens", 0)
@@ -332,6 +337,12 @@ def check_models(experiment: dict):
         if not is_made_here(path) and not is_hub_model(path) and not (Path(path) / "config.json").is_file():
             yield f"{key}: {path} is neither a folder with a config.json nor a hub id (owner/name)"
             return
+        if (Path(path) / "config.json").is_file() and not is_made_here(path):
+            try:
+                weight_files(Path(path))
+            except ValueError as error:
+                yield f"{key}: {error}"
+                return
     for name, system in experiment["systems"].items():
         config = model_config(experiment, system["model"])
         if config and "context_length" in system:
@@ -344,11 +355,12 @@ def check_models(experiment: dict):
 
 def check_token_files(experiment: dict, vocab_size: int):
     """Yield which local files of token ids are none, or hold an id that is beyond the vocabulary."""
+    facts = FileFacts()
     for name, dataset in experiment["evaluation"]["datasets"].items():
         for file in dataset["paths"]:
             if file.endswith(".bin") and is_local(file) and not is_made_here(file):
                 try:
-                    largest = int(numpy.max(read_tokens(file)))
+                    (largest,) = facts.find("largest token", [file], largest_token)
                 except ValueError as error:
                     yield f"evaluation.datasets.{name}: {error}"
                     continue

@@ -2,7 +2,7 @@
 
 An adapter trained on 4-bit weights, added to the 16-bit weights, is not quite the model that was trained. It is exactly that
 when it is added to the weights that the 4-bit ones stand for (the round trip through NF4), which have lost what quantisation
-takes. Which of the two is the better model is measured, see :mod:`longqlora.certificate`.
+takes. Which of the two is the better model is measured, see :mod:`longqlora.merge_report`.
 """
 
 import logging
@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM
 
-from longqlora.chat_template import with_chat_template
 from longqlora.checkpoints import checkpoint_folder, read_weights, write_weights
 from longqlora.models import resident_dtype
 
@@ -113,9 +112,7 @@ def merged_weights(
         )
 
 
-def merge_weights(
-    base_model: str, adapter: str, output: Path, *, config, from_nf4: bool, device: torch.device, context_length: int
-) -> None:
+def merge_weights(base_model: str, adapter: str, output: Path, *, config, from_nf4: bool, device: torch.device) -> None:
     """Write the merged model to a new folder, in the precision that the base is stored in, holding one shard in memory.
 
     Args:
@@ -124,7 +121,6 @@ def merge_weights(
         config: of the model, its context extended as in training.
         from_nf4: whether the adapter is added to the weights after a round trip through NF4.
         device: that quantises.
-        context_length: target context in tokens.
     """
     rounded = quantised_weights(config) if from_nf4 else set()
     output.mkdir(parents=True)
@@ -136,27 +132,4 @@ def merge_weights(
     )
     write_weights(output, weights)
     config.save_pretrained(output)
-    generation_config(base_model, context_length).save_pretrained(output)
     log.info("merged %s into %s%s", adapter, base_model, " after a round trip through NF4" if from_nf4 else "")
-
-
-def generation_config(base_model: str, context_length: int) -> GenerationConfig:
-    """The base's generation settings at the new context length; empty where it has none."""
-    try:
-        config = GenerationConfig.from_pretrained(base_model)
-    except OSError:
-        return GenerationConfig()
-    if config.max_length and config.max_length > 20:  # a limit to the old context; 20 is the library's default
-        config.max_length = context_length
-    if {config.temperature, config.top_p} - {None, 1.0}:
-        config.do_sample = True  # some published models leave it out, and transformers refuses to save that
-    return config
-
-
-def save_tokenizer(base_model: str, output: str, *, context_length: int, is_chat_model: bool) -> None:
-    """Write the base's tokenizer beside a model of a longer context, with the chat template that it was trained on, if any."""
-    tokenizer = AutoTokenizer.from_pretrained(base_model)
-    tokenizer.model_max_length = context_length
-    if is_chat_model:
-        with_chat_template(tokenizer)
-    tokenizer.save_pretrained(output)

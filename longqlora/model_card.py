@@ -3,20 +3,20 @@
 from pathlib import Path
 
 
-def model_card(label: str, card: dict, certificate: dict | None = None) -> str:
+def model_card(label: str, card: dict, report: dict | None = None) -> str:
     """Markdown with the header that the hub reads.
 
     Args:
         label: name of the system.
         card: the training card, see :func:`longqlora.training.train`.
-        certificate: of the merge, see :func:`longqlora.certificate.merge_adapter`; None where all weights were trained.
+        report: of the merge, see :func:`longqlora.merge_report.merge_adapter`; None where all weights were trained.
     """
     is_hub_id = not Path(card["base_model"]).exists()
     header = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [long-context, longqlora]"]
     header += [f"base_model: {card['base_model']}"] if is_hub_id else []
     parts = ["\n".join([*header, "---"]), f"# {label}", describe(card), usage(card), training_table(card)]
-    if certificate:
-        parts.append(merge_table(certificate))
+    if report:
+        parts.append(merge_table(report))
     return "\n\n".join([*parts, "Made with longqlora. The licence of the base model applies."]) + "\n"
 
 
@@ -61,23 +61,38 @@ def training_table(card: dict) -> str:
         if card["trace"]
         else "–",
         "time": f"{card['seconds']:g} s, {card['tokens_per_second']:g} tokens/s",
-        "peak memory": f"{card['peak_memory_bytes'] / 2**30:.2f} GiB",
+        "peak memory": memory_of(card),
         "machine": f"{machine.get('gpu', machine['processor'])}, {machine['cores']} cores",
         "versions": ", ".join(f"{name} {version}" for name, version in card["versions"].items()),
     }
     return "## Training\n\n| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items())
 
 
-def merge_table(certificate: dict) -> str:
-    """The merge certificate."""
+def memory_of(card: dict) -> str:
+    """Peak memory of the training; on a GPU with what its allocator reserved and a paged optimizer's state, apart from both."""
+    parts = [f"{card['peak_memory_bytes'] / 2**30:.2f} GiB"]
+    if "peak_reserved_bytes" in card:
+        parts.append(f"{card['peak_reserved_bytes'] / 2**30:.2f} GiB reserved")
+    if card["paged_optimizer_bytes"]:
+        parts.append(f"{card['paged_optimizer_bytes'] / 2**30:.2f} GiB of paged optimizer state beside it")
+    return ", ".join(parts)
+
+
+def merge_table(report: dict) -> str:
+    """The merge report."""
     lines = [
         f"| {name} | {row['perplexity']:.3f} | {row['kl_divergence']:.2e} | {100 * row['top_1_agreement']:.1f} % |"
-        for name, row in certificate["models"].items()
+        for name, row in report["models"].items()
     ]
-    sample = certificate["sample"]
+    sample = report["sample"]
+    text = (
+        "the end of the training data, which was held out"
+        if sample["held_out"]
+        else ("the beginning of the training data (they are too few to hold any out, so this text was trained on)")
+    )
     return (
-        f"## Merge\n\nPublished: **{certificate['published']}**, of the merges the one with the lower perplexity on "
-        f"{sample['tokens']:,} tokens of `{Path(sample['path']).stem}` in windows of {sample['window']}. The divergence is "
+        f"## Merge\n\nPublished: **{report['published']}**, of the merges the one with the lower perplexity on "
+        f"{sample['tokens']:,} tokens in windows of {sample['window']}: {text}. The divergence is "
         "that of the next-token distribution from the model as trained, in nats.\n\n"
         "| model | perplexity | KL divergence | same most likely token |\n|:---|---:|---:|---:|\n" + "\n".join(lines)
     )

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from longqlora.positions import extend_context
 from longqlora.tokens import IGNORED
 
+NF4_BLOCK = 64  # weights that share a scale
 FLOATS = ("float32", "bfloat16", "float16")
 PRECISIONS = ("auto", *FLOATS, "int8", "nf4")
 CHUNKED = LinearCrossEntropyOptions(batch_chunk_size=512, chunking_method=None)
@@ -46,8 +47,41 @@ def find_device(name: str) -> torch.device:
         keep_freed_memory()
         return torch.device(name)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # of this process, where torchrun started several
+    check_kernels(device)
     torch.cuda.set_device(device)
     return device
+
+
+def check_kernels(device: torch.device) -> None:
+    """Check that the installed torch can compute on a GPU at all.
+
+    A build has kernels for a list of architectures (``sm_80`` runs on 8.0 and newer 8.x), and perhaps code that the driver
+    compiles for newer ones (``compute_90``).
+
+    Raises:
+        ValueError: if it has none for this card; the message names the build that has.
+    """
+    major, minor = torch.cuda.get_device_capability(device)
+    for architecture in torch.cuda.get_arch_list():
+        kind, number = architecture.rstrip("af").split("_")  # sm_90a: what is for one architecture alone
+        built_major, built_minor = int(number[:-1]), int(number[-1])
+        runs_as_it_is = kind == "sm" and built_major == major and built_minor <= minor
+        if runs_as_it_is or (kind == "compute" and (built_major, built_minor) <= (major, minor)):
+            return
+    name, build = torch.cuda.get_device_name(device), f"torch {torch.__version__} (CUDA {torch.version.cuda})"
+    advice = "a newer build of torch has them"
+    if (major, minor) < (
+        7,
+        5,
+    ):  # CUDA 13 dropped what is older than Turing; torch up to 2.14 has a build for 12.6 too
+        advice = (
+            "install the build of torch 2.13 for CUDA 12.6 (cu126, from PyTorch's own package index), which has them for the "
+            "V100 and older cards"
+        )
+    raise ValueError(
+        f"{name} has compute capability {major}.{minor}, for which {build} has no kernels "
+        f"(it has {' '.join(torch.cuda.get_arch_list())}): {advice}"
+    )
 
 
 def keep_freed_memory() -> None:
@@ -56,7 +90,7 @@ def keep_freed_memory() -> None:
     By default glibc gives large tensors back to the system when they are freed, and the page faults of the next ones are a
     tenth of the time of a small model's training step. What it keeps is torn into pieces that fit no other tensor, at worst
     to three times what is in use; so tensors of 8 MiB and more are mapped by themselves, in the huge pages that a job asks
-    torch for (:mod:`longqlora.joblog`), which fault seldom.
+    torch for (:mod:`longqlora.jobs.log`), which fault seldom.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -73,11 +107,6 @@ def load_config(path: str, context_length: int | None = None, rope_type: str = "
 def name_of(dtype: torch.dtype) -> str:
     """``bfloat16`` of ``torch.bfloat16``."""
     return str(dtype).removeprefix("torch.")
-
-
-def context_of(config) -> int:
-    """Context length that a model is made for, in tokens; that of a dynamic scaling is the length where the scaling begins."""
-    return getattr(config, "max_position_embeddings", None) or config.max_seq_len  # MPT, which has no position embeddings
 
 
 def stored_dtype(config) -> torch.dtype:
@@ -122,7 +151,20 @@ def load_model(
     config = load_config(path, context_length, rope_type)
     if not is_deepspeed_zero3_enabled():  # which places the weights itself
         kwargs["device_map"] = {"": device}
-    return AutoModelForCausalLM.from_pretrained(path, config=config, **kwargs)
+    model = AutoModelForCausalLM.from_pretrained(path, config=config, **kwargs)
+    if precision == "nf4":
+        avoid_repacking(model)
+    return model
+
+
+def avoid_repacking(model: PreTrainedModel) -> None:
+    """Keep layers of a 4-bit model as they are whose rows are no whole number of quantization blocks.
+
+    On a CPU with AVX512-BF16 bitsandbytes 0.50 repacks each layer for inference row by row, and fails on these.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False) and module.in_features % NF4_BLOCK:
+            module.support_avx512bf16_for_cpu = False
 
 
 def next_token_loss(model: PreTrainedModel, input_ids, labels, num_items_in_batch=None, **kwargs) -> torch.Tensor:
@@ -144,11 +186,22 @@ def next_token_loss(model: PreTrainedModel, input_ids, labels, num_items_in_batc
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    # a sum comes with its gradient, so that no logits are computed twice; but one in bfloat16 would keep two digits
-    reduction = "sum" if hidden.dtype is torch.float32 else "none"
-    total = linear_cross_entropy(hidden, weight, targets, reduction=reduction, options=CHUNKED).float().sum()
+    total = summed_nll(hidden, weight, targets)
     count = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORED).sum()
     return total / torch.as_tensor(count).clamp(min=1)  # nothing to learn is no loss; 0 / 0 would spoil the whole adapter
+
+
+def summed_nll(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of tokens from the hidden states before them, summed in float32, in chunks of tokens.
+
+    Args:
+        hidden: ``[n, width]``
+        weight: ``[vocabulary, width]``, of the output layer.
+        targets: ``[n]``, -100 where a token does not count.
+    """
+    # a sum comes with its gradient, so that no logits are computed twice; but one in bfloat16 would keep two digits
+    reduction = "sum" if hidden.dtype is torch.float32 else "none"
+    return linear_cross_entropy(hidden, weight, targets, reduction=reduction, options=CHUNKED).float().sum()
 
 
 def use_chunked_loss(model: PreTrainedModel) -> PreTrainedModel:

@@ -17,8 +17,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy
-
 NUM_NEEDLES = 4  # of multi_key and multi_value, as RULER has
 WORDS = (
     "amber", "anchor", "basil", "beacon", "birch", "canyon", "cedar", "cobalt", "coral", "cricket", "dune", "ember", "falcon",
@@ -79,10 +77,13 @@ def draw_needles(task: str, rng: random.Random) -> Needles:
     )
 
 
-def cut_filler(tokens: numpy.ndarray, length: int, rng: random.Random) -> list[int]:
+def cut_filler(tokens: Sequence[int], length: int, rng: random.Random) -> list[int]:
     """Consecutive tokens of the filler from a place at random, from its beginning again where it is too short."""
-    start = rng.randrange(len(tokens))
-    return numpy.take(tokens, range(start, start + length), mode="wrap").tolist()
+    start, found = rng.randrange(len(tokens)), []
+    while len(found) < length:
+        found += map(int, tokens[start : start + length - len(found)])
+        start = 0
+    return found
 
 
 def spread(filler: list[int], pieces: Sequence[list[int]], places: Sequence[float]) -> list[int]:
@@ -101,7 +102,7 @@ def randomness(*drawn: object) -> random.Random:
 
 
 def prompts_of(
-    task: str, *, length: int, depth: float, samples: int, filler: numpy.ndarray, tokenizer, seed: int
+    task: str, *, length: int, depth: float, samples: int, filler: Sequence[int], tokenizer, seed: int
 ) -> tuple[list[Prompt], int]:
     """Prompts of a passkey or needle cell.
 
@@ -145,7 +146,7 @@ def room_in(length: int, needed: int, task: str) -> int:
     return length - needed
 
 
-def repetitions_of(*, length: int, depth: float, samples: int, filler: numpy.ndarray, seed: int) -> list[list[list[int]]]:
+def repetitions_of(*, length: int, depth: float, samples: int, filler: Sequence[int], seed: int) -> list[list[list[int]]]:
     """Texts of an induction cell: ``[samples, CHOICES, length]``, token ids. Those of a sample differ in the passage at
     ``depth`` alone; the first has the one there that stands at the end of all.
 

@@ -14,7 +14,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from longqlora.tokens import IGNORED, description_path, read_tokens
+from longqlora.token_descriptions import description_path
+from longqlora.tokens import IGNORED, read_tokens
+
+HELD_OUT_TOKENS = 16384
+MAX_HELD_OUT_SHARE = 0.1  # of the training data
 
 
 def keep_apart(input_ids: torch.Tensor, labels: torch.Tensor, lengths: list[int]) -> dict[str, torch.Tensor]:
@@ -49,6 +53,18 @@ def read_document_ends(path: str) -> numpy.ndarray:
     return numpy.asarray(description["document_ends"])
 
 
+def held_out_tokens(num_tokens: int, window: int) -> int:
+    """Tokens at the end of the training data that are not trained on, so that merges can be compared on them: 16,384 or one
+    window, whichever is more; none where that is more than a tenth of the data.
+
+    Args:
+        num_tokens: of the training data.
+        window: in tokens.
+    """
+    wanted = max(HELD_OUT_TOKENS, window)
+    return wanted if wanted <= MAX_HELD_OUT_SHARE * num_tokens else 0
+
+
 class PackedWindows(Dataset):
     """A stream of tokens cut into consecutive windows: every token is in exactly one, the last window may be shorter.
 
@@ -56,21 +72,28 @@ class PackedWindows(Dataset):
         path: of the ``.bin`` file.
         length: of a window, in tokens.
         isolate_documents: keep the documents of a window apart; one that a window's border cuts begins again behind it.
+        begin, end: the part of the stream, in tokens; None is its end.
 
     Raises:
         ValueError: if documents are to be isolated and nothing says where they end.
     """
 
-    def __init__(self, path: str, length: int, *, isolate_documents: bool = False):
-        self.path, self.tokens, self.length = path, read_tokens(path), length
+    def __init__(self, path: str, length: int, *, isolate_documents: bool = False, begin: int = 0, end: int | None = None):
+        self.path, self.tokens, self.length, self.begin = path, read_tokens(path), length, begin
+        self.end = len(self.tokens) if end is None else end
         self.document_ends = read_document_ends(path) if isolate_documents else None
 
     def __len__(self) -> int:
-        return -(-len(self.tokens) // self.length)
+        return -(-(self.end - self.begin) // self.length)
+
+    def borders(self, index: int) -> tuple[int, int]:
+        """The first token of a window, and the one after its last."""
+        start = self.begin + index * self.length
+        return start, min(start + self.length, self.end)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        start = index * self.length
-        window = torch.from_numpy(self.tokens[start : start + self.length].astype("int64"))
+        start, stop = self.borders(index)
+        window = torch.from_numpy(self.tokens[start:stop].astype("int64"))
         if self.document_ends is None:
             return {"input_ids": window, "labels": window}
         first, last = self.document_ends.searchsorted([start + 1, start + len(window)])  # ends strictly inside the window
@@ -79,7 +102,7 @@ class PackedWindows(Dataset):
 
     def contents(self, index: int) -> str:
         """What a window holds, for a message."""
-        start, stop = index * self.length, min((index + 1) * self.length, len(self.tokens))
+        start, stop = self.borders(index)
         tokens = f"tokens {start} to {stop - 1} of {self.path}"
         if not description_path(self.path).exists():
             return tokens
@@ -87,11 +110,12 @@ class PackedWindows(Dataset):
         return f"{tokens}, documents {first} to {last} from 0"
 
 
-def read_tokenized_records(path: str):
-    """A tokenised instruction set (Arrow: ``input_ids``, ``labels``), mapped into memory, as tensors."""
+def read_tokenized_records(path: str, begin: int = 0, end: int | None = None):
+    """Records of a tokenised instruction set (Arrow: ``input_ids``, ``labels``), mapped into memory, as tensors."""
     import datasets  # only instructions need it, and its import takes as long as that of transformers
 
-    return datasets.Dataset.from_file(path).with_format("torch")
+    records = datasets.Dataset.from_file(path).with_format("torch")
+    return records.select(range(begin, len(records) if end is None else end))
 
 
 def count_tokens(records) -> numpy.ndarray:
@@ -132,10 +156,11 @@ class Records(Dataset):
 
     Args:
         path: Arrow file of a tokenised instruction set.
+        begin, end: the first record and the one after the last; None is the end of the set.
     """
 
-    def __init__(self, path: str):
-        self.path, self.records = path, read_tokenized_records(path)
+    def __init__(self, path: str, *, begin: int = 0, end: int | None = None):
+        self.path, self.records = path, read_tokenized_records(path, begin, end)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -154,13 +179,14 @@ class PackedRecords(Dataset):
     Args:
         path: Arrow file of a tokenised instruction set.
         length: of a window, in tokens.
+        begin, end: the first record and the one after the last; None is the end of the set.
 
     Raises:
         ValueError: if a record is longer than a window.
     """
 
-    def __init__(self, path: str, length: int):
-        self.path, self.records = path, read_tokenized_records(path)
+    def __init__(self, path: str, length: int, *, begin: int = 0, end: int | None = None):
+        self.path, self.records = path, read_tokenized_records(path, begin, end)
         lengths = count_tokens(self.records)
         if (lengths > length).any():
             index = int((lengths > length).argmax())
@@ -183,14 +209,13 @@ class PackedRecords(Dataset):
         return f"records {', '.join(map(str, sorted(self.windows[index])))} from 0 of {self.path}"
 
 
-def load_training_data(
-    path: str, context_length: int, *, isolate_documents: bool = False, pack_records: bool = False
-) -> Dataset:
-    """Windows of a ``.bin`` stream, or the rows (``input_ids``, ``labels``) of a tokenised instruction set.
+def load_training_data(path: str, window: int, *, isolate_documents: bool = False, pack_records: bool = False) -> Dataset:
+    """What is trained on: windows of a ``.bin`` stream, or the rows (``input_ids``, ``labels``) of a tokenised instruction set,
+    without the end of the data that is held out (:func:`held_out_tokens`).
 
     Args:
         path: a ``.bin`` file, or the Arrow file of an instruction set.
-        context_length: length of a window, in tokens.
+        window: in tokens.
         isolate_documents: keep the documents in a window of a stream apart.
         pack_records: pack the records of an instruction set into windows, kept apart, instead of a record a row.
 
@@ -198,21 +223,55 @@ def load_training_data(
         ValueError: if an option is given that is for the other kind of data, or the data cannot be packed as it asks.
     """
     path = str(path)
+    end = begin_of_held_out(path, window)
     if path.endswith(".bin"):
         if pack_records:
             raise ValueError(
                 f"{path}: pack_records is for an instruction set (training.data: sft); a corpus is always packed, "
                 "and isolate_documents keeps its documents apart"
             )
-        return PackedWindows(path, context_length, isolate_documents=isolate_documents)
+        return PackedWindows(path, window, isolate_documents=isolate_documents, end=end)
     if isolate_documents:
         raise ValueError(
             f"{path}: isolate_documents is for a corpus (training.data: corpus); an instruction set has a record a row, "
             "and pack_records packs them, kept apart"
         )
-    if pack_records:
-        return PackedRecords(path, context_length)
-    return Records(path)
+    return PackedRecords(path, window, end=end) if pack_records else Records(path, end=end)
+
+
+def begin_of_held_out(path: str, window: int) -> int | None:
+    """The first token of a stream, or the first record of an instruction set, that is not trained on; None where the data are
+    too few to hold any out."""
+    if path.endswith(".bin"):
+        num_tokens = len(read_tokens(path))
+        wanted = held_out_tokens(num_tokens, window)
+        return num_tokens - wanted if wanted else None
+    from_end = count_tokens(read_tokenized_records(path))[::-1].cumsum()
+    wanted = held_out_tokens(int(from_end[-1]), window) if len(from_end) else 0
+    return len(from_end) - int(from_end.searchsorted(wanted)) - 1 if wanted else None
+
+
+def load_held_out(path: str, window: int, *, isolate_documents: bool = False) -> tuple[list[dict[str, torch.Tensor]], bool]:
+    """Training data to compare models on that no training has seen: the end of the data; where they are too few for that, their
+    beginning, which was trained on.
+
+    Args:
+        path, window, isolate_documents: see :func:`load_training_data`; records are not packed.
+
+    Returns:
+        Windows or records of at least :data:`HELD_OUT_TOKENS` and one window in all, as far as there are so many; and whether
+        they were held out.
+    """
+    begin = begin_of_held_out(path, window)
+    if path.endswith(".bin"):
+        part = {"begin": begin} if begin else {"end": min(max(HELD_OUT_TOKENS, window), len(read_tokens(path)))}
+        windows = PackedWindows(path, window, isolate_documents=isolate_documents, **part)
+    elif begin:
+        windows = Records(path, begin=begin)
+    else:
+        from_begin = count_tokens(read_tokenized_records(path)).cumsum()
+        windows = Records(path, end=min(int(from_begin.searchsorted(max(HELD_OUT_TOKENS, window))) + 1, len(from_begin)))
+    return [windows[index] for index in range(len(windows))], bool(begin)
 
 
 def pad_at_right(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -18,9 +18,12 @@ from tqdm import tqdm
 
 from longqlora.estimates import mean_nll
 from longqlora.evaluated_model import EvaluatedModel
-from longqlora.models import context_of, find_device
+from longqlora.jobs.memory import memory_explained
+from longqlora.models import find_device
+from longqlora.positions import context_of, rope_of
 from longqlora.protocols import Window, lay_windows
-from longqlora.tokens import check_vocabulary, read_description, read_tokens
+from longqlora.token_descriptions import read_description
+from longqlora.tokens import check_vocabulary, read_tokens
 
 log = logging.getLogger(__name__)
 
@@ -159,8 +162,8 @@ def process_group():
 
 def evaluate_perplexity(
     *,
-    label: str,
-    dataset_label: str,
+    system: str,
+    dataset: str,
     model: dict,
     tokens_path: str,
     protocol: str,
@@ -172,7 +175,7 @@ def evaluate_perplexity(
     """Score a system on an evaluation set; write what each window lost, and return the protocol and the result.
 
     Args:
-        label, dataset_label: names of the system and of the set, for messages.
+        system, dataset: their names, for messages.
         model: fields of :class:`longqlora.evaluated_model.EvaluatedModel`.
         tokens_path: ``.bin`` file, its description beside it.
         protocol, window, stride: see :func:`longqlora.protocols.lay_windows`.
@@ -190,13 +193,13 @@ def evaluate_perplexity(
     description = read_description(tokens_path)
     windows = lay_windows(protocol, description["document_ends"], window, stride)
     if not is_within_context:
-        log.warning("%s: %d tokens are beyond its context of %d, with no scaling of positions", label, window, context)
-    with process_group():
+        log.warning("%s: %d tokens are beyond its context of %d, with no scaling of positions", system, window, context)
+    with process_group(), memory_explained(*evaluated.memory_advice(window)):
         loaded = evaluated.load(find_device(device), window)
         try:
             by_window, by_position = score(loaded, read_tokens(tokens_path), windows)
         except NonFiniteLogits as error:
-            raise NonFiniteLogits(f"{label} on {dataset_label} at {window} tokens: {error}") from None
+            raise NonFiniteLogits(f"{system} on {dataset} at {window} tokens: {error}") from None
     if os.environ.get("RANK", "0") == "0":
         by_window.to_parquet(windows_path, index=False)
     stamp = {"protocol": protocol, "window": window, "stride": stride}
@@ -207,6 +210,7 @@ def evaluate_perplexity(
         "weights": "adapter on the base" if evaluated.adapter else "model",
         "model": evaluated.path,
         "model_context": context,
+        **rope_of(config),
         "is_within_context": is_within_context,
         "num_tokens": description["document_ends"][-1],
         "num_documents": len(description["document_ends"]),

@@ -78,28 +78,30 @@ def panels_with_legend(outputs: list[str], num_panels: int, num_labels: int):
         panels[0].figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
-def plot_perplexity(records: list[str], published: list[dict], outputs: list[str]) -> None:
+def plot_perplexity(records: list[str], labels: dict[str, dict[str, str]], published: list[dict], outputs: list[str]) -> None:
     """Draw perplexity against context length, one panel an evaluation set, and write it to each path of ``outputs``.
 
     Args:
         records: paths of JSON records.
+        labels: see :func:`longqlora.tables.read_records`.
         published: reference rows, see :func:`longqlora.tables.published_records`; dashed.
         outputs: image files, the format by their suffix.
     """
-    cells = pandas.concat([read_records(records), published_records(published)], ignore_index=True)
+    cells = pandas.concat([read_records(records, labels), published_records(published)], ignore_index=True)
     draw_panels(cells, outputs, "context_length", "context length (tokens)")
 
 
-def plot_ablation(records: list[str], ablation: dict, outputs: list[str]) -> None:
+def plot_ablation(records: list[str], ablation: dict, labels: dict[str, dict[str, str]], outputs: list[str]) -> None:
     """Draw the perplexity of a grid: against its first axis, a line a context length, if that is a number; else against the
     context length, a line a combination.
 
     Args:
         records: paths of JSON records.
+        labels: see :func:`longqlora.tables.read_records`.
         ablation: label, axes and rows, see :func:`longqlora.ablations.add_ablations`.
         outputs: image files, the format by their suffix.
     """
-    cells = ablation_cells(records, ablation)
+    cells = ablation_cells(records, ablation, labels)
     first, *others = ablation["axes"]
     if not pandas.api.types.is_numeric_dtype(cells[first]):
         draw_panels(cells, outputs, "context_length", "context length (tokens)")
@@ -111,15 +113,16 @@ def plot_ablation(records: list[str], ablation: dict, outputs: list[str]) -> Non
     draw_panels(cells, outputs, first, AXES[first])
 
 
-def plot_loss_by_position(records: list[str], csv: str, outputs: list[str]) -> None:
+def plot_loss_by_position(records: list[str], labels: dict[str, dict[str, str]], csv: str, outputs: list[str]) -> None:
     """Draw the mean loss against the position in the window, at the longest context length, one panel an evaluation set.
 
     Args:
         records: paths of JSON records.
+        labels: see :func:`longqlora.tables.read_records`.
         csv: path to write the means of all context lengths to.
         outputs: image files, the format by their suffix.
     """
-    cells = read_records(records)
+    cells = read_records(records, labels)
     named = ["label", "dataset_label", "context_length"]
     losses = pandas.concat(
         [
@@ -144,14 +147,14 @@ def plot_loss_by_position(records: list[str], csv: str, outputs: list[str]) -> N
         panels[0].set_ylabel("mean negative log-likelihood (nats)")
 
 
-def plot_retrieval(records: list[str], outputs: list[str]) -> None:
+def plot_retrieval(records: list[str], labels: dict[str, dict[str, str]], outputs: list[str]) -> None:
     """Draw retrieval accuracy as heat maps of context length and depth: a column a system, a row a task.
 
     Args:
         records: paths of JSON records of retrieval.
         outputs: image files, the format by their suffix.
     """
-    cells = read_retrieval(records)
+    cells = read_retrieval(records, labels)
     systems, tasks = cells["label"].unique(), cells["task"].unique()
     size = (1.6 * len(systems) + 2, 2 * len(tasks) + 1)
     with panels_for(outputs, size, len(systems), rows=len(tasks)) as panels:

@@ -57,3 +57,27 @@ def extend_context(config, target_length: int, rope_type: str = "linear"):
     if rope_type != "dynamic":  # which finds the original length there, and scales beyond it
         config.max_position_embeddings = target_length
     return config
+
+
+def context_of(config) -> int:
+    """Context length that a model is made for, in tokens; that of a dynamic scaling is the length where the scaling begins."""
+    return getattr(config, "max_position_embeddings", None) or config.max_seq_len  # MPT, which has no position embeddings
+
+
+def rope_of(config) -> dict:
+    """How far and by what a model's context is extended, as records are stamped with it.
+
+    Args:
+        config: a transformers configuration.
+
+    Returns:
+        rope_scaling (one of :data:`ROPE_TYPES`, another of the model's own, or ``none``), rope_factor (1 without scaling), and
+        target_context, the tokens that the model is made for.
+    """
+    context, rope = context_of(config), getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") == "default":
+        return {"rope_scaling": "none", "rope_factor": 1.0, "target_context": context}
+    factor = float(rope.get("factor", 1.0))
+    if rope["rope_type"] == "dynamic":  # its configuration keeps the original length
+        context = round(context * factor)
+    return {"rope_scaling": rope["rope_type"], "rope_factor": factor, "target_context": context}

@@ -7,9 +7,11 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig
 
 from longqlora.evaluated_model import EvaluatedModel
+from longqlora.jobs.memory import memory_explained
 from longqlora.models import find_device
 from longqlora.needles import CUE_TOKENS, PASSAGE_TOKENS, Prompt, prompts_of, repetitions_of, score_answer
 from longqlora.perplexity import NonFiniteLogits, nll_of_batch
+from longqlora.positions import rope_of
 from longqlora.tokens import read_tokens
 
 log = logging.getLogger(__name__)
@@ -109,16 +111,19 @@ def evaluate_retrieval(
         return prompts_of(task, depth=depth, tokenizer=pieces, **drawing)
 
     asked = {(task, depth): draw(task, depth) for task in tasks for depth in depths}  # what cannot be asked fails here
-    loaded, cells = evaluated.load(find_device(device), length), []
-    for (task, depth), questions in tqdm(asked.items(), unit="cell", disable=None):
-        scores = recognise(loaded, questions) if task == "induction" else answer(loaded, pieces, *questions)
-        cells.append({"task": task, "depth": depth, "accuracy": sum(scores) / len(scores), "samples": len(scores)})
-        log.info("%d tokens, %s at depth %g: %.0f %% found", length, task, depth, 100 * cells[-1]["accuracy"])
+    cells = []
+    with memory_explained(*evaluated.memory_advice(length)):
+        loaded = evaluated.load(find_device(device), length)
+        for (task, depth), questions in tqdm(asked.items(), unit="cell", disable=None):
+            scores = recognise(loaded, questions) if task == "induction" else answer(loaded, pieces, *questions)
+            cells.append({"task": task, "depth": depth, "accuracy": sum(scores) / len(scores), "samples": len(scores)})
+            log.info("%d tokens, %s at depth %g: %.0f %% found", length, task, depth, 100 * cells[-1]["accuracy"])
     return {
         "precision": evaluated.precision,
         "attention": evaluated.attention,
         "model": evaluated.path,
         "is_within_context": is_within_context,
+        **rope_of(evaluated.config()),
         "seed": seed,
         "cells": cells,
         "accuracy": sum(cell["accuracy"] for cell in cells) / len(cells),

@@ -36,9 +36,22 @@ MARKDOWN = Notation("**{}**", " ± ", "†", " ⚠", " %")
 LATEX = Notation(r"\textbf{{{}}}", r" $\pm$ ", r"\textsuperscript{\textdagger}", r" (!)", r"\,\%")
 
 
-def read_records(paths: list[str]) -> pandas.DataFrame:
-    """One row a cell from the JSON records of the evaluation, in the order given."""
-    return pandas.DataFrame([json.loads(Path(path).read_text()) for path in paths])
+def read_records(paths: list[str], labels: dict[str, dict[str, str]]) -> pandas.DataFrame:
+    """One row a cell from the JSON records of the evaluation, in the order given.
+
+    Args:
+        paths: of the records.
+        labels: what systems and evaluation sets are called, by their names: ``{"system": {…}, "dataset": {…}}``. Records
+            have the names alone, so that nothing is measured again for another label.
+    """
+    records = [json.loads(Path(path).read_text()) for path in paths]
+    return pandas.DataFrame([labels_of(record, labels) | record for record in records])
+
+
+def labels_of(record: dict, labels: dict[str, dict[str, str]]) -> dict[str, str]:
+    """``label``, and ``dataset_label`` where the record is of an evaluation set."""
+    found = {"label": labels["system"][record["system"]]}
+    return found | ({"dataset_label": labels["dataset"][record["dataset"]]} if "dataset" in record else {})
 
 
 def published_records(published: list[dict]) -> pandas.DataFrame:
@@ -234,6 +247,7 @@ def render_table(
     records: list[str],
     windows: list[str],
     retrieval: list[str],
+    labels: dict[str, dict[str, str]],
     published: list[dict],
     csv: str,
     markdown: str,
@@ -246,10 +260,11 @@ def render_table(
         records: paths of JSON records of perplexity.
         windows: path of the Parquet file of each.
         retrieval: paths of JSON records of retrieval; may be empty.
+        labels: see :func:`read_records`.
         published: reference rows, see :func:`published_records`.
         csv, markdown, latex, differences_csv: paths to write.
     """
-    measured, found = read_records(records), read_records(retrieval)
+    measured, found = read_records(records, labels), read_records(retrieval, labels)
     pairs = differences(measured, windows)
     pairs.to_csv(differences_csv, index=False)
     cells = pandas.concat([measured, published_records(published)], ignore_index=True)
@@ -262,14 +277,15 @@ def render_table(
     write_latex(latex, layout(cells, found, LATEX, pairs), caption_of(measured, found, LATEX, warned), "tab:perplexity")
 
 
-def render_retrieval(*, records: list[str], csv: str, markdown: str) -> None:
+def render_retrieval(*, records: list[str], labels: dict[str, dict[str, str]], csv: str, markdown: str) -> None:
     """Write retrieval accuracy as CSV (a line a task and depth) and Markdown (a table a task, the mean over depths).
 
     Args:
         records: paths of JSON records of retrieval.
+        labels: see :func:`read_records`.
         csv, markdown: paths to write.
     """
-    cells = read_retrieval(records)
+    cells = read_retrieval(records, labels)
     cells.to_csv(csv, index=False)
     parts = ["# Retrieval accuracy"]
     for task, rows in cells.groupby("task", sort=False):
@@ -281,36 +297,48 @@ def render_retrieval(*, records: list[str], csv: str, markdown: str) -> None:
     Path(markdown).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def read_retrieval(paths: list[str]) -> pandas.DataFrame:
-    """One row a task and depth of each record: label, context_length, task, depth, accuracy, samples."""
+def read_retrieval(paths: list[str], labels: dict[str, dict[str, str]]) -> pandas.DataFrame:
+    """One row a task and depth of each record: label, context_length, how the context is extended, task, depth, accuracy,
+    samples."""
+    stamp = ("label", "context_length", "rope_scaling", "rope_factor", "target_context")
     return pandas.DataFrame(
         [
-            {"label": record["label"], "context_length": record["context_length"], **cell}
-            for record in (json.loads(Path(path).read_text()) for path in paths)
+            {key: record[key] for key in stamp} | cell
+            for record in read_records(paths, labels).to_dict("records")
             for cell in record["cells"]
         ]
     )
 
 
-def ablation_cells(records: list[str], ablation: dict) -> pandas.DataFrame:
+def ablation_cells(records: list[str], ablation: dict, labels: dict[str, dict[str, str]]) -> pandas.DataFrame:
     """The records of a grid, each with the values of its axes, and a label made of them."""
-    cells = read_records(records)
+    cells = read_records(records, labels)
     for axis in ablation["axes"]:
         cells[axis] = [ablation["rows"][system][axis] for system in cells["system"]]
     cells["label"] = [name_of_cell(ablation["rows"][system]) for system in cells["system"]]
     return cells
 
 
-def render_ablation(*, records: list[str], windows: list[str], ablation: dict, csv: str, markdown: str, latex: str) -> None:
+def render_ablation(
+    *,
+    records: list[str],
+    windows: list[str],
+    ablation: dict,
+    labels: dict[str, dict[str, str]],
+    csv: str,
+    markdown: str,
+    latex: str,
+) -> None:
     """Write the table of a grid: a row a combination of settings.
 
     Args:
         records: paths of JSON records of perplexity.
         windows: path of the Parquet file of each.
         ablation: label, axes and rows, see :func:`longqlora.ablations.add_ablations`.
+        labels: see :func:`read_records`.
         csv, markdown, latex: paths to write.
     """
-    cells, nothing = ablation_cells(records, ablation), read_records([])  # of retrieval
+    cells, nothing = ablation_cells(records, ablation, labels), read_records([], labels)  # of retrieval
     cells.drop(columns="loss_by_position").to_csv(csv, index=False)
     pairs, title = differences(cells, windows), ablation["label"]
     write_markdown(markdown, layout(cells, nothing, MARKDOWN, pairs), caption_of(cells, nothing, MARKDOWN, False), title)

@@ -10,14 +10,11 @@ from pathlib import Path
 
 import numpy
 
+from longqlora.token_descriptions import check_size, description_path
+
 DTYPES = {"uint16": numpy.dtype("<u2"), "uint32": numpy.dtype("<u4")}
 IGNORED = -100  # label of a token that is not learned
 CHARACTERS_PER_BATCH = 500_000  # encoded at once: some texts for every core, and tens of megabytes of memory meanwhile
-
-
-def description_path(path: str | Path) -> Path:
-    """Where the description of a token file lies: ``corpus.bin`` → ``corpus.json``."""
-    return Path(path).with_suffix(".json")
 
 
 def batches(items: Iterable, text_of: Callable[[object], str] = lambda item: item) -> Iterator[list]:
@@ -93,14 +90,6 @@ def write_tokens(path: str | Path, documents: Iterable[list[int]], *, vocab_size
     return description
 
 
-def read_description(path: str | Path) -> dict:
-    """What is known of a token file; one with no description beside it is a single document in LongLoRA's uint16."""
-    described = description_path(path)
-    if described.exists():
-        return json.loads(described.read_text())
-    return {"dtype": "uint16", "document_ends": [Path(path).stat().st_size // 2]}
-
-
 def read_tokens(path: str | Path) -> numpy.ndarray:
     """Map a token file into memory: ``[num_tokens]``, read-only.
 
@@ -109,20 +98,7 @@ def read_tokens(path: str | Path) -> numpy.ndarray:
     Raises:
         ValueError: if the file is empty, no whole number of ids, or not as long as its description says.
     """
-    description = read_description(path)
-    dtype, num_bytes = DTYPES[description["dtype"]], Path(path).stat().st_size
-    if num_bytes == 0:
-        raise ValueError(f"{path}: the file is empty, expected a stream of {description['dtype']} token ids")
-    if num_bytes % dtype.itemsize:
-        raise ValueError(
-            f"{path}: {num_bytes} bytes are not a stream of {description['dtype']} token ids, {dtype.itemsize} bytes each; "
-            "it is cut off, or no file of token ids"
-        )
-    tokens = numpy.memmap(path, dtype=dtype, mode="r")
-    if len(tokens) != description.get("num_tokens", len(tokens)):
-        described = description_path(path)
-        raise ValueError(f"{path}: {len(tokens)} tokens, where {described} says {description['num_tokens']}")
-    return tokens
+    return numpy.memmap(path, dtype=DTYPES[check_size(path)], mode="r")
 
 
 def check_vocabulary(path: str | Path, vocab_size: int) -> None:

@@ -4,18 +4,16 @@ whole, or all weights (LongLoRA, Chen et al. 2023, arXiv 2309.12307)."""
 
 import logging
 import os
-import resource
 import sys
 import time
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     AutoConfig,
+    GenerationConfig,
     PreTrainedModel,
     PrinterCallback,
     TrainerCallback,
@@ -25,23 +23,26 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
+from longqlora.adapters import add_adapter
 from longqlora.attention import register_shifted_sparse_attention
 from longqlora.compatibility import extension_problems
-from longqlora.launching import deepspeed_config
-from longqlora.merging import generation_config, save_tokenizer
-from longqlora.model_card import model_card
+from longqlora.jobs.checkpoints import open_checkpoint_folder
+from longqlora.jobs.digests import digest_of_file
+from longqlora.jobs.machine import machine, versions
+from longqlora.jobs.memory import memory_explained, peak_memory
 from longqlora.models import autocast_dtype, find_device, load_model, name_of, stored_dtype, use_chunked_loss
 from longqlora.packing import load_training_data
-from longqlora.provenance import digest_of_file, machine, versions
-from longqlora.resuming import ResumableTrainer, open_work_folder
 from longqlora.tokens import check_vocabulary
+from longqlora.trainer import ResumableTrainer, paged_bytes
 
 log = logging.getLogger(__name__)
 
 BASE_PRECISION = {"qlora": "nf4", "lora": "auto", "full": "float32"}
 """What each method keeps the base's weights in; weights that are trained are float32, under autocast."""
-WITHOUT_EFFECT = ("logging_steps", "checkpoint_steps", "checkpoints_kept")
-"""Settings that change nothing in what is trained: a run goes on where it was when one of them is another."""
+DEEPSPEED_MISSING = (
+    "training.zero_stage {stage} needs DeepSpeed, which is not installed: pip install deepspeed ninja (with conda, add both to "
+    "the pip section of environment.yml), or zero_stage: 0"
+)
 TRACED = ("step", "loss", "learning_rate", "grad_norm")
 
 
@@ -82,25 +83,17 @@ class Events(TensorBoardCallback):
                     self.tb_writer.add_scalar(f"train/{name}", row[name], row["step"])
 
 
-@contextmanager
-def memory_explained(context_length: int, settings: dict):
-    """Say of an exhausted memory which settings to change.
-
-    Raises:
-        MemoryError: in the place of torch's own error.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        raise MemoryError(
-            f"out of memory with context_length {context_length}, batch_size {settings['batch_size']}, rank "
-            f"{settings['rank']}, method {settings['method']}, optimizer {settings['optimizer']}, activation_checkpointing "
-            f"{settings['activation_checkpointing']}. In this order: a smaller batch_size with more gradient_accumulation (the "
-            "result is the same), activation_checkpointing: true, attention: shifted_sparse, method: qlora, optimizer: "
-            f"paged_adamw_8bit, offload_activations: true, a smaller rank, a shorter context_length. ({error})"
-        ) from error
+def memory_advice(context_length: int, settings: dict) -> tuple[str, str]:
+    """What a training was doing when memory was exhausted, and which settings to change, as
+    :func:`longqlora.jobs.memory.memory_explained` takes them."""
+    return (
+        f"with context_length {context_length}, batch_size {settings['batch_size']}, rank {settings['rank']}, method "
+        f"{settings['method']}, optimizer {settings['optimizer']}, activation_checkpointing "
+        f"{settings['activation_checkpointing']}",
+        "In this order: a smaller batch_size with more gradient_accumulation (the result is the same), "
+        "activation_checkpointing: true, offload_activations: true, method: qlora, optimizer: paged_adamw_8bit, "
+        "a smaller rank, a shorter context_length.",
+    )
 
 
 def make_trainable(base_model: str, *, context_length: int, rope_type: str, device: torch.device, settings: dict):
@@ -130,38 +123,12 @@ def make_trainable(base_model: str, *, context_length: int, rope_type: str, devi
     return model if settings["method"] == "full" else add_adapter(model, settings)
 
 
-def add_adapter(model: PreTrainedModel, settings: dict):
-    """Freeze a model and put a LoRA adapter on it; the modules of ``modules_to_save`` are trained whole, as part of it.
-
-    Args:
-        settings: see :func:`make_trainable`.
-    """
-    if settings["method"] == "qlora":
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    trains_embeddings = any(name.split(".")[-1] == "embed_tokens" for name in settings["modules_to_save"])
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings["rank"],
-        lora_alpha=settings["alpha"],
-        lora_dropout=settings["dropout"],
-        target_modules=settings["target_modules"],
-        modules_to_save=settings["modules_to_save"] or None,
-        ensure_weight_tying=trains_embeddings and model.config.tie_word_embeddings,
-    )
-    model = get_peft_model(model, lora)
-    for weight in model.parameters():
-        # peft leaves copies of modules_to_save in 16 bit, where small updates would be lost; DeepSpeed has float32 of its own
-        if weight.requires_grad and not settings["zero_stage"]:
-            weight.data = weight.data.float()
-    return model
-
-
-def training_arguments(work_folder: str, device: torch.device, seed: int, settings: dict) -> TrainingArguments:
+def training_arguments(output: str, device: torch.device, seed: int, settings: dict, progress: dict) -> TrainingArguments:
     """The system's ``training`` section in the words of transformers' trainer."""
     dtype = autocast_dtype(device)
     length = {"max_steps": settings["steps"]} if "steps" in settings else {"num_train_epochs": settings["epochs"]}
     return TrainingArguments(
-        output_dir=work_folder,
+        output_dir=output,
         **length,
         per_device_train_batch_size=settings["batch_size"],
         gradient_accumulation_steps=settings["gradient_accumulation"],
@@ -174,7 +141,7 @@ def training_arguments(work_folder: str, device: torch.device, seed: int, settin
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,  # with loss scaling
         activation_checkpointing=settings["activation_checkpointing"],
-        activation_checkpointing_kwargs={"use_reentrant": False},
+        activation_checkpointing_kwargs={"use_reentrant": False, "offload": settings["offload_activations"]},
         use_cpu=device.type == "cpu",
         seed=seed,
         data_seed=seed,
@@ -183,7 +150,7 @@ def training_arguments(work_folder: str, device: torch.device, seed: int, settin
         include_num_input_tokens_seen="all",
         disable_tqdm=not sys.stderr.isatty(),
         save_strategy="steps",
-        save_steps=settings["checkpoint_steps"],
+        save_steps=progress["checkpoint_steps"],
         report_to="none",
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
@@ -193,33 +160,59 @@ def training_arguments(work_folder: str, device: torch.device, seed: int, settin
     )
 
 
+def deepspeed_config(stage: int, offload: bool) -> dict:
+    """DeepSpeed's configuration: ZeRO-2 shards gradients and the optimizer's state, ZeRO-3 the weights too (Rajbhandari et al.
+    2020, arXiv 1910.02054).
+
+    Args:
+        stage: 2 or 3.
+        offload: keep the optimizer's state, with stage 3 the weights too, in CPU memory.
+    """
+    zero = {"stage": stage}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+        if offload:
+            zero["offload_param"] = {"device": "cpu"}
+    automatic = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    return {
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # those of transformers
+        "zero_force_ds_cpu_optimizer": False,  # else offloading would refuse them
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
+        **dict.fromkeys(automatic, "auto"),
+    }
+
+
 def train(
     *,
-    label: str,
     base_model: str,
     data: str,
     output: str,
     events: str,
-    work: str,
+    checkpoint_dir: str,
     context_length: int,
     rope_type: str,
     settings: dict,
+    progress: dict,
     seed: int,
     device: str,
 ) -> dict:
-    """Train one system and write what was trained to ``output``: an adapter in peft's format, or the whole model in the
-    precision that the base is stored in, with tokenizer, generation settings and model card; the trainer's state beside it.
+    """Train one system and write what was trained to ``output``: an adapter in peft's format, or the weights of the whole model
+    in the precision that the base is stored in; the trainer's state beside it.
 
     Args:
-        label: of the system.
         base_model: directory or hub id of a RoPE model.
         data: a ``.bin`` token stream, or the Arrow file of a tokenised instruction set.
-        output: folder of the adapter or model.
+        output: folder of the adapter or the weights.
         events: folder of the TensorBoard events.
-        work: folder of the checkpoints; if it holds those of the same run, the training goes on from the newest.
+        checkpoint_dir: folder of the checkpoints; if it holds those of the same run, the training resumes from the newest.
         context_length: target context in tokens.
         rope_type: how it is reached, see :func:`longqlora.positions.extend_context`.
         settings: the system's ``training`` section.
+        progress: logging_steps, checkpoint_steps and checkpoints_kept, which change nothing in what is trained.
         seed: of the adapter's weights, the dropout and the order of the data.
         device: ``cpu`` or ``cuda``.
 
@@ -230,7 +223,7 @@ def train(
         ValueError: before weights are loaded, if the model cannot be extended and trained so (the message names both values),
             the data were made with another tokenizer, or cannot be packed as the settings ask; if DeepSpeed is missing.
         NonFiniteLoss, Interrupted, MemoryError, OSError: if the training or the writing of a checkpoint fails; see
-            :mod:`longqlora.resuming`.
+            :mod:`longqlora.trainer`.
     """
     where, config = find_device(device), AutoConfig.from_pretrained(base_model)
     check_before_weights(base_model, config, data, context_length, settings)
@@ -239,87 +232,71 @@ def train(
         data, context_length, isolate_documents=settings["isolate_documents"], pack_records=settings["pack_records"]
     )
     # before the model: with ZeRO-3 its weights are shared out among the processes while they are loaded
-    arguments = training_arguments(output, where, seed, settings)
-    model = make_trainable(base_model, context_length=context_length, rope_type=rope_type, device=where, settings=settings)
-    trainable, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
-    log.info("%d windows of at most %d tokens; %d of %d parameters are trained", len(windows), context_length, trainable, total)
-    identity = {
-        "base_model": base_model,
-        "config": config.to_json_string(),
-        "data": digest_of_file(data),
-        "context": [context_length, rope_type],
-        "settings": {key: value for key, value in settings.items() if key not in WITHOUT_EFFECT},
-        "seed": seed,
-    }
-    with arguments.main_process_first():
-        work_folder = open_work_folder(work, identity)
-    trainer = ResumableTrainer(
-        work=work_folder,
-        kept=settings["checkpoints_kept"],
-        offload_activations=settings["offload_activations"],
-        windows=windows,
-        model=model,
-        args=arguments,
-        callbacks=[progress := LogProgress(settings["logging_steps"])],
-    )
-    if trainer.is_world_process_zero():
-        trainer.add_callback(Events(SummaryWriter(events)))
-    trainer.remove_callback(PrinterCallback)
-    with memory_explained(context_length, settings):
-        first_step = trainer.resume()
-    card = {
+    arguments = training_arguments(output, where, seed, settings, progress)
+    run = {
         "base_model": base_model,
         "base_model_revision": getattr(config, "_commit_hash", None),
-        "data": {"path": data, "sha256": identity["data"]},
+        "data": {"path": data, "sha256": digest_of_file(data), "windows": len(windows)},
         "context_length": context_length,
         "rope_scaling": rope_type,
         "settings": settings,
         "seed": seed,
+    }
+    with arguments.main_process_first():
+        checkpoint_folder = open_checkpoint_folder(checkpoint_dir, run | {"config": config.to_json_string()})
+    with memory_explained(*memory_advice(context_length, settings)):
+        model = make_trainable(base_model, context_length=context_length, rope_type=rope_type, device=where, settings=settings)
+        trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        log.info("%d windows of at most %d tokens; %d parameters are trained", len(windows), context_length, trainable)
+        trainer = ResumableTrainer(
+            checkpoint_dir=checkpoint_folder,
+            kept=progress["checkpoints_kept"],
+            windows=windows,
+            model=model,
+            args=arguments,
+            callbacks=[log_progress := LogProgress(progress["logging_steps"])],
+        )
+        if trainer.is_world_process_zero():
+            trainer.add_callback(Events(SummaryWriter(events)))
+        trainer.remove_callback(PrinterCallback)
+        first_step = trainer.resume()
+    save_trained(trainer, config, output)
+    return {
+        **run,
         "versions": versions(),
         "machine": machine() | ({"gpu": torch.cuda.get_device_name(where)} if where.type == "cuda" else {}),
         "precision": {"base": BASE_PRECISION[settings["method"]], "autocast": name_of(autocast_dtype(where))},
         "trainable_parameters": trainable,
         "resumed_from_step": first_step,
-        **progress.cost(trainer.state),
-        "peak_memory_bytes": peak_memory(where),
+        **log_progress.cost(trainer.state),
+        **peak_memory(where),
+        "paged_optimizer_bytes": paged_bytes(trainer.optimizer),
         "trace": [{key: row.get(key) for key in TRACED} for row in trainer.state.log_history if "loss" in row],
     }
-    if settings["method"] == "full":
-        model.to(stored_dtype(config)).generation_config = generation_config(base_model, context_length)
-        model.config.use_cache = config.use_cache  # the trainer switches it off
+
+
+def save_trained(trainer: ResumableTrainer, config, output: str) -> None:
+    """Write an adapter, or the weights of a whole model in the precision that the base is stored in, and the trainer's state.
+
+    Args:
+        config: of the base model.
+        output: folder.
+    """
+    if isinstance(trainer.model, PreTrainedModel):
+        trainer.model.to(stored_dtype(config)).generation_config = GenerationConfig()  # publishing writes the base's
+        trainer.model.config.use_cache = config.use_cache  # the trainer switches it off
     trainer.save_model(output)  # gathers what ZeRO has shared out
     if trainer.is_world_process_zero():
-        complete_output(Path(output), label, card, trainer.state)
-    return card
+        (Path(output) / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
+        trainer.state.save_to_json(str(Path(output) / "trainer_state.json"))
 
 
 def check_before_weights(base_model: str, config, data: str, context_length: int, settings: dict) -> None:
     """What can be told before weights are loaded: raise ValueError as :func:`train` says."""
     if settings["zero_stage"] and not find_spec("deepspeed"):
-        stage = settings["zero_stage"]
-        raise ValueError(
-            f"training.zero_stage {stage} needs DeepSpeed, which is not installed: pip install deepspeed, or zero_stage: 0"
-        )
+        raise ValueError(DEEPSPEED_MISSING.format(stage=settings["zero_stage"]))
     problems = list(extension_problems(config.to_dict(), context_length, settings))
     if problems:
         raise ValueError("\n".join(f"{base_model}: {problem}" for problem in problems))
     if data.endswith(".bin"):
         check_vocabulary(data, config.vocab_size)
-
-
-def complete_output(output: Path, label: str, card: dict, state: TrainerState) -> None:
-    """Write what goes beside the weights: the trainer's state and, where there is nothing to merge, so that this is the model
-    that is published, its tokenizer and model card."""
-    (output / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
-    state.save_to_json(str(output / "trainer_state.json"))
-    if card["settings"]["method"] == "full":
-        is_chat_model = card["settings"]["data"] == "sft"
-        save_tokenizer(card["base_model"], str(output), context_length=card["context_length"], is_chat_model=is_chat_model)
-        (output / "README.md").write_text(model_card(label, card), encoding="utf-8")
-
-
-def peak_memory(device: torch.device) -> int:
-    """Largest memory in bytes that this process has held: of the GPU's allocator, or resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in kibibytes

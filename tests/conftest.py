@@ -19,11 +19,11 @@ SETTINGS = {
     "method": "qlora", "data": "corpus", "attention": "shifted_sparse", "group_ratio": 0.25, "rank": 4, "alpha": 16,
     "dropout": 0.0, "target_modules": "all-linear", "modules_to_save": [], "steps": 30, "batch_size": 4,
     "gradient_accumulation": 1, "learning_rate": 5e-3, "warmup_steps": 2, "max_grad_norm": 1.0, "weight_decay": 0.0,
-    "optimizer": "adamw_torch", "activation_checkpointing": False, "logging_steps": 1, "isolate_documents": False,
-    "pack_records": False, "checkpoint_steps": 100, "checkpoints_kept": 2,
+    "optimizer": "adamw_torch", "activation_checkpointing": False, "isolate_documents": False, "pack_records": False,
     "num_processes": 1, "zero_stage": 0, "offload": False,
     "offload_activations": False,
 }  # fmt: skip
+PROGRESS = {"logging_steps": 1, "checkpoint_steps": 100, "checkpoints_kept": 2}
 LONGLORA = {
     "method": "lora", "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "modules_to_save": ["embed_tokens", "norm"],
 }  # fmt: skip
@@ -87,22 +87,20 @@ def corpus(tmp_path, texts, tokenizer) -> str:
     return str(path)
 
 
-def train_tiny(
-    base_model, data, output, /, *, context_length=128, rope_type="linear", label="tiny", device="cpu", **settings
-) -> dict:
+def train_tiny(base_model, data, output, /, *, context_length=128, rope_type="linear", device="cpu", **settings) -> dict:
     """Train a system from the base; its TensorBoard events and its checkpoints lie beside the output."""
     from longqlora.training import train  # slow to import, and few tests train
 
     return train(
-        label=label,
         base_model=str(base_model),
         data=str(data),
         output=str(output),
         events=f"{output}-events",
-        work=f"{output}-work",
+        checkpoint_dir=f"{output}-checkpoints",
         context_length=context_length,
         rope_type=rope_type,
-        settings={**SETTINGS, **settings},
+        settings={**SETTINGS, **{key: value for key, value in settings.items() if key not in PROGRESS}},
+        progress={key: settings.get(key, value) for key, value in PROGRESS.items()},
         seed=1,
         device=device,
     )

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from longqlora.evaluation_sets import prepare_evaluation_set, retokenize
 from longqlora.pretraining import train_tokenizer
-from longqlora.tokens import description_path, read_tokens, tokenize_documents
+from longqlora.token_descriptions import description_path
+from longqlora.tokens import read_tokens, tokenize_documents
 
 
 @pytest.fixture(scope="module")

@@ -126,6 +126,7 @@ def local_model(folder, **config):
     shape = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     values = {"model_type": "llama", "max_position_embeddings": 128, "vocab_size": 512, **shape, **config}
     (folder / "config.json").write_text(json.dumps(values))
+    (folder / "model.safetensors").touch()
     return str(folder)
 
 
@@ -367,7 +368,7 @@ def test_rows_of_the_demo_are_evaluated_as_they_were_made(evaluated):
     assert evaluated("interpolated") == FULL | ON_THE_BASE
     assert evaluated("long")["path"] == "results/demo/pretrained/long"
     for name in ("longqlora", "longlora-full", "chat"):
-        assert evaluated(name) == FULL | {"group_ratio": 0.25, "path": f"results/demo/models/{name}"}
+        assert evaluated(name) == FULL | {"group_ratio": 0.25, "path": f"results/demo/weights/{name}"}
 
 
 def test_an_adapter_that_is_not_merged_is_put_on_the_base(evaluated):
@@ -378,11 +379,11 @@ def test_an_adapter_that_is_not_merged_is_put_on_the_base(evaluated):
 
 def test_the_weights_of_another_system_are_evaluated_in_another_way(evaluated):
     fields = evaluated("x", weights_of="longqlora", evaluation_attention="shifted_sparse")
-    assert fields == FULL | {"attention": "shifted_sparse", "group_ratio": 0.25, "path": "results/demo/models/longqlora"}
+    assert fields == FULL | {"attention": "shifted_sparse", "group_ratio": 0.25, "path": "results/demo/weights/longqlora"}
     fields = evaluated("y", weights_of="longqlora", merged=False, precision="int8")
     on_it = {"adapter": "results/demo/adapters/longqlora", "group_ratio": 0.25, "precision": "int8"}
     assert fields == FULL | ON_THE_BASE | on_it
 
 
 def test_a_model_trained_whole_has_nothing_to_merge(evaluated):
-    assert evaluated("x", weights_of="longlora-full", merged=False)["path"] == "results/demo/models/longlora-full"
+    assert evaluated("x", weights_of="longlora-full", merged=False)["path"] == "results/demo/weights/longlora-full"

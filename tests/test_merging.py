@@ -7,14 +7,14 @@ import torch
 from conftest import LONGLORA, SETTINGS, save_base
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM
 
-from longqlora.chat_template import CHAT_TEMPLATE
-from longqlora.checkpoints import checkpoint_files, read_weights, write_weights
-from longqlora.merging import Adapter, generation_config, merge_weights, save_tokenizer
+from longqlora.adapters import add_adapter
+from longqlora.checkpoints import read_weights, write_weights
+from longqlora.merging import Adapter, merge_weights
+from longqlora.model_files import weight_files
 from longqlora.models import load_config, load_model
 from longqlora.positions import ROPE_TYPES
-from longqlora.training import add_adapter
 
 CPU = torch.device("cpu")
 IDS = torch.arange(5, 60)[None]
@@ -35,7 +35,7 @@ def save_adapter(base: str, folder, **settings) -> str:
 
 def merge(base: str, adapter: str, output: Path, *, from_nf4: bool = False, rope_type: str = "linear") -> Path:
     config = load_config(base, 128, rope_type)
-    merge_weights(base, adapter, output, config=config, from_nf4=from_nf4, device=CPU, context_length=128)
+    merge_weights(base, adapter, output, config=config, from_nf4=from_nf4, device=CPU)
     return output
 
 
@@ -146,7 +146,7 @@ def test_many_small_shards_are_a_checkpoint_of_transformers(model_folder, model,
     (tmp_path / "out").mkdir()
     write_weights(tmp_path / "out", iter(weights.items()), max_bytes=20_000)
     model.config.save_pretrained(tmp_path / "out")
-    files = checkpoint_files(tmp_path / "out")
+    files = weight_files(tmp_path / "out")
     assert len(files) > 3
     assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
     largest = max(weight.nbytes for weight in weights.values())
@@ -184,7 +184,7 @@ def test_no_more_than_a_shard_waits_to_be_written(tmp_path):
             assert len(alive) <= 5
 
     write_weights(tmp_path, weights(), max_bytes=16_000)
-    assert len(checkpoint_files(tmp_path)) == 10
+    assert len(weight_files(tmp_path)) == 10
 
 
 def test_a_folder_without_weights_is_told(tmp_path):
@@ -244,32 +244,3 @@ def test_a_merged_model_keeps_theta_and_its_scaling(model_folder, tmp_path, rope
     assert config.rope_parameters == load_config(model_folder, 128, rope_type).rope_parameters
     assert (config.rope_parameters["rope_type"], config.rope_parameters["rope_theta"]) == (rope_type, 500000.0)
     assert config.max_position_embeddings == (64 if rope_type == "dynamic" else 128)
-
-
-def test_generation_settings_that_transformers_refuses_to_save_are_mended(model_folder, tmp_path):
-    """Vicuna's: a temperature without do_sample, and a maximal length that is the old context."""
-    vicuna = {"temperature": 0.9, "top_p": 0.6, "max_length": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    (Path(model_folder) / "generation_config.json").write_text(json.dumps(vicuna))
-    folder = merge(model_folder, save_adapter(model_folder, tmp_path / "adapter"), tmp_path / "merged")
-    saved = GenerationConfig.from_pretrained(folder)
-    assert (saved.do_sample, saved.temperature, saved.top_p, saved.max_length) == (True, 0.9, 0.6, 128)
-    assert (saved.bos_token_id, saved.eos_token_id, saved.pad_token_id) == (1, 2, 0)
-
-
-def test_greedy_generation_settings_stay_and_missing_ones_are_no_error(model_folder, tmp_path):
-    (Path(model_folder) / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
-    found = generation_config(model_folder, 128)
-    assert (found.do_sample or False, found.eos_token_id) == (False, 2)
-    (Path(model_folder) / "generation_config.json").unlink()
-    generation_config(model_folder, 128).save_pretrained(tmp_path / "out")
-
-
-def test_the_chat_template_goes_with_a_chat_model_alone(model_folder, tmp_path):
-    for name, is_chat_model in [("chat", True), ("plain", False)]:
-        save_tokenizer(model_folder, str(tmp_path / name), context_length=128, is_chat_model=is_chat_model)
-    chat, plain = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("chat", "plain"))
-    assert chat.model_max_length == plain.model_max_length == 128
-    assert chat.chat_template == CHAT_TEMPLATE
-    assert plain.chat_template is None
-    prompt = chat.apply_chat_template([{"role": "user", "content": "Hi!"}], tokenize=False, add_generation_prompt=True)
-    assert prompt.endswith("to the user's questions. USER: Hi! ASSISTANT:")

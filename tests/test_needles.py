@@ -144,9 +144,9 @@ def test_a_length_that_is_too_short_is_refused_with_what_is_needed(draw, task):
     with pytest.raises(ValueError, match=rf"20 tokens are too short for the task {task}, which needs at least \d+") as caught:
         draw(task, length=20)
     needed = int(str(caught.value).rsplit(" ", 1)[1])
-    assert draw(task, length=needed + 16)  # numbers are cut into more or fewer tokens
+    assert draw(task, length=needed + 32)  # numbers are cut into more or fewer tokens
     with pytest.raises(ValueError, match="too short"):
-        draw(task, length=needed - 16)
+        draw(task, length=needed - 32)
 
 
 @pytest.mark.parametrize(

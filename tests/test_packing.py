@@ -15,7 +15,8 @@ from longqlora.packing import (
     pad_at_right,
     read_tokenized_records,
 )
-from longqlora.tokens import description_path, write_tokens
+from longqlora.token_descriptions import description_path
+from longqlora.tokens import write_tokens
 
 
 def write_records(path, lengths: list[int]) -> str:

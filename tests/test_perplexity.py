@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM, MptConfig, MptForCausalLM
 
 from longqlora import perplexity
-from longqlora.launching import launch
+from longqlora.jobs.processes import launch
 from longqlora.models import load_model
 from longqlora.perplexity import NonFiniteLogits, batches_of, evaluate_perplexity, position_edges, score
 from longqlora.protocols import Window, lay_windows
@@ -31,8 +31,8 @@ def write_stream(path, sizes: list[int], seed: int = 0) -> str:
 
 def evaluate(model, tokens_path, windows_path, *, window=32, stride=None, protocol="exact", **fields) -> dict:
     return evaluate_perplexity(
-        label="tiny model",
-        dataset_label="random text",
+        system="tiny model",
+        dataset="random text",
         model={"path": str(model), "precision": "float32", **fields},
         tokens_path=str(tokens_path),
         protocol=protocol,
@@ -262,8 +262,8 @@ def test_two_processes_give_what_one_gives_bit_for_bit(model_folder, tmp_path, m
             evaluate_perplexity,
             num_processes=processes,
             threads=processes,
-            label="tiny model",
-            dataset_label="random text",
+            system="tiny model",
+            dataset="random text",
             model={"path": model_folder, "precision": "float32"},
             tokens_path=path,
             protocol="exact",

@@ -8,8 +8,8 @@ from transformers import AutoConfig, GPT2Config, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from longqlora.models import context_of, load_config, load_model
-from longqlora.positions import ROPE_TYPES, extend_context, interpolation_factor
+from longqlora.models import load_config, load_model
+from longqlora.positions import ROPE_TYPES, context_of, extend_context, interpolation_factor, rope_of
 
 THETA, WIDTH, ORIGINAL, TARGET = 500000.0, 128, 64, 160  # of a head with many frequencies; the factor is no whole number
 FREQUENCIES = THETA ** -(torch.arange(0, WIDTH, 2, dtype=torch.float64) / WIDTH)
@@ -147,3 +147,13 @@ def test_a_model_without_rope_or_scaled_already_is_refused():
     scaled = tiny_llama(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}).config
     with pytest.raises(ValueError, match="scaled already"):
         extend_context(scaled, 128)
+
+
+@pytest.mark.parametrize("rope_type", ROPE_TYPES)
+def test_a_record_is_stamped_with_the_scaling_its_factor_and_the_target(model_folder, tmp_path, rope_type):
+    assert rope_of(load_config(model_folder)) == {"rope_scaling": "none", "rope_factor": 1.0, "target_context": 64}
+    extended = load_config(model_folder, 160, rope_type)
+    factor = 3.0 if rope_type == "linear" else 2.5  # Position Interpolation's factors are whole
+    assert rope_of(extended) == {"rope_scaling": rope_type, "rope_factor": factor, "target_context": 160}
+    extended.save_pretrained(tmp_path / "merged")
+    assert rope_of(load_config(str(tmp_path / "merged"))) == rope_of(extended)

@@ -25,6 +25,8 @@ PERPLEXITY = {
 }
 ALIKE = {("Long & 100 %", 64)}  # cannot be told from the best
 DATASETS = ["PG19", "Proof-pile"]
+SYSTEMS = [*PERPLEXITY, "MPT & co.", "a", "b", "x", "x.rank-8"]
+LABELS = {"system": {name.split()[0].lower(): name for name in SYSTEMS}, "dataset": {name: name for name in DATASETS}}
 PUBLISHED = [{"label": "Paper", "dataset": "PG19", "perplexity": {"64": 9.1, "256": 8.0}}]
 NUM_WINDOWS, NUM_SCORED = 20, 10
 
@@ -44,7 +46,7 @@ def write_cell(folder: Path, label: str, dataset: str, length: int, perplexity: 
     window_losses(label, length, perplexity).to_parquet(path.with_suffix(".parquet"))
     positions = [1, 2, 8, length]
     cell = {
-        "system": label.split()[0].lower(), "label": label, "dataset_label": dataset, "context_length": length,
+        "system": label.split()[0].lower(), "dataset": dataset, "context_length": length,
         "perplexity": perplexity, "mean_nll": numpy.log(perplexity), "standard_error": 0.01, "standard_error_units": "windows",
         "protocol": "exact", "window": length, "stride": length, "precision": "nf4", "attention": "full",
         "has_own_tokenizer": False, "is_within_context": label != "base" or length <= CONTEXT, "dataset_warning": None,
@@ -64,7 +66,9 @@ def write_retrieval(folder: Path, label: str, length: int, shares: dict[str, lis
         for depth, share in zip((0, 1), by_depth, strict=True)
     ]
     accuracy = numpy.mean([cell["accuracy"] for cell in cells])
-    path.write_text(json.dumps({"label": label, "context_length": length, "accuracy": accuracy, "cells": cells}))
+    stamp = {"rope_scaling": "linear", "rope_factor": 2.0, "target_context": 256}
+    cell = {"system": label.split()[0].lower(), "context_length": length, "accuracy": accuracy, "cells": cells}
+    path.write_text(json.dumps(cell | stamp))
     return str(path)
 
 
@@ -98,6 +102,7 @@ def render(tmp_path):
         paths = {name: tmp_path / f"t.{name}" for name in ("csv", "markdown", "latex", "differences_csv")}
         render_table(
             records=records,
+            labels=LABELS,
             windows=[record.replace(".json", ".parquet") for record in records],
             retrieval=list(retrieval),
             published=list(published),
@@ -256,14 +261,14 @@ def test_a_set_of_one_window_has_no_differences(tmp_path):
     windows = [path.replace(".json", ".parquet") for path in paths]
     for path in windows:
         pandas.read_parquet(path).iloc[:1].to_parquet(path)
-    assert differences(read_records(paths), windows).empty
+    assert differences(read_records(paths, LABELS), windows).empty
 
 
 # --- other tables ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_table_of_retrieval_has_a_part_for_each_task(retrieval, tmp_path):
-    render_retrieval(records=retrieval, csv=str(tmp_path / "r.csv"), markdown=str(tmp_path / "r.md"))
+    render_retrieval(records=retrieval, labels=LABELS, csv=str(tmp_path / "r.csv"), markdown=str(tmp_path / "r.md"))
     cells = pandas.read_csv(tmp_path / "r.csv")
     assert len(cells) == 4 * 2 * 2
     row = cells.query("label == 'Long & 100 %' and context_length == 256 and task == 'passkey' and depth == 1")
@@ -289,7 +294,9 @@ def ablation(tmp_path) -> dict:
 
 def test_the_table_of_a_grid_has_a_row_for_each_combination(ablation, tmp_path):
     paths = {name: str(tmp_path / f"a.{name}") for name in ("csv", "markdown", "latex")}
-    render_ablation(**ablation, windows=[path.replace(".json", ".parquet") for path in ablation["records"]], **paths)
+    render_ablation(
+        **ablation, labels=LABELS, windows=[path.replace(".json", ".parquet") for path in ablation["records"]], **paths
+    )
     text = Path(paths["markdown"]).read_text()
     assert text.startswith("# Rank & file\n")
     assert re.search(r"\| LoRA rank 8 +\| +9\.00 ± 0\.09 +\| +8\.00 ± 0\.08 +\|", text)
@@ -302,7 +309,7 @@ def test_the_table_of_a_grid_has_a_row_for_each_combination(ablation, tmp_path):
 
 
 def test_the_frame_holds_the_best_system_and_not_the_one_that_breaks(records):
-    cells = read_records(records)
+    cells = read_records(records, LABELS)
     assert 9.02 < frame_top(cells[cells["dataset_label"] == "PG19"]) < 2345
 
 
@@ -322,14 +329,14 @@ def draw_twice(draw, folder: Path) -> set[str]:
 
 
 def test_the_plot_has_a_line_a_system_and_a_panel_a_set_and_is_reproducible(records, tmp_path):
-    texts = draw_twice(lambda outputs: plot_perplexity(records, PUBLISHED, outputs), tmp_path)
+    texts = draw_twice(lambda outputs: plot_perplexity(records, LABELS, PUBLISHED, outputs), tmp_path)
     assert {*DATASETS, "base", "Long &amp; 100 %", "Paper (published)"} <= texts
     assert texts & {"&gt;1000 ↑", ">1000 ↑"}
 
 
 def test_the_loss_by_position_is_plotted_at_the_longest_length_and_written_for_all(records, tmp_path):
     csv = tmp_path / "l.csv"
-    texts = draw_twice(lambda outputs: plot_loss_by_position(records, str(csv), outputs), tmp_path)
+    texts = draw_twice(lambda outputs: plot_loss_by_position(records, LABELS, str(csv), outputs), tmp_path)
     assert {"PG19, 256 tokens", "Proof-pile, 256 tokens", "base", "chat_model"} <= texts
     losses = pandas.read_csv(csv)
     assert sorted(losses["context_length"].unique()) == [64, 128, 256]
@@ -338,7 +345,7 @@ def test_the_loss_by_position_is_plotted_at_the_longest_length_and_written_for_a
 
 
 def test_the_plot_of_retrieval_has_a_column_a_system_and_a_row_a_task(retrieval, tmp_path):
-    texts = draw_twice(lambda outputs: plot_retrieval(retrieval, outputs), tmp_path)
+    texts = draw_twice(lambda outputs: plot_retrieval(retrieval, LABELS, outputs), tmp_path)
     assert {"base", "Long &amp; 100 %", "chat_model", "multi key", "passkey", "80", "12"} <= texts
 
 
@@ -348,7 +355,7 @@ def test_the_plot_of_a_grid_is_against_numbers_where_they_are(ablation, tmp_path
     grid = ablation["ablation"] | {
         "axes": axes, "rows": {name: {axes[0]: value} for name, value in zip(("x.rank-8", "x"), values, strict=True)}
     }  # fmt: skip
-    texts = draw_twice(lambda outputs: plot_ablation(ablation["records"], grid, outputs), tmp_path)
+    texts = draw_twice(lambda outputs: plot_ablation(ablation["records"], grid, LABELS, outputs), tmp_path)
     if axes == ["rank"]:
         assert {"LoRA rank", "64 tokens", "128 tokens"} <= texts
     else:

@@ -4,7 +4,8 @@ import numpy
 import pytest
 
 from longqlora.evaluation_sets import prepare_evaluation_set
-from longqlora.tokens import check_vocabulary, read_description, read_tokens, tokenize_documents, write_tokens
+from longqlora.token_descriptions import read_description
+from longqlora.tokens import check_vocabulary, read_tokens, tokenize_documents, write_tokens
 
 
 @pytest.mark.parametrize(("vocab_size", "item_bytes"), [(2**16, 2), (2**16 + 1, 4)])

@@ -11,17 +11,16 @@ import torch
 from conftest import LONGLORA, SETTINGS, save_base, tiny_llama, train_tiny
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from longqlora import training
-from longqlora.chat_template import CHAT_TEMPLATE
+from longqlora.adapters import add_adapter
 from longqlora.instruction_set import TOKENS
 from longqlora.models import autocast_dtype, load_model, name_of, next_token_loss, use_chunked_loss
 from longqlora.packing import load_training_data, pad_at_right
 from longqlora.positions import ROPE_TYPES
 from longqlora.tokens import tokenize_documents
-from longqlora.training import add_adapter
 
 CPU = torch.device("cpu")
 
@@ -206,7 +205,7 @@ def systems(tmp_path_factory, texts, tokenizer) -> dict[str, SimpleNamespace]:
         base, folder = save_base(root / f"{name} base", tokenizer, **shape), root / name
         with pytest.MonkeyPatch.context() as patch:
             models = keep_models(patch)
-            card = train_tiny(base, root / "corpus.bin", folder, steps=12, label=name, **settings)
+            card = train_tiny(base, root / "corpus.bin", folder, steps=12, **settings)
         model = models[0].eval()
         causal = model if settings.get("method") == "full" else model.base_model.model
         with torch.no_grad():
@@ -318,21 +317,11 @@ def test_trained_weights_are_32_bit_where_the_base_has_16(tmp_path, tokenizer, m
 
 def test_full_training_writes_the_precision_of_the_base_and_its_new_context(tmp_path, corpus, tokenizer):
     base = save_base(tmp_path / "base", tokenizer, torch.bfloat16)
-    GenerationConfig(max_length=64, bos_token_id=1, eos_token_id=2).save_pretrained(base)
     card = train_tiny(base, corpus, tmp_path / "model", method="full", steps=2, learning_rate=1e-2, rope_type="yarn")
     assert card["precision"]["base"] == "float32"
     assert {weight.dtype for weight in load_file(tmp_path / "model" / "model.safetensors").values()} == {torch.bfloat16}
     config = AutoConfig.from_pretrained(tmp_path / "model")
     assert (config.dtype, config.rope_parameters["rope_type"], config.max_position_embeddings) == (torch.bfloat16, "yarn", 128)
-    assert GenerationConfig.from_pretrained(tmp_path / "model").max_length == 128
-    tokenizer_config = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
-    assert tokenizer_config["model_max_length"] == 128
-    assert not (tmp_path / "model" / "chat_template.jinja").exists()
-
-
-def test_full_training_on_instructions_writes_the_chat_template(model_folder, instructions, tmp_path):
-    train_tiny(model_folder, instructions, tmp_path / "model", method="full", steps=1, data="sft")
-    assert (tmp_path / "model" / "chat_template.jinja").read_text() == CHAT_TEMPLATE
 
 
 @pytest.mark.parametrize("rope_type", ROPE_TYPES)

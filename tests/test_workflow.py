@@ -1,5 +1,6 @@
 """The workflow as a user runs it: a copy of the project, one small run, then what an edit would run again."""
 
+import gzip
 import json
 import os
 import random
@@ -20,7 +21,7 @@ TARGETS = {"all", "data", "train", "evaluate", "answers", "ablations", "perplexi
 PERPLEXITY_REPORTS = {"render_table": 1, "plot_perplexity": 1, "plot_loss_by_position": 1}
 REPORTS = {**PERPLEXITY_REPORTS, "report_retrieval": 1}
 EVALUATION = {"evaluate_perplexity", "evaluate_retrieval", *REPORTS}
-TRAINING = {"train_adapter", "train_model", "merge_adapter"}
+TRAINING = {"train_adapter", "train_model", "merge_adapter", "publish_model"}
 SHOWN = {"plot_loss", "answer_held_out"}
 
 
@@ -98,10 +99,10 @@ def module(project):
     """Append a line to a file of the project; taken back after the test."""
     edited = {}
 
-    def append(name: str) -> None:
+    def append(name: str, line: str = "edited = True") -> None:
         path = project / name
-        edited[path] = path.read_text(), path.stat().st_mtime_ns
-        path.write_text(edited[path][0] + "\n# edited\n")
+        edited.setdefault(path, (path.read_text(), path.stat().st_mtime_ns))
+        path.write_text(f"{path.read_text()}\n{line}\n")
 
     yield append
     for path, (text, modified) in edited.items():
@@ -136,9 +137,13 @@ def test_the_run_leaves_tables_plots_models_and_records(project):
         assert list((results / f"tensorboard/{system}").glob("events.out.tfevents.*"))
     assert (results / "adapters/longqlora/adapter_model.safetensors").exists()
     assert not (results / "adapters/longlora-full").exists()
-    certificate = json.loads((results / "models/longqlora/merge_certificate.json").read_text())
-    assert len(certificate["models"]) == 4
-    assert certificate["published"] in certificate["models"]
+    report = json.loads((results / "models/longqlora/merge_report.json").read_text())
+    assert len(report["models"]) == 4
+    assert report["published"] in report["models"]
+    scaling = cells.set_index(["system", "context_length"])[["rope_scaling", "rope_factor", "target_context"]]
+    assert scaling.loc["longqlora", 64].tolist() == ["linear", 2.0, 256]
+    assert scaling.loc["base", 64].tolist() == ["none", 1.0, 128]
+    assert json.loads((results / "retrieval/chat/256.json").read_text())["rope_factor"] == 8.0
 
 
 def test_the_chat_model_answers_what_it_was_not_trained_on(project):
@@ -172,27 +177,89 @@ def test_nothing_is_left_to_do(project):
     assert planned(project) == {}
 
 
-def test_an_edit_of_the_perplexity_module_reruns_evaluation_and_what_shows_it(project, module):
-    module("longqlora/perplexity.py")  # the certificates of the merges are measured by it as well
-    assert planned(project) == {
-        "merge_adapter": 2, "answer_held_out": 1, "evaluate_perplexity": 8, "evaluate_retrieval": 8, **REPORTS,
-    }  # fmt: skip
+# --- what an edit of the code runs again -----------------------------------------------------------------------------------
+
+EDITS = {
+    "longqlora/perplexity.py": {"evaluate_perplexity": 8, "evaluate_retrieval": 8, **REPORTS},
+    "longqlora/needles.py": {"evaluate_retrieval": 8, "render_table": 1, "report_retrieval": 1},
+    "longqlora/plots.py": {"plot_perplexity": 1, "plot_loss_by_position": 1, "report_retrieval": 1},
+    "longqlora/model_card.py": {"publish_model": 3, "answer_held_out": 1},
+    "longqlora/publishing.py": {"publish_model": 3, "answer_held_out": 1},
+    "longqlora/answers.py": {"answer_held_out": 1},
+    "longqlora/merge_report.py": {
+        "merge_adapter": 2, "publish_model": 2, "answer_held_out": 1, "evaluate_perplexity": 4, "evaluate_retrieval": 4,
+        **REPORTS,
+    },
+    "longqlora/tables.py": REPORTS,
+    "longqlora/compatibility.py": {},
+    "longqlora/jobs/log.py": {},
+    "longqlora/jobs/gpus.py": {},
+    "longqlora/jobs/machine.py": {},
+    "workflow/scripts/render_table.py": {"render_table": 1},
+}  # fmt: skip
 
 
-def test_an_edit_of_the_needles_reruns_retrieval_and_what_shows_it(project, module):
-    module("longqlora/needles.py")
-    assert planned(project) == {"evaluate_retrieval": 8, "render_table": 1, "report_retrieval": 1}
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_reruns_exactly_what_depends_on_it(project, module, name):
+    module(name)
+    assert planned(project) == EDITS[name]
 
 
-def test_an_edit_of_the_plot_module_reruns_the_plots(project, module):
-    module("longqlora/plots.py")
-    assert planned(project) == {"plot_perplexity": 1, "plot_loss_by_position": 1, "report_retrieval": 1}
-
-
-def test_an_edit_of_the_attention_module_retrains(project, module):
-    module("longqlora/attention.py")
+@pytest.mark.parametrize("name", ["attention", "trainer", "adapters"])
+def test_an_edit_of_what_decides_the_weights_retrains(project, module, name):
+    module(f"longqlora/{name}.py")
     assert set(planned(project)) >= TRAINING
     assert set(planned(project)) <= TRAINING | EVALUATION | SHOWN
+
+
+def test_the_reason_names_the_file_that_changed_and_no_other(project, module):
+    module("longqlora/tables.py")
+    run = snakemake(project, "-n", "results/demo/tables/perplexity.md")
+    (reason,) = re.findall(r"reason: (Params have changed.*)", run.stdout)
+    assert re.fullmatch(r".*before: longqlora/tables.py \w+ now: longqlora/tables.py \w+ *", reason.replace("'", ""))
+
+
+def test_comments_docstrings_and_format_rerun_nothing(project, module):
+    for path in [*project.glob("longqlora/**/*.py"), *project.glob("workflow/scripts/*.py")]:
+        if path.name != "__init__.py":
+            module(path.relative_to(project).as_posix(), '# a comment\n"""A docstring."""')
+    assert planned(project) == {}
+
+
+def test_another_label_renders_and_publishes_anew_and_measures_nothing(project, config_file):
+    edit(config_file, lambda config: config["systems"]["longqlora"].update(label="Ours"))
+    assert planned(project) == {"publish_model": 1, "plot_loss": 1, **REPORTS}
+
+
+def test_how_often_a_training_logs_and_saves_reruns_nothing(project, config_file):
+    edit(config_file, lambda config: config["training"].update(logging_steps=7, checkpoint_steps=9, checkpoints_kept=5))
+    assert planned(project) == {}
+
+
+def test_another_ratio_for_the_merge_merges_anew_and_trains_nothing(project, config_file):
+    edit(config_file, lambda config: config.update(merge={"max_perplexity_ratio": 1.5}))
+    jobs = planned(project)
+    assert jobs["merge_adapter"] == 2
+    assert not {"train_adapter", "train_model"} & set(jobs)
+
+
+def test_a_merge_above_the_ratio_stops_the_run_with_its_figures(project, tmp_path):
+    """By a merge that is wrong: weights of a hundred times their size."""
+    folder = shutil.copytree(project, tmp_path / "project")
+    module = folder / "longqlora/merging.py"
+    text = module.read_text()
+    module.write_text(text.replace("adapter.apply(name, prepare(name, weight))", "100 * weight"))
+    assert module.read_text() != text
+    run = snakemake(folder, "results/demo/models/longqlora")
+    output = run.stdout + run.stderr
+    assert run.returncode != 0
+    assert re.search(
+        r"the merge has perplexity \S+, the adapter as trained [\d.]+: a ratio of \S+, above merge.max_per", output
+    )
+    assert not (folder / "results/demo/weights/longqlora").exists()
+
+
+# --- what a change of the configuration runs again -------------------------------------------------------------------------
 
 
 def test_a_new_length_computes_the_new_cells_only(project, config_file):
@@ -251,14 +318,15 @@ def test_a_damaged_shard_stops_the_run_and_names_the_file(project, tmp_path):
 def test_a_changed_rank_retrains_that_system_only(project, config_file):
     edit(config_file, lambda config: config["systems"]["longqlora"]["training"].update(rank=8))
     assert planned(project) == {
-        "train_adapter": 1, "merge_adapter": 1, "plot_loss": 1, "evaluate_perplexity": 2, "evaluate_retrieval": 2, **REPORTS,
+        "train_adapter": 1, "merge_adapter": 1, "publish_model": 1, "plot_loss": 1, "evaluate_perplexity": 2,
+        "evaluate_retrieval": 2, **REPORTS,
     }  # fmt: skip
 
 
 def test_another_rope_scaling_retrains_that_system_only(project, config_file):
     edit(config_file, lambda config: config["systems"]["longlora-full"].update(rope_scaling="yarn"))
     assert planned(project) == {
-        "train_model": 1, "plot_loss": 1, "evaluate_perplexity": 2, "evaluate_retrieval": 2, **REPORTS,
+        "train_model": 1, "publish_model": 1, "plot_loss": 1, "evaluate_perplexity": 2, "evaluate_retrieval": 2, **REPORTS,
     }  # fmt: skip
 
 
@@ -283,7 +351,7 @@ def test_targets_run_their_part_alone(project, module, config_file):
     edit(config_file, lambda config: config["systems"]["longqlora"]["training"].update(rank=8))
     module("longqlora/plots.py")
     assert planned(project, "data") == {}
-    assert planned(project, "train") == {"train_adapter": 1, "merge_adapter": 1}
+    assert planned(project, "train") == {"train_adapter": 1, "merge_adapter": 1, "publish_model": 1}
     assert set(planned(project, "evaluate")) == {"train_adapter", "merge_adapter", "evaluate_perplexity", "evaluate_retrieval"}
     assert set(planned(project, "perplexity_report")) == {"train_adapter", "merge_adapter"} | EVALUATION
 
@@ -316,15 +384,169 @@ def test_a_job_that_fails_names_its_log_and_the_reason(project, tmp_path):
     assert "Traceback" in (folder / "results/demo/logs/sample_corpus.log").read_text()
 
 
-def test_an_edit_of_a_script_reruns_its_rule(project, module):
-    module("workflow/scripts/render_table.py")
-    assert planned(project) == {"render_table": 1}
+# --- what changes nothing --------------------------------------------------------------------------------------------------
 
 
 def test_touching_code_and_config_reruns_nothing(project):
-    for path in [*project.glob("longqlora/*.py"), *project.glob("workflow/**/*.*"), project / "config/config.yaml"]:
+    for path in [*project.glob("longqlora/**/*.py"), *project.glob("workflow/**/*.*"), project / "config/config.yaml"]:
         path.touch()
     assert planned(project) == {}
+
+
+def test_a_moved_checkout_reruns_nothing(project, tmp_path):
+    shutil.copytree(project, tmp_path / "elsewhere")  # with the dates of the files, as mv keeps them
+    assert planned(tmp_path / "elsewhere") == {}
+
+
+def test_conda_switched_on_and_a_comment_in_its_environment_rerun_nothing(project, tmp_path, monkeypatch):
+    """With a stand-in that answers what Snakemake asks conda for; a dry run makes no environment."""
+    conda = tmp_path / "bin/conda"
+    conda.parent.mkdir()
+    answer = '{"conda_prefix": "/opt/conda", "platform": "linux-64", "get": {"channel_priority": "strict"}}'
+    conda.write_text(f"#!/bin/sh\n[ \"$1\" = --version ] && echo conda 26.7.0 || echo '{answer}'\n")
+    conda.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{conda.parent}:{os.environ['PATH']}")
+    environment = project / "environment.yml"
+    before = environment.read_text()
+    assert planned(project, "--use-conda") == {}
+    environment.write_text("# a comment\n" + before)
+    assert planned(project, "--use-conda") == {}
+    environment.write_text(before)
+
+
+def test_unlocking_needs_no_number_of_cores(project):
+    run = subprocess.run([sys.executable, "-m", "snakemake", "--unlock"], cwd=project, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+DRIVER = """
+import sys
+for name in ("numpy", "torch", "pandas", "transformers", "tokenizers", "pyarrow", "matplotlib"):
+    sys.modules[name] = None  # an import of it fails
+from snakemake.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_a_driver_needs_snakemake_and_the_checks_alone(root, tmp_path):
+    """Every shipped configuration is planned where nothing of the jobs is installed."""
+    for name in PROJECT:
+        copy = shutil.copytree if (root / name).is_dir() else shutil.copy
+        copy(root / name, tmp_path / name)
+    for name in ("corpus/a.jsonl", "books/a.txt", "proofs/a.txt", "models/tinystories-656k/model.safetensors"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_text("x")
+    made = {
+        "model_type": "llama",
+        "hidden_size": 128,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 512,
+        "vocab_size": 2048,
+    }
+    (tmp_path / "data/models/tinystories-656k/config.json").write_text(json.dumps(made))
+    configs = [[str(path)] for path in sorted((tmp_path / "config").glob("*.yaml")) if path.stem != "ablations"]
+    configs.append([str(tmp_path / "config/config.yaml"), str(tmp_path / "config/ablations.yaml")])
+    assert len(configs) >= 8
+    for config in configs:
+        command = [sys.executable, "-c", DRIVER, "-n", "--cores", "1", "--configfile", *config]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout + run.stderr
+        assert "Job stats" in run.stdout
+
+
+# --- files that the user keeps ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own(root, project, tmp_path_factory) -> Path:
+    """A project whose base model and texts are the user's own files, where everything has run."""
+    folder = copy_project(root, tmp_path_factory.mktemp("own"))
+    made = project / "results/demo"
+    shutil.copytree(made / "pretrained/base", folder / "own/base")
+    shutil.copytree(made / "sources", folder / "own/sources")
+    shards = sorted((folder / "own/sources/corpus").glob("*.gz"))
+    corpus = folder / "own/sources/corpus/corpus.jsonl"
+    corpus.write_bytes(gzip.decompress(shards[0].read_bytes()))
+    assert corpus.stat().st_size > 10**6  # which Snakemake compares by its date
+
+    def use_own(config):
+        text = yaml.safe_dump(config).replace("results/demo/sources", "own/sources")
+        config.clear()
+        config.update(yaml.safe_load(text))
+        del config["demo"], config["ablations"]
+        config.update(experiment="own", base_model={"path": "own/base"})
+        config["corpus"]["sources"] = [{"paths": ["own/sources/corpus/corpus.jsonl"]}]
+        config["systems"] = {name: config["systems"][name] for name in ("base", "longqlora", "chat")}
+        config["evaluation"]["lengths"] = [256]
+
+    edit(folder / "config/config.yaml", use_own)
+    run = snakemake(folder)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert planned(folder) == {}
+    return folder
+
+
+@pytest.fixture
+def restored(own):
+    """The user's files, put back after the test."""
+    shutil.copytree(own / "own", own / "before")
+    yield own
+    shutil.rmtree(own / "own")
+    (own / "before").rename(own / "own")
+
+
+def test_new_dates_and_stray_files_rerun_nothing(restored):
+    for path in restored.glob("own/**/*"):
+        os.utime(path)
+    for name in ("base/.DS_Store", "base/notes.md", "base/training.log", "sources/corpus/notes.md"):
+        (restored / "own" / name).write_text("x")
+    (restored / "own/base").touch()
+    assert planned(restored) == {}
+
+
+def test_new_weights_in_a_local_base_are_noticed_and_no_data_made_anew(restored):
+    file = restored / "own/base/model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1  # a bit of the last weight
+    file.write_bytes(data)
+    assert planned(restored) == {
+        "train_adapter": 2, "merge_adapter": 2, "publish_model": 2, "answer_held_out": 1, "plot_loss": 1,
+        "evaluate_perplexity": 3, "evaluate_retrieval": 3, **REPORTS,
+    }  # fmt: skip
+    run = snakemake(restored, "-n", "results/own/adapters/longqlora")
+    assert re.search(r"Params have changed.*own/base/config.json, own/base/model.safetensors \w+", run.stdout)
+
+
+def test_other_generation_settings_of_a_local_base_are_published_and_nothing_else(restored):
+    (restored / "own/base/generation_config.json").write_text('{"eos_token_id": 2, "temperature": 0.5}')
+    assert planned(restored) == {"publish_model": 2, "answer_held_out": 1}
+
+
+def test_another_chat_template_is_for_conversations_alone(restored):
+    (restored / "own/base/chat_template.jinja").write_text("{{ messages }}")
+    jobs = planned(restored)
+    assert {"build_sft_set", "tokenize_sft"} <= set(jobs)
+    assert jobs["train_adapter"] == 1  # the chat model, not the one trained on texts
+    assert not {"prepare_evaluation_set", "sample_shard", "sample_corpus", "tokenize_corpus"} & set(jobs)
+
+
+def test_another_tokenizer_file_makes_the_data_anew(restored):
+    file = restored / "own/base/tokenizer.json"
+    file.write_text(file.read_text().replace('"use_regex": true', '"use_regex": false'))
+    jobs = planned(restored)
+    assert {"prepare_evaluation_set", "sample_shard", "tokenize_sft", "train_adapter"} <= set(jobs)
+
+
+def test_other_texts_in_a_large_file_of_the_same_size_are_noticed(restored):
+    file = restored / "own/sources/corpus/corpus.jsonl"
+    text = file.read_text()
+    file.write_text(text.replace(" the ", " The ", 1))
+    assert file.stat().st_size == len(text.encode())
+    jobs = planned(restored, "data")
+    assert jobs == {"sample_shard": 1, "sample_corpus": 1, "plot_text_lengths": 1, "tokenize_corpus": 1}
+
+
+# --- kills -----------------------------------------------------------------------------------------------------------------
 
 
 def run_and_kill(folder: Path, target: str, checkpoints: Path, moment: float) -> None:

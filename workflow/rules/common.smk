@@ -1,7 +1,5 @@
 # The experiment, checked and completed, and what the rules ask of it.
 
-import os
-
 import yaml
 from snakemake.exceptions import WorkflowError
 
@@ -11,13 +9,18 @@ from longqlora.experiment import (
     evaluated_model,
     is_hub_model,
     is_local,
+    is_made_here,
     load_experiment,
     sample_shares,
 )
+from longqlora.jobs.code import Code
+from longqlora.jobs.digests import FileFacts
+from longqlora.model_files import model_files, tokenizer_files
 from longqlora.protocols import stride_of
-from longqlora.provenance import code_of as files_behind
 
 ROOT = Path(workflow.basedir)
+FACTS = FileFacts()
+CODE = Code(ROOT, FACTS)
 
 try:
     experiment = load_experiment(config, yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text()))
@@ -31,18 +34,21 @@ SYSTEMS = experiment["systems"]  # the rows of the table, and the cells of the a
 ROWS = experiment["rows"]
 TRAINED = [name for name, system in SYSTEMS.items() if "training" in system]
 TRAINED_ROWS = [name for name in ROWS if name in TRAINED]
-WHOLE = [name for name in TRAINED if SYSTEMS[name]["training"]["method"] == "full"]  # nothing to merge
-ADAPTED = [name for name in TRAINED if name not in WHOLE]
+FULL_FINETUNED = [name for name in TRAINED if SYSTEMS[name]["training"]["method"] == "full"]  # nothing to merge
+ADAPTED = [name for name in TRAINED if name not in FULL_FINETUNED]
 CHAT = [name for name in ROWS if name in TRAINED and SYSTEMS[name]["training"]["data"] == "sft"]
 EVALUATION = experiment["evaluation"]
 DATASETS = EVALUATION["datasets"]
 LENGTHS = EVALUATION["lengths"]
+LABELS = {
+    part: {name: row["label"] for name, row in rows.items()} for part, rows in (("system", SYSTEMS), ("dataset", DATASETS))
+}
 RETRIEVAL = experiment["retrieval"]
 ABLATIONS = experiment["ablations"]
 CORPUS = experiment.get("corpus", {"sources": []})
 SHARDS = corpus_shards(CORPUS["sources"])
 SFT = experiment.get("sft", {"sources": []})
-GATE = experiment["decontamination"]
+DECONTAMINATION = experiment["decontamination"]
 GPUS = int(experiment["device"] == "cuda")  # of a job that runs a model; a profile says how many the machine has
 
 
@@ -60,29 +66,50 @@ wildcard_constraints:
 
 
 def code_of(script):
-    """A script of workflow/scripts and the package's files behind it: an input of its rule, so that an edit reruns it."""
-    files = files_behind(ROOT / "workflow" / "scripts" / f"{script}.py", ROOT)
-    return [os.path.relpath(ROOT / file) for file in files]
+    """Params of the rule that runs a script of workflow/scripts: each file that its result depends on, with a digest of what the
+    file says, so that an edit reruns the rule and a comment does not."""
+    return CODE.params(f"workflow/scripts/{script}.py")
 
 
-def local_files(paths):
-    """The paths that are files of this machine; the others are fetched by the job itself."""
-    return [path for path in paths if is_local(path)]
+# Files that the user keeps count by their contents: rules have a digest of them as a param, and Snakemake ignores their dates.
+# Files that rules make are inputs as usual.
 
 
-def local_model(path):
-    """A model on this machine as an input; one on the hub is fetched by the job itself."""
-    return [] if is_hub_model(path) else path
+def sources_of(paths):
+    """Data files of this machine as inputs; other addresses are read by the job itself."""
+    return [path if is_made_here(path) else ancient(path) for path in paths if is_local(path)]
 
 
-def tokenizer(wildcards, input):
-    """Where a job loads the tokenizer from: its input, or the hub."""
-    return str(input.tokenizer or TOKENIZER)
+def contents_of(paths):
+    """A digest of the data files that the user keeps."""
+    return FACTS.fingerprint(path for path in paths if is_local(path) and not is_made_here(path))
 
 
-def base_model(wildcards, input):
-    """Where a job loads the base model from: its input, or the hub."""
-    return str(input.base_model or BASE_MODEL)
+def made_model(path):
+    """A model that a rule makes, as an input."""
+    return path if is_made_here(path) else []
+
+
+def contents_of_model(path):
+    """A digest of the configuration and the weights of a model in a folder that the user keeps."""
+    return FACTS.fingerprint(model_files(path)) if is_kept_by_user(path) else None
+
+
+def contents_of_tokenizer(path, with_chat_template=False):
+    """A digest of a tokenizer in a folder that the user keeps."""
+    files = tokenizer_files(path, with_chat_template=with_chat_template) if is_kept_by_user(path) else []
+    return FACTS.fingerprint(files) if files else None
+
+
+def contents_of_generation_settings(path):
+    """A digest of the generation settings of a model in a folder that the user keeps."""
+    file = Path(path) / "generation_config.json"
+    return FACTS.fingerprint([file]) if is_kept_by_user(path) and file.is_file() else None
+
+
+def is_kept_by_user(path):
+    """Whether a model is a folder of this machine that no rule makes."""
+    return not is_made_here(path) and not is_hub_model(path)
 
 
 def model_of(wildcards):
@@ -90,10 +117,15 @@ def model_of(wildcards):
     return evaluated_model(experiment, wildcards.system)
 
 
-def local_parts(wildcards):
-    """The folders of this machine that a system is evaluated from."""
+def made_parts(wildcards):
+    """The folders that a system is evaluated from, as far as rules make them."""
     model = model_of(wildcards)
-    return [path for path in (model["path"], model.get("adapter")) if path and not is_hub_model(path)]
+    return [path for path in (model["path"], model.get("adapter")) if path and is_made_here(path)]
+
+
+def contents_of_evaluated(wildcards):
+    """A digest of the configuration and the weights that a system is evaluated from, as far as the user keeps them."""
+    return contents_of_model(model_of(wildcards)["path"])
 
 
 def has_own_tokenizer(wildcards):

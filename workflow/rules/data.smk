@@ -4,13 +4,16 @@ SAMPLE = {key: CORPUS.get(key) for key in ("num_texts", "min_tokens", "max_token
 SAMPLE["shares"] = sample_shares(CORPUS)
 SAMPLE["spare"] = "near_duplicates" in CORPUS or SAMPLE["shares"] is not None
 SAMPLE["seed"] = experiment["seed"]
+MALFORMED = {"max_malformed_share": experiment["max_malformed_share"]}
+SFT_SETTINGS = {key: SFT.get(key) for key in ("num_records", "max_tokens", "allow_fewer")} | MALFORMED
+SFT_SETTINGS["seed"] = experiment["seed"]
+SFT_PATHS = [path for source in SFT["sources"] for path in source["paths"]]
 
 
 rule prepare_evaluation_set:
     input:
-        sources=lambda wildcards: local_files(DATASETS[wildcards.dataset]["paths"]),
-        tokenizer=local_model(TOKENIZER),
-        code=code_of("prepare_evaluation_set"),
+        sources=lambda wildcards: sources_of(DATASETS[wildcards.dataset]["paths"]),
+        tokenizer=made_model(TOKENIZER),
     output:
         tokens=f"{RESULTS}/tokens/evaluation/{{dataset}}.bin",
         description=f"{RESULTS}/tokens/evaluation/{{dataset}}.json",
@@ -21,8 +24,11 @@ rule prepare_evaluation_set:
     conda:
         "../../environment.yml"
     params:
+        *code_of("prepare_evaluation_set"),
         sources=lambda wildcards: DATASETS[wildcards.dataset]["paths"],
-        tokenizer=tokenizer,
+        contents=lambda wildcards: contents_of(DATASETS[wildcards.dataset]["paths"]),
+        tokenizer=TOKENIZER,
+        tokenizer_contents=contents_of_tokenizer(TOKENIZER),
     script:
         "../scripts/prepare_evaluation_set.py"
 
@@ -31,9 +37,8 @@ rule retokenize_evaluation_set:
     input:
         tokens=rules.prepare_evaluation_set.output.tokens,
         description=rules.prepare_evaluation_set.output.description,
-        base_tokenizer=local_model(TOKENIZER),
-        tokenizer=lambda wildcards: local_model(SYSTEMS[wildcards.system]["tokenizer"]),
-        code=code_of("retokenize_evaluation_set"),
+        base_tokenizer=made_model(TOKENIZER),
+        tokenizer=lambda wildcards: made_model(SYSTEMS[wildcards.system]["tokenizer"]),
     output:
         tokens=f"{RESULTS}/tokens/evaluation/{{system}}/{{dataset}}.bin",
         description=f"{RESULTS}/tokens/evaluation/{{system}}/{{dataset}}.json",
@@ -44,8 +49,11 @@ rule retokenize_evaluation_set:
     conda:
         "../../environment.yml"
     params:
-        base_tokenizer=lambda wildcards, input: str(input.base_tokenizer or TOKENIZER),
+        *code_of("retokenize_evaluation_set"),
+        base_tokenizer=TOKENIZER,
+        base_tokenizer_contents=contents_of_tokenizer(TOKENIZER),
         tokenizer=lambda wildcards: SYSTEMS[wildcards.system]["tokenizer"],
+        tokenizer_contents=lambda wildcards: contents_of_tokenizer(SYSTEMS[wildcards.system]["tokenizer"]),
     script:
         "../scripts/retokenize_evaluation_set.py"
 
@@ -54,8 +62,7 @@ rule index_evaluation_sets:
     input:
         tokens=expand(rules.prepare_evaluation_set.output.tokens, dataset=DATASETS),
         descriptions=expand(rules.prepare_evaluation_set.output.description, dataset=DATASETS),
-        tokenizer=local_model(TOKENIZER),
-        code=code_of("index_evaluation_sets"),
+        tokenizer=made_model(TOKENIZER),
     output:
         ngrams=f"{RESULTS}/tokens/evaluation_ngrams.parquet",
     log:
@@ -65,19 +72,20 @@ rule index_evaluation_sets:
     conda:
         "../../environment.yml"
     params:
+        *code_of("index_evaluation_sets"),
         names=list(DATASETS),
-        tokenizer=tokenizer,
-        ngram_words=GATE["ngram_words"],
+        tokenizer=TOKENIZER,
+        tokenizer_contents=contents_of_tokenizer(TOKENIZER),
+        ngram_words=DECONTAMINATION["ngram_words"],
     script:
         "../scripts/index_evaluation_sets.py"
 
 
 rule sample_shard:
     input:
-        sources=lambda wildcards: local_files(SHARDS[wildcards.shard]["paths"]),
-        tokenizer=local_model(TOKENIZER),
+        sources=lambda wildcards: sources_of(SHARDS[wildcards.shard]["paths"]),
+        tokenizer=made_model(TOKENIZER),
         ngrams=rules.index_evaluation_sets.output.ngrams,
-        code=code_of("sample_shard"),
     output:
         candidates=f"{RESULTS}/corpus/shards/{{shard}}.parquet",
         priorities=f"{RESULTS}/corpus/shards/{{shard}}.priorities.parquet",
@@ -89,12 +97,15 @@ rule sample_shard:
     conda:
         "../../environment.yml"
     params:
+        *code_of("sample_shard"),
         settings=SAMPLE,
         source=lambda wildcards: SHARDS[wildcards.shard]["source"],
         paths=lambda wildcards: SHARDS[wildcards.shard]["paths"],
+        contents=lambda wildcards: contents_of(SHARDS[wildcards.shard]["paths"]),
         part=lambda wildcards: SHARDS[wildcards.shard]["part"],
-        tokenizer=tokenizer,
-        threshold=GATE["threshold"],
+        tokenizer=TOKENIZER,
+        tokenizer_contents=contents_of_tokenizer(TOKENIZER),
+        threshold=DECONTAMINATION["threshold"],
     script:
         "../scripts/sample_shard.py"
 
@@ -105,7 +116,6 @@ rule sample_corpus:
         priorities=expand(rules.sample_shard.output.priorities, shard=SHARDS),
         cards=expand(rules.sample_shard.output.card, shard=SHARDS),
         ngrams=rules.index_evaluation_sets.output.ngrams,
-        code=code_of("sample_corpus"),
     output:
         texts=f"{RESULTS}/corpus/sample.parquet",
         card=f"{RESULTS}/corpus/sample.json",
@@ -117,11 +127,10 @@ rule sample_corpus:
     conda:
         "../../environment.yml"
     params:
+        *code_of("sample_corpus"),
         settings=SAMPLE,
-        near_duplicates=CORPUS.get("near_duplicates"),
-        allow_fewer=CORPUS.get("allow_fewer"),
-        max_malformed_share=experiment["max_malformed_share"],
-        threshold=GATE["threshold"],
+        joining={key: CORPUS.get(key) for key in ("near_duplicates", "allow_fewer")} | MALFORMED,
+        threshold=DECONTAMINATION["threshold"],
     script:
         "../scripts/sample_corpus.py"
 
@@ -129,7 +138,6 @@ rule sample_corpus:
 rule plot_text_lengths:
     input:
         texts=rules.sample_corpus.output.texts,
-        code=code_of("plot_text_lengths"),
     output:
         png=f"{RESULTS}/plots/text_lengths.png",
         svg=f"{RESULTS}/plots/text_lengths.svg",
@@ -139,6 +147,8 @@ rule plot_text_lengths:
         f"{RESULTS}/benchmarks/plot_text_lengths.tsv"
     conda:
         "../../environment.yml"
+    params:
+        *code_of("plot_text_lengths"),
     script:
         "../scripts/plot_text_lengths.py"
 
@@ -146,8 +156,7 @@ rule plot_text_lengths:
 rule tokenize_corpus:
     input:
         texts=rules.sample_corpus.output.texts,
-        tokenizer=local_model(TOKENIZER),
-        code=code_of("tokenize_corpus"),
+        tokenizer=made_model(TOKENIZER),
     output:
         tokens=f"{RESULTS}/tokens/corpus.bin",
         description=f"{RESULTS}/tokens/corpus.json",
@@ -158,17 +167,18 @@ rule tokenize_corpus:
     conda:
         "../../environment.yml"
     params:
-        tokenizer=tokenizer,
+        *code_of("tokenize_corpus"),
+        tokenizer=TOKENIZER,
+        tokenizer_contents=contents_of_tokenizer(TOKENIZER),
     script:
         "../scripts/tokenize_corpus.py"
 
 
 rule build_sft_set:
     input:
-        sources=local_files(path for source in SFT["sources"] for path in source["paths"]),
-        tokenizer=local_model(TOKENIZER),
+        sources=sources_of(SFT_PATHS),
+        tokenizer=made_model(TOKENIZER),
         ngrams=rules.index_evaluation_sets.output.ngrams,
-        code=code_of("build_sft_set"),
     output:
         records=f"{RESULTS}/sft/records.parquet",
         card=f"{RESULTS}/sft/records.json",
@@ -180,14 +190,13 @@ rule build_sft_set:
     conda:
         "../../environment.yml"
     params:
+        *code_of("build_sft_set"),
         sources=SFT["sources"],
-        tokenizer=tokenizer,
-        num_records=SFT.get("num_records"),
-        max_tokens=SFT.get("max_tokens"),
-        seed=experiment["seed"],
-        allow_fewer=SFT.get("allow_fewer"),
-        max_malformed_share=experiment["max_malformed_share"],
-        threshold=GATE["threshold"],
+        contents=contents_of(SFT_PATHS),
+        tokenizer=TOKENIZER,
+        tokenizer_contents=contents_of_tokenizer(TOKENIZER, with_chat_template=True),
+        settings=SFT_SETTINGS,
+        threshold=DECONTAMINATION["threshold"],
     script:
         "../scripts/build_sft_set.py"
 
@@ -195,7 +204,6 @@ rule build_sft_set:
 rule plot_sft_shares:
     input:
         card=rules.build_sft_set.output.card,
-        code=code_of("plot_sft_shares"),
     output:
         png=f"{RESULTS}/plots/sft_shares.png",
         svg=f"{RESULTS}/plots/sft_shares.svg",
@@ -205,6 +213,8 @@ rule plot_sft_shares:
         f"{RESULTS}/benchmarks/plot_sft_shares.tsv"
     conda:
         "../../environment.yml"
+    params:
+        *code_of("plot_sft_shares"),
     script:
         "../scripts/plot_sft_shares.py"
 
@@ -212,8 +222,7 @@ rule plot_sft_shares:
 rule tokenize_sft:
     input:
         records=rules.build_sft_set.output.records,
-        tokenizer=local_model(TOKENIZER),
-        code=code_of("tokenize_sft"),
+        tokenizer=made_model(TOKENIZER),
     output:
         tokens=f"{RESULTS}/tokens/sft.arrow",
     log:
@@ -223,7 +232,9 @@ rule tokenize_sft:
     conda:
         "../../environment.yml"
     params:
-        tokenizer=tokenizer,
+        *code_of("tokenize_sft"),
+        tokenizer=TOKENIZER,
+        tokenizer_contents=contents_of_tokenizer(TOKENIZER, with_chat_template=True),
         held_out=SFT.get("held_out"),
     script:
         "../scripts/tokenize_sft.py"

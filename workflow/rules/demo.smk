@@ -4,8 +4,6 @@ DEMO = experiment["demo"]
 
 
 rule build_demo_sources:
-    input:
-        code=code_of("build_demo_sources"),
     output:
         shards=DEMO["shards"],
         evaluation_sets=list(DEMO["evaluation_sets"].values()),
@@ -17,11 +15,11 @@ rule build_demo_sources:
     conda:
         "../../environment.yml"
     params:
+        *code_of("build_demo_sources"),
         shards=DEMO["shards"],
         evaluation_sets=DEMO["evaluation_sets"],
         instructions=DEMO["instructions"],
-        evaluation_characters=DEMO["evaluation_characters"],
-        seed=experiment["seed"],
+        settings={"evaluation_characters": DEMO["evaluation_characters"], "seed": experiment["seed"]},
     script:
         "../scripts/build_demo_sources.py"
 
@@ -29,7 +27,6 @@ rule build_demo_sources:
 rule train_tokenizer:
     input:
         shards=DEMO["shards"],
-        code=code_of("train_tokenizer"),
     output:
         tokenizer=directory(TOKENIZER),
     log:
@@ -39,6 +36,7 @@ rule train_tokenizer:
     conda:
         "../../environment.yml"
     params:
+        *code_of("train_tokenizer"),
         vocab_size=DEMO["vocab_size"],
     script:
         "../scripts/train_tokenizer.py"
@@ -48,7 +46,6 @@ rule pretrain_model:
     input:
         shards=DEMO["shards"],
         tokenizer=rules.train_tokenizer.output.tokenizer,
-        code=code_of("pretrain_model"),
     output:
         model=directory(f"{RESULTS}/pretrained/{{pretrained}}"),
     log:
@@ -59,11 +56,13 @@ rule pretrain_model:
         pretrained=one_of(DEMO["pretrained"]),
     conda:
         "../../environment.yml"
-    threads: max(1, workflow.cores // len(DEMO["pretrained"]))  # side by side, small models make more of the cores
     params:
-        context_length=lambda wildcards: DEMO["pretrained"][wildcards.pretrained],
-        architecture=DEMO["architecture"],
-        pretraining=DEMO["pretraining"],
-        seed=experiment["seed"],
+        *code_of("pretrain_model"),
+        settings=lambda wildcards: {
+            "context_length": DEMO["pretrained"][wildcards.pretrained],
+            "architecture": DEMO["architecture"],
+            "pretraining": DEMO["pretraining"],
+            "seed": experiment["seed"],
+        },
     script:
         "../scripts/pretrain_model.py"

@@ -4,8 +4,7 @@
 rule evaluate_perplexity:
     input:
         unpack(evaluation_tokens),
-        model=local_parts,
-        code=code_of("evaluate_perplexity"),
+        model=made_parts,
     output:
         record=f"{RESULTS}/perplexity/{{system}}/{{dataset}}/{{length}}.json",
         windows=f"{RESULTS}/perplexity/{{system}}/{{dataset}}/{{length}}.parquet",
@@ -19,13 +18,15 @@ rule evaluate_perplexity:
     resources:
         gpu=GPUS * EVALUATION["num_processes"],
     params:
-        label=lambda wildcards: SYSTEMS[wildcards.system]["label"],
-        dataset_label=lambda wildcards: DATASETS[wildcards.dataset]["label"],
+        *code_of("evaluate_perplexity"),
         model=model_of,
+        model_contents=contents_of_evaluated,
         has_own_tokenizer=has_own_tokenizer,
-        protocol=EVALUATION["protocol"],
-        stride=lambda wildcards: stride_of(EVALUATION["protocol"], int(wildcards.length), EVALUATION["stride"]),
-        num_processes=EVALUATION["num_processes"],
+        protocol=lambda wildcards: {
+            "protocol": EVALUATION["protocol"],
+            "stride": stride_of(EVALUATION["protocol"], int(wildcards.length), EVALUATION["stride"]),
+        },
+        num_processes=lambda wildcards, input: EVALUATION["num_processes"],  # depends on the input: changes no result
         device=experiment["device"],
     script:
         "../scripts/evaluate_perplexity.py"
@@ -34,9 +35,8 @@ rule evaluate_perplexity:
 rule evaluate_retrieval:
     input:
         unpack(evaluation_tokens),
-        model=local_parts,
-        tokenizer=lambda wildcards: local_model(SYSTEMS[wildcards.system]["tokenizer"]),
-        code=code_of("evaluate_retrieval"),
+        model=made_parts,
+        tokenizer=lambda wildcards: made_model(SYSTEMS[wildcards.system]["tokenizer"]),
     output:
         record=f"{RESULTS}/retrieval/{{system}}/{{length}}.json",
     log:
@@ -48,11 +48,12 @@ rule evaluate_retrieval:
     resources:
         gpu=GPUS,
     params:
-        label=lambda wildcards: SYSTEMS[wildcards.system]["label"],
+        *code_of("evaluate_retrieval"),
         model=model_of,
+        model_contents=contents_of_evaluated,
         tokenizer=lambda wildcards: SYSTEMS[wildcards.system]["tokenizer"],
-        settings={key: RETRIEVAL[key] for key in ("tasks", "depths", "samples")},
-        seed=experiment["seed"],
+        tokenizer_contents=lambda wildcards: contents_of_tokenizer(SYSTEMS[wildcards.system]["tokenizer"]),
+        settings={key: RETRIEVAL[key] for key in ("tasks", "depths", "samples")} | {"seed": experiment["seed"]},
         device=experiment["device"],
     script:
         "../scripts/evaluate_retrieval.py"
@@ -73,7 +74,6 @@ rule answer_held_out:
     input:
         model=f"{RESULTS}/models/{{system}}",
         records=rules.build_sft_set.output.records,
-        code=code_of("answer_held_out"),
     output:
         answers=f"{RESULTS}/answers/{{system}}.json",
         markdown=f"{RESULTS}/answers/{{system}}.md",
@@ -88,6 +88,7 @@ rule answer_held_out:
     resources:
         gpu=GPUS,
     params:
+        *code_of("answer_held_out"),
         held_out=SFT.get("held_out"),
         label=lambda wildcards: SYSTEMS[wildcards.system]["label"],
         device=experiment["device"],

@@ -6,7 +6,6 @@ rule render_table:
         records=rules.evaluate.input.perplexity,
         windows=windows_beside(rules.evaluate.input.perplexity),
         retrieval=rules.evaluate.input.retrieval,
-        code=code_of("render_table"),
     output:
         csv=f"{RESULTS}/tables/perplexity.csv",
         markdown=f"{RESULTS}/tables/perplexity.md",
@@ -19,6 +18,8 @@ rule render_table:
     conda:
         "../../environment.yml"
     params:
+        *code_of("render_table"),
+        labels=LABELS,
         published=experiment.get("published", []),
     script:
         "../scripts/render_table.py"
@@ -27,7 +28,6 @@ rule render_table:
 rule plot_perplexity:
     input:
         records=rules.evaluate.input.perplexity,
-        code=code_of("plot_perplexity"),
     output:
         png=f"{RESULTS}/plots/perplexity.png",
         svg=f"{RESULTS}/plots/perplexity.svg",
@@ -38,6 +38,8 @@ rule plot_perplexity:
     conda:
         "../../environment.yml"
     params:
+        *code_of("plot_perplexity"),
+        labels=LABELS,
         published=experiment.get("published", []),
     script:
         "../scripts/plot_perplexity.py"
@@ -46,7 +48,6 @@ rule plot_perplexity:
 rule plot_loss_by_position:
     input:
         records=rules.evaluate.input.perplexity,
-        code=code_of("plot_loss_by_position"),
     output:
         csv=f"{RESULTS}/tables/loss_by_position.csv",
         png=f"{RESULTS}/plots/loss_by_position.png",
@@ -57,6 +58,9 @@ rule plot_loss_by_position:
         f"{RESULTS}/benchmarks/plot_loss_by_position.tsv"
     conda:
         "../../environment.yml"
+    params:
+        *code_of("plot_loss_by_position"),
+        labels=LABELS,
     script:
         "../scripts/plot_loss_by_position.py"
 
@@ -64,7 +68,6 @@ rule plot_loss_by_position:
 rule report_retrieval:
     input:
         records=rules.evaluate.input.retrieval,
-        code=code_of("report_retrieval"),
     output:
         csv=f"{RESULTS}/tables/retrieval.csv",
         markdown=f"{RESULTS}/tables/retrieval.md",
@@ -76,6 +79,9 @@ rule report_retrieval:
         f"{RESULTS}/benchmarks/report_retrieval.tsv"
     conda:
         "../../environment.yml"
+    params:
+        *code_of("report_retrieval"),
+        labels=LABELS,
     script:
         "../scripts/report_retrieval.py"
 
@@ -83,7 +89,6 @@ rule report_retrieval:
 rule plot_loss:
     input:
         cards=expand(f"{RESULTS}/training/{{system}}.json", system=TRAINED_ROWS),
-        code=code_of("plot_loss"),
     output:
         csv=f"{RESULTS}/tables/loss.csv",
         png=f"{RESULTS}/plots/loss.png",
@@ -95,6 +100,7 @@ rule plot_loss:
     conda:
         "../../environment.yml"
     params:
+        *code_of("plot_loss"),
         labels=[SYSTEMS[system]["label"] for system in TRAINED_ROWS],
     script:
         "../scripts/plot_loss.py"
@@ -104,7 +110,6 @@ rule report_ablation:
     input:
         records=ablation_records,
         windows=lambda wildcards: windows_beside(ablation_records(wildcards)),
-        code=code_of("report_ablation"),
     output:
         csv=f"{RESULTS}/tables/ablations/{{ablation}}.csv",
         markdown=f"{RESULTS}/tables/ablations/{{ablation}}.md",
@@ -118,6 +123,8 @@ rule report_ablation:
     conda:
         "../../environment.yml"
     params:
+        *code_of("report_ablation"),
+        labels=LABELS,
         ablation=lambda wildcards: ABLATIONS[wildcards.ablation],
     script:
         "../scripts/report_ablation.py"

@@ -1,14 +1,18 @@
 # What is trained per system, and the model that anybody can load.
 
 TRAINING_DATA = {"corpus": rules.tokenize_corpus.output.tokens, "sft": rules.tokenize_sft.output.tokens}
-SIDE_BY_SIDE = 1 if GPUS else max(1, len(TRAINED))  # on a CPU, small models make more of the cores side by side
+CORES_PER_PROCESS = 4 if GPUS else 1  # --set-threads train_adapter=8 gives other numbers
+
+
+def training_data(wildcards):
+    """What a system is trained on."""
+    return TRAINING_DATA[SYSTEMS[wildcards.system]["training"]["data"]]
 
 
 rule train_adapter:
     input:
-        data=lambda wildcards: TRAINING_DATA[SYSTEMS[wildcards.system]["training"]["data"]],
-        base_model=local_model(BASE_MODEL),
-        code=code_of("train"),
+        data=training_data,
+        base_model=made_model(BASE_MODEL),
     output:
         trained=directory(f"{RESULTS}/adapters/{{system}}"),
         events=directory(f"{RESULTS}/tensorboard/{{system}}"),
@@ -19,44 +23,48 @@ rule train_adapter:
         f"{RESULTS}/benchmarks/train/{{system}}.tsv"
     wildcard_constraints:
         system=one_of(ADAPTED),
-    retries: 2  # each goes on from the last checkpoint
+    retries: 2  # each resumes from the last checkpoint
     conda:
         "../../environment.yml"
-    threads: max(1, workflow.cores // SIDE_BY_SIDE)
+    threads: lambda wildcards: CORES_PER_PROCESS * SYSTEMS[wildcards.system]["training"]["num_processes"]
     resources:
         gpu=lambda wildcards: GPUS * SYSTEMS[wildcards.system]["training"]["num_processes"],
     params:
-        base_model=base_model,
-        label=lambda wildcards: SYSTEMS[wildcards.system]["label"],
-        context_length=lambda wildcards: SYSTEMS[wildcards.system]["context_length"],
-        rope_scaling=lambda wildcards: SYSTEMS[wildcards.system]["rope_scaling"],
+        *code_of("train"),
+        base_model=BASE_MODEL,
+        base_model_contents=contents_of_model(BASE_MODEL),
+        context=lambda wildcards: {
+            "context_length": SYSTEMS[wildcards.system]["context_length"],
+            "rope_type": SYSTEMS[wildcards.system]["rope_scaling"],
+        },
         settings=lambda wildcards: SYSTEMS[wildcards.system]["training"],
-        seed=experiment["seed"],
+        seed={"seed": experiment["seed"]},
         device=experiment["device"],
-        work=lambda wildcards: f"{RESULTS}/checkpoints/{wildcards.system}",  # no output: it outlives a job that fails
+        # Snakemake compares no param that depends on the input: these change nothing in what is trained
+        progress=lambda wildcards, input: SYSTEMS[wildcards.system]["progress"],
+        checkpoint_dir=lambda wildcards, input: f"{RESULTS}/checkpoints/{wildcards.system}",  # outlives a job that fails
     script:
         "../scripts/train.py"
 
 
 use rule train_adapter as train_model with:
     output:
-        trained=directory(f"{RESULTS}/models/{{system}}"),
+        trained=directory(f"{RESULTS}/weights/{{system}}"),
         events=directory(f"{RESULTS}/tensorboard/{{system}}"),
         card=f"{RESULTS}/training/{{system}}.json",
     wildcard_constraints:
-        system=one_of(WHOLE),
+        system=one_of(FULL_FINETUNED),
 
 
 rule merge_adapter:
     input:
         adapter=rules.train_adapter.output.trained,
         card=rules.train_adapter.output.card,
-        base_model=local_model(BASE_MODEL),
-        sample=expand(rules.prepare_evaluation_set.output.tokens, dataset=list(DATASETS)[0]),
-        description=expand(rules.prepare_evaluation_set.output.description, dataset=list(DATASETS)[0]),
-        code=code_of("merge_adapter"),
+        data=training_data,
+        base_model=made_model(BASE_MODEL),
     output:
-        model=directory(f"{RESULTS}/models/{{system}}"),
+        weights=directory(f"{RESULTS}/weights/{{system}}"),
+        report=f"{RESULTS}/merges/{{system}}.json",
     log:
         f"{RESULTS}/logs/merge_adapter/{{system}}.log",
     benchmark:
@@ -68,11 +76,41 @@ rule merge_adapter:
     resources:
         gpu=GPUS,
     params:
-        base_model=base_model,
-        label=lambda wildcards: SYSTEMS[wildcards.system]["label"],
+        *code_of("merge_adapter"),
+        base_model=BASE_MODEL,
+        base_model_contents=contents_of_model(BASE_MODEL),
+        settings=experiment["merge"],
         device=experiment["device"],
     script:
         "../scripts/merge_adapter.py"
+
+
+rule publish_model:
+    input:
+        weights=f"{RESULTS}/weights/{{system}}",
+        card=f"{RESULTS}/training/{{system}}.json",
+        report=lambda wildcards: f"{RESULTS}/merges/{wildcards.system}.json" if wildcards.system in ADAPTED else [],
+        base_model=made_model(BASE_MODEL),
+        tokenizer=made_model(TOKENIZER),
+    output:
+        model=directory(f"{RESULTS}/models/{{system}}"),
+    log:
+        f"{RESULTS}/logs/publish_model/{{system}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/publish_model/{{system}}.tsv"
+    wildcard_constraints:
+        system=one_of(TRAINED),
+    conda:
+        "../../environment.yml"
+    params:
+        *code_of("publish_model"),
+        base_model=BASE_MODEL,
+        generation_settings=contents_of_generation_settings(BASE_MODEL),
+        tokenizer=TOKENIZER,
+        tokenizer_contents=contents_of_tokenizer(TOKENIZER, with_chat_template=True),
+        label=lambda wildcards: SYSTEMS[wildcards.system]["label"],
+    script:
+        "../scripts/publish_model.py"
 
 
 rule train:

@@ -3,11 +3,12 @@
 Reads the merged model and the instruction set; writes questions, references and answers as JSON and Markdown.
 """
 
-from longqlora.joblog import job_log
+from longqlora.jobs.log import job_log
 
 from longqlora.answers import answer_held_out
+from longqlora.jobs.gpus import reserve_gpus
 
-with job_log(snakemake.log[0]):
+with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, 1):
     answer_held_out(
         model_path=snakemake.input.model,
         records=snakemake.input.records,

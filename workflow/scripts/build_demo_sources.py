@@ -5,7 +5,7 @@ Writes corpus shards, one evaluation file per kind of text, and instruction reco
 
 import logging
 
-from longqlora.joblog import job_log
+from longqlora.jobs.log import job_log
 
 from longqlora.demo import write_corpus, write_instructions
 
@@ -13,8 +13,7 @@ with job_log(snakemake.log[0]):
     counts = write_corpus(
         shards=snakemake.params.shards,
         evaluation_sets=snakemake.params.evaluation_sets,
-        evaluation_characters=snakemake.params.evaluation_characters,
-        seed=snakemake.params.seed,
+        **snakemake.params.settings,
     )
     logging.info("texts: %s", counts)
     logging.info("instruction records: %s", write_instructions(snakemake.params.instructions))

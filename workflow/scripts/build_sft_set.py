@@ -7,7 +7,7 @@ Reads records in their native schemas; writes conversations (Parquet), a data ca
 import json
 from pathlib import Path
 
-from longqlora.joblog import job_log
+from longqlora.jobs.log import job_log
 
 from transformers import AutoTokenizer
 
@@ -18,11 +18,7 @@ with job_log(snakemake.log[0]):
     card = build_sft_set(
         sources=snakemake.params.sources,
         tokenizer=AutoTokenizer.from_pretrained(snakemake.params.tokenizer),
-        num_records=snakemake.params.num_records,
-        max_tokens=snakemake.params.max_tokens,
-        seed=snakemake.params.seed,
-        allow_fewer=snakemake.params.allow_fewer,
-        max_malformed_share=snakemake.params.max_malformed_share,
+        **snakemake.params.settings,
         ngrams=EvaluationNgrams(snakemake.input.ngrams, snakemake.params.threshold),
         output=snakemake.output.records,
         removed=snakemake.output.removed,

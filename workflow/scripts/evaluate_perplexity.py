@@ -7,37 +7,32 @@ Fails when the stream was made with another tokenizer, or a loss is not a number
 import json
 from pathlib import Path
 
-from longqlora.joblog import job_log
+from longqlora.jobs.log import job_log
 
-from longqlora.launching import launch
+from longqlora.jobs.digests import stamp
+from longqlora.jobs.gpus import reserve_gpus
+from longqlora.jobs.processes import launch
 from longqlora.perplexity import evaluate_perplexity
-from longqlora.provenance import digest_of_files, digest_of_values
 
-with job_log(snakemake.log[0]):
+with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, snakemake.params.num_processes):
     result = launch(
         evaluate_perplexity,
         num_processes=snakemake.params.num_processes,
         threads=snakemake.threads,
-        label=snakemake.params.label,
-        dataset_label=snakemake.params.dataset_label,
+        system=snakemake.wildcards.system,
+        dataset=snakemake.wildcards.dataset,
         model=snakemake.params.model,
         tokens_path=snakemake.input.tokens,
-        protocol=snakemake.params.protocol,
         window=int(snakemake.wildcards.length),
-        stride=snakemake.params.stride,
+        **snakemake.params.protocol,
         device=snakemake.params.device,
         windows_path=snakemake.output.windows,
     )
     cell = {
         "system": snakemake.wildcards.system,
-        "label": snakemake.params.label,
         "dataset": snakemake.wildcards.dataset,
-        "dataset_label": snakemake.params.dataset_label,
         "context_length": int(snakemake.wildcards.length),
         "has_own_tokenizer": snakemake.params.has_own_tokenizer,
     }
-    digests = {
-        "code_digest": digest_of_files(snakemake.input.code),
-        "config_digest": digest_of_values(dict(snakemake.params.items())),
-    }
-    Path(snakemake.output.record).write_text(json.dumps(cell | result | digests, indent=2, ensure_ascii=False))
+    record = cell | result | stamp(snakemake.params)
+    Path(snakemake.output.record).write_text(json.dumps(record, indent=2, ensure_ascii=False))

@@ -7,25 +7,22 @@ short for a task.
 import json
 from pathlib import Path
 
-from longqlora.joblog import job_log
+from longqlora.jobs.log import job_log
 
-from longqlora.provenance import digest_of_files, digest_of_values
+from longqlora.jobs.digests import stamp
+from longqlora.jobs.gpus import reserve_gpus
 from longqlora.retrieval import evaluate_retrieval
 
-with job_log(snakemake.log[0]):
+with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, 1):
     length = int(snakemake.wildcards.length)
     result = evaluate_retrieval(
         model=snakemake.params.model,
         tokenizer=snakemake.params.tokenizer,
         filler=snakemake.input.tokens,
         length=length,
-        seed=snakemake.params.seed,
         device=snakemake.params.device,
         **snakemake.params.settings,
     )
-    cell = {"system": snakemake.wildcards.system, "label": snakemake.params.label, "context_length": length}
-    digests = {
-        "code_digest": digest_of_files(snakemake.input.code),
-        "config_digest": digest_of_values(dict(snakemake.params.items())),
-    }
-    Path(snakemake.output.record).write_text(json.dumps(cell | result | digests, indent=2, ensure_ascii=False))
+    cell = {"system": snakemake.wildcards.system, "context_length": length}
+    record = cell | result | stamp(snakemake.params)
+    Path(snakemake.output.record).write_text(json.dumps(record, indent=2, ensure_ascii=False))

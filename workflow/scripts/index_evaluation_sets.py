@@ -5,7 +5,7 @@ Reads token streams (``.bin``); writes hashes of n-grams by evaluation set (Parq
 
 import logging
 
-from longqlora.joblog import job_log
+from longqlora.jobs.log import job_log
 
 from transformers import AutoTokenizer
 

@@ -1,23 +1,26 @@
 """Merge the adapter of one system into the base model.
 
-Reads the base model, the adapter, its training card and the beginning of an evaluation set; writes a model folder that stock
-transformers loads, with the certificate of the merge. Fails when the adapter is of another base model.
+Reads the base model, the adapter, its training card and the training data; writes the weights of the merged model and the merge
+report (JSON). Fails when the adapter is of another base model, or the merge is clearly worse than the adapter as trained.
 """
 
 import json
 from pathlib import Path
 
-from longqlora.joblog import job_log
+from longqlora.jobs.log import job_log
 
-from longqlora.certificate import merge_adapter
+from longqlora.jobs.gpus import reserve_gpus
 
-with job_log(snakemake.log[0]):
-    merge_adapter(
+with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, 1):
+    from longqlora.merge_report import merge_adapter  # bitsandbytes starts CUDA when it is imported
+
+    report = merge_adapter(
         base_model=snakemake.params.base_model,
         adapter=snakemake.input.adapter,
-        output=snakemake.output.model,
-        label=snakemake.params.label,
+        output=snakemake.output.weights,
         card=json.loads(Path(snakemake.input.card).read_text()),
-        sample=snakemake.input.sample[0],
+        data=snakemake.input.data,
         device=snakemake.params.device,
+        **snakemake.params.settings,
     )
+    Path(snakemake.output.report).write_text(json.dumps(report, indent=2))

@@ -3,7 +3,7 @@
 Reads their training cards; writes a CSV of every logged step, PNG and SVG.
 """
 
-from longqlora.joblog import job_log
+from longqlora.jobs.log import job_log
 
 from longqlora.loss_curves import plot_loss
 

@@ -3,13 +3,14 @@
 Reads the JSON records of all cells; writes PNG and SVG.
 """
 
-from longqlora.joblog import job_log
+from longqlora.jobs.log import job_log
 
 from longqlora.plots import plot_perplexity
 
 with job_log(snakemake.log[0]):
     plot_perplexity(
         records=snakemake.input.records,
+        labels=snakemake.params.labels,
         published=snakemake.params.published,
         outputs=[snakemake.output.png, snakemake.output.svg],
     )

@@ -3,7 +3,7 @@
 Reads its data card (JSON); writes PNG and SVG.
 """
 
-from longqlora.joblog import job_log
+from longqlora.jobs.log import job_log
 
 from longqlora.distributions import plot_sft_shares
 

@@ -4,7 +4,7 @@ Reads a ``.bin`` of token ids, or texts; writes a ``.bin`` and its description (
 another tokenizer.
 """
 
-from longqlora.joblog import job_log
+from longqlora.jobs.log import job_log
 
 from transformers import AutoTokenizer
 

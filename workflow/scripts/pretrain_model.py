@@ -3,7 +3,7 @@
 Reads corpus shards and the tokenizer; writes a model folder.
 """
 
-from longqlora.joblog import job_log
+from longqlora.jobs.log import job_log
 
 from longqlora.pretraining import pretrain_model
 
@@ -12,8 +12,5 @@ with job_log(snakemake.log[0]):
         shards=snakemake.input.shards,
         tokenizer=snakemake.input.tokenizer,
         output=snakemake.output.model,
-        context_length=snakemake.params.context_length,
-        architecture=snakemake.params.architecture,
-        pretraining=snakemake.params.pretraining,
-        seed=snakemake.params.seed,
+        **snakemake.params.settings,
     )

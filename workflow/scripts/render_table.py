@@ -4,13 +4,14 @@ Reads the JSON records of all cells, what each window lost (Parquet) and the rec
 LaTeX, and the differences of all pairs of systems with their confidence intervals (CSV).
 """
 
-from longqlora.joblog import job_log
+from longqlora.jobs.log import job_log
 
 from longqlora.tables import render_table
 
 with job_log(snakemake.log[0]):
     render_table(
         records=snakemake.input.records,
+        labels=snakemake.params.labels,
         windows=snakemake.input.windows,
         retrieval=snakemake.input.retrieval,
         published=snakemake.params.published,

@@ -3,19 +3,22 @@
 Reads the JSON records of its cells and what each window lost (Parquet); writes CSV, Markdown, LaTeX, PNG and SVG.
 """
 
-from longqlora.joblog import job_log
+from longqlora.jobs.log import job_log
 
 from longqlora.plots import plot_ablation
 from longqlora.tables import render_ablation
 
 with job_log(snakemake.log[0]):
-    ablation = snakemake.params.ablation
+    shown = {
+        "records": snakemake.input.records,
+        "ablation": snakemake.params.ablation,
+        "labels": snakemake.params.labels,
+    }
     render_ablation(
-        records=snakemake.input.records,
+        **shown,
         windows=snakemake.input.windows,
-        ablation=ablation,
         csv=snakemake.output.csv,
         markdown=snakemake.output.markdown,
         latex=snakemake.output.latex,
     )
-    plot_ablation(records=snakemake.input.records, ablation=ablation, outputs=[snakemake.output.png, snakemake.output.svg])
+    plot_ablation(**shown, outputs=[snakemake.output.png, snakemake.output.svg])

@@ -3,11 +3,12 @@
 Reads the JSON records of all systems and context lengths; writes CSV, Markdown, PNG and SVG.
 """
 
-from longqlora.joblog import job_log
+from longqlora.jobs.log import job_log
 
 from longqlora.plots import plot_retrieval
 from longqlora.tables import render_retrieval
 
 with job_log(snakemake.log[0]):
-    render_retrieval(records=snakemake.input.records, csv=snakemake.output.csv, markdown=snakemake.output.markdown)
-    plot_retrieval(records=snakemake.input.records, outputs=[snakemake.output.png, snakemake.output.svg])
+    shown = {"records": snakemake.input.records, "labels": snakemake.params.labels}
+    render_retrieval(**shown, csv=snakemake.output.csv, markdown=snakemake.output.markdown)
+    plot_retrieval(**shown, outputs=[snakemake.output.png, snakemake.output.svg])

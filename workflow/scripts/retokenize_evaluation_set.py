@@ -3,7 +3,7 @@
 Reads a token stream of the base model's tokenizer; writes one of the other tokenizer, document for document.
 """
 
-from longqlora.joblog import job_log
+from longqlora.jobs.log import job_log
 
 from transformers import AutoTokenizer
 

@@ -7,7 +7,7 @@ Fails when there are too few texts of the wanted length, too many malformed reco
 import json
 from pathlib import Path
 
-from longqlora.joblog import job_log
+from longqlora.jobs.log import job_log
 
 from longqlora.contamination import EvaluationNgrams
 from longqlora.corpus import sample_corpus
@@ -19,9 +19,7 @@ with job_log(snakemake.log[0]):
         shards=snakemake.input.shards,
         priorities=snakemake.input.priorities,
         cards=[json.loads(Path(path).read_text()) for path in snakemake.input.cards],
-        near_duplicates=snakemake.params.near_duplicates,
-        allow_fewer=snakemake.params.allow_fewer,
-        max_malformed_share=snakemake.params.max_malformed_share,
+        **snakemake.params.joining,
         ngrams=EvaluationNgrams(snakemake.input.ngrams, snakemake.params.threshold),
         output=snakemake.output.texts,
         removed=snakemake.output.removed,

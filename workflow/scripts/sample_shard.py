@@ -7,7 +7,7 @@ that could be sampled (Parquet), and counts (JSON). Fails when a file is damaged
 import json
 from pathlib import Path
 
-from longqlora.joblog import job_log
+from longqlora.jobs.log import job_log
 
 from transformers import AutoTokenizer
 

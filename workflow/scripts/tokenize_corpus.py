@@ -3,7 +3,7 @@
 Reads the sample (Parquet); writes one stream of token ids (``.bin``) and its description (JSON).
 """
 
-from longqlora.joblog import job_log
+from longqlora.jobs.log import job_log
 
 from transformers import AutoTokenizer
 

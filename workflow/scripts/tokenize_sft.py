@@ -3,7 +3,7 @@
 Reads conversations (Parquet); writes token ids and labels, the answers alone to be learned, as an Arrow file.
 """
 
-from longqlora.joblog import job_log
+from longqlora.jobs.log import job_log
 
 from transformers import AutoTokenizer
 

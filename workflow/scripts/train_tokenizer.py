@@ -3,7 +3,7 @@
 Reads corpus shards; writes the folder of a byte-level BPE tokenizer.
 """
 
-from longqlora.joblog import job_log
+from longqlora.jobs.log import job_log
 
 from longqlora.documents import read_documents
 from longqlora.pretraining import train_tokenizer

@@ -1,5 +1,4 @@
-"""A function in this process, or in several of this machine by torchrun, for trainings (with DeepSpeed's ZeRO where it is asked
-for) and evaluations."""
+"""A function in this process, or in several of this machine by torchrun, for trainings and evaluations."""
 
 import json
 import logging
@@ -12,7 +11,9 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from longqlora.jobs.gpus import share_reservation
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def launch(function: Callable[..., dict], *, num_processes: int, threads: int, by_torchrun: bool = False, **arguments) -> dict:
@@ -37,7 +38,7 @@ def launch(function: Callable[..., dict], *, num_processes: int, threads: int, b
         asked, answered = Path(folder) / "arguments.json", Path(folder) / "answer.json"
         asked.write_text(json.dumps(arguments))
         run_processes(
-            ["-m", "longqlora.launching", function.__module__, function.__name__, str(asked), str(answered)],
+            ["-m", "longqlora.jobs.processes", function.__module__, function.__name__, str(asked), str(answered)],
             num_processes=num_processes,
             environment=process_environment(arguments["device"], threads // num_processes),
         )
@@ -75,34 +76,9 @@ def run_processes(command: list[str], *, num_processes: int, environment: dict[s
         raise RuntimeError(f"one of {num_processes} processes failed (exit status {code}); its error stands above")
 
 
-def deepspeed_config(stage: int, offload: bool) -> dict:
-    """DeepSpeed's configuration: ZeRO-2 shards gradients and the optimizer's state, ZeRO-3 the weights too (Rajbhandari et al.
-    2020, arXiv 1910.02054).
-
-    Args:
-        stage: 2 or 3.
-        offload: keep the optimizer's state, with stage 3 the weights too, in CPU memory.
-    """
-    zero = {"stage": stage}
-    if offload:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    if stage == 3:
-        zero["stage3_gather_16bit_weights_on_model_save"] = True
-        if offload:
-            zero["offload_param"] = {"device": "cpu"}
-    automatic = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    return {
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,  # those of transformers
-        "zero_force_ds_cpu_optimizer": False,  # else offloading would refuse them
-        "bf16": {"enabled": "auto"},
-        "fp16": {"enabled": "auto"},
-        **dict.fromkeys(automatic, "auto"),
-    }
-
-
 def main(module: str, function: str, asked: str, answered: str) -> None:
     """What each process runs: the function, and the first one write what it returned."""
+    share_reservation()
     is_first = os.environ["RANK"] == "0"
     logging.basicConfig(level=logging.INFO if is_first else logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     answer = getattr(import_module(module), function)(**json.loads(Path(asked).read_text()))

@@ -11,19 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SETTINGS, save_base
+from conftest import PROGRESS, ROOT, SETTINGS, save_base
 from safetensors.torch import load_file
 
-from longqlora.launching import deepspeed_config, launch
+from longqlora.jobs.processes import launch
 from longqlora.models import autocast_dtype
 from longqlora.tokens import tokenize_documents
-from longqlora.training import train
+from longqlora.training import deepspeed_config, train
 
 needs_deepspeed = pytest.mark.skipif(
     not find_spec("deepspeed") or not shutil.which("g++"), reason="needs deepspeed, which compiles with g++"
 )
 TOLERANCE = 1e-4 if autocast_dtype(torch.device("cpu")) is torch.float32 else 3e-2  # a bfloat16 has three digits
-STEPS = SETTINGS | {"steps": 6, "checkpoint_steps": 2, "gradient_accumulation": 2, "batch_size": 1, "logging_steps": 1}
+STEPS = SETTINGS | {"steps": 6, "gradient_accumulation": 2, "batch_size": 1}
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +35,9 @@ def inputs(tmp_path_factory, tokenizer, texts) -> dict[str, str]:
 
 
 def arguments(inputs, output, **settings) -> dict:
-    places = {"output": str(output), "events": f"{output}-events", "work": f"{output}-work"}
-    context = {"context_length": 128, "rope_type": "linear", "seed": 1, "device": "cpu", "label": "tiny"}
-    return inputs | places | context | {"settings": STEPS | settings}
+    places = {"output": str(output), "events": f"{output}-events", "checkpoint_dir": f"{output}-checkpoints"}
+    context = {"context_length": 128, "rope_type": "linear", "seed": 1, "device": "cpu"}
+    return inputs | places | context | {"settings": STEPS | settings, "progress": PROGRESS | {"checkpoint_steps": 2}}
 
 
 def train_in_processes(**asked) -> dict:
@@ -85,12 +85,14 @@ def test_two_processes_train_what_one_trains_with_twice_the_batch(inputs, single
 def test_two_processes_that_are_killed_resume(inputs, single, tmp_path, settings):
     output = tmp_path / "adapter"
     asked = arguments(inputs, output, num_processes=2, **settings)
-    started = f"from test_launching import train_in_processes; train_in_processes(**{asked!r})"
+    started = f"from test_processes import train_in_processes; train_in_processes(**{asked!r})"
     code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; {started}"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, start_new_session=True)
     deadline = time.monotonic() + 240
-    while not (Path(asked["work"]) / "checkpoint-2").exists() and time.monotonic() < deadline and process.poll() is None:
+    while (
+        not (Path(asked["checkpoint_dir"]) / "checkpoint-2").exists() and time.monotonic() < deadline and process.poll() is None
+    ):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)  # handed on to both: they end together, with a checkpoint
     process.wait(timeout=120)
@@ -101,7 +103,7 @@ def test_two_processes_that_are_killed_resume(inputs, single, tmp_path, settings
 
 def test_accumulated_batches_of_different_lengths_weigh_by_their_tokens(inputs, tmp_path):
     """The short last window has fewer tokens: one batch of four and four batches of one learn the same."""
-    settings = {"steps": 20, "checkpoint_steps": 100}
+    settings = {"steps": 20}
     big = train_in_processes(**arguments(inputs, tmp_path / "big", batch_size=4, gradient_accumulation=1, **settings))
     small = train_in_processes(**arguments(inputs, tmp_path / "small", batch_size=1, gradient_accumulation=4, **settings))
     for row, reference in zip(small["trace"], big["trace"], strict=True):
@@ -116,7 +118,10 @@ def test_a_failing_process_is_an_error(inputs, tmp_path):
 
 def test_deepspeed_that_is_missing_is_named(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr("longqlora.training.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="zero_stage 2 needs DeepSpeed, which is not installed: pip install"):
+    with pytest.raises(
+        ValueError,
+        match=r"zero_stage 2 needs DeepSpeed, which is not installed: pip install deepspeed ninja \(with conda, add both",
+    ):
         train(**arguments(inputs, tmp_path / "adapter", zero_stage=2))
 
 

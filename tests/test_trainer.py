@@ -17,7 +17,8 @@ from conftest import LONGLORA, ROOT, train_tiny
 from safetensors.torch import load_file
 
 import longqlora.training
-from longqlora.resuming import Interrupted, NonFiniteLoss, checkpoints, is_whole, newest_whole_checkpoint, open_work_folder
+from longqlora.jobs.checkpoints import checkpoints, is_complete, newest_complete_checkpoint, open_checkpoint_folder
+from longqlora.trainer import Interrupted, NonFiniteLoss
 
 STEPS = {"steps": 8, "checkpoint_steps": 2, "batch_size": 1, "gradient_accumulation": 2, "dropout": 0.1}
 SCRIPT = """
@@ -85,7 +86,7 @@ def uninterrupted(inputs, tmp_path_factory):
 
 
 def test_a_run_killed_at_random_moments_ends_in_the_same_bits(inputs, uninterrupted, tmp_path):
-    output, work = tmp_path / "adapter", tmp_path / "adapter-work"
+    output, work = tmp_path / "adapter", tmp_path / "adapter-checkpoints"
     reference, expected = uninterrupted
     delays = random.Random(0)
     for first in (2, 4, 6):  # killed some time after this checkpoint, in the middle of a step or of the writing of the next
@@ -102,7 +103,7 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(inputs, uninterrup
 
 
 def test_a_run_killed_while_a_checkpoint_is_written_goes_on_from_the_one_before(inputs, uninterrupted, tmp_path):
-    output, work = tmp_path / "adapter", tmp_path / "adapter-work"
+    output, work = tmp_path / "adapter", tmp_path / "adapter-checkpoints"
     process = start(*inputs, output, **STEPS)
     assert wait_for((work / "writing" / "checkpoint-4").exists, process)
     process.kill()
@@ -115,7 +116,7 @@ def test_a_run_killed_while_a_checkpoint_is_written_goes_on_from_the_one_before(
 
 @pytest.mark.parametrize("damage", ["truncate", "remove"])
 def test_a_damaged_newest_checkpoint_is_not_used(inputs, uninterrupted, tmp_path, damage):
-    output, work = tmp_path / "adapter", tmp_path / "adapter-work"
+    output, work = tmp_path / "adapter", tmp_path / "adapter-checkpoints"
     train_tiny(*inputs, output, **STEPS)
     newest, before = checkpoints(work)
     assert [newest.name, before.name] == ["checkpoint-8", "checkpoint-6"]  # the last two are kept
@@ -134,7 +135,7 @@ def test_every_method_resumes_in_the_same_bits(inputs, tmp_path, settings):
     settings = STEPS | settings
     finish(start(*inputs, tmp_path / "whole", **settings))
     process = start(*inputs, tmp_path / "cut", **settings)
-    assert wait_for((tmp_path / "cut-work" / "checkpoint-4").exists, process)
+    assert wait_for((tmp_path / "cut-checkpoints" / "checkpoint-4").exists, process)
     process.kill()
     process.communicate()
     assert finish(start(*inputs, tmp_path / "cut", **settings))["resumed_from_step"] >= 4
@@ -143,7 +144,7 @@ def test_every_method_resumes_in_the_same_bits(inputs, tmp_path, settings):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_a_checkpoint_of_the_step_and_an_error(inputs, tmp_path, number):
-    output, work = tmp_path / "adapter", tmp_path / "adapter-work"
+    output, work = tmp_path / "adapter", tmp_path / "adapter-checkpoints"
     settings = STEPS | {"steps": 60, "checkpoint_steps": 7}
     process = start(*inputs, output, **settings)
     assert wait_for((work / "checkpoint-7").exists, process)
@@ -152,7 +153,7 @@ def test_a_signal_leaves_a_checkpoint_of_the_step_and_an_error(inputs, tmp_path,
     assert process.returncode != 0
     assert f"ended by {number.name} after step" in error
     newest = checkpoints(work)[0]
-    assert is_whole(newest)
+    assert is_complete(newest)
     assert newest.name.split("-")[1] in error
     card = finish(start(*inputs, output, **settings))
     assert card["resumed_from_step"] == int(newest.name.split("-")[1]) >= 7
@@ -183,17 +184,17 @@ def test_a_run_that_ended_before_its_output_was_written_takes_no_further_step(in
     assert_same(tmp_path / "adapter", tmp_path / "expected")
 
 
-def test_a_work_folder_is_emptied_for_another_run_only(tmp_path):
-    folder = open_work_folder(str(tmp_path / "work"), {"seed": 1})
+def test_a_folder_of_checkpoints_is_emptied_for_another_run_only(tmp_path):
+    folder = open_checkpoint_folder(str(tmp_path / "work"), {"seed": 1})
     (folder / "checkpoint-5").mkdir()
-    assert (open_work_folder(str(folder), {"seed": 1}) / "checkpoint-5").exists()
-    assert not (open_work_folder(str(folder), {"seed": 2}) / "checkpoint-5").exists()
+    assert (open_checkpoint_folder(str(folder), {"seed": 1}) / "checkpoint-5").exists()
+    assert not (open_checkpoint_folder(str(folder), {"seed": 2}) / "checkpoint-5").exists()
 
 
-def test_without_a_seal_nothing_is_taken_for_whole(tmp_path):
+def test_a_checkpoint_without_a_manifest_is_ignored(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3" / "optimizer.pt").write_bytes(b"1")
-    assert newest_whole_checkpoint(tmp_path) is None
+    assert newest_complete_checkpoint(tmp_path) is None
     assert not (tmp_path / "checkpoint-3").exists()
 
 
@@ -208,8 +209,8 @@ def test_a_loss_that_is_no_number_names_step_and_documents_and_keeps_the_last_go
     monkeypatch.setattr(longqlora.training.ResumableTrainer.__mro__[1], "compute_loss", spoiled)
     with pytest.raises(NonFiniteLoss, match=r"step 6: the loss is nan in a batch of tokens \d+ to \d+ of .*, documents \d+ to"):
         train_tiny(*inputs, tmp_path / "adapter", **STEPS)
-    assert [path.name for path in checkpoints(tmp_path / "adapter-work")] == ["checkpoint-4", "checkpoint-2"]
-    assert all(map(is_whole, checkpoints(tmp_path / "adapter-work")))
+    assert [path.name for path in checkpoints(tmp_path / "adapter-checkpoints")] == ["checkpoint-4", "checkpoint-2"]
+    assert all(map(is_complete, checkpoints(tmp_path / "adapter-checkpoints")))
 
 
 def test_a_full_disk_says_what_was_being_written_and_leaves_whole_checkpoints(inputs, tmp_path, monkeypatch):
@@ -223,8 +224,8 @@ def test_a_full_disk_says_what_was_being_written_and_leaves_whole_checkpoints(in
     monkeypatch.setattr(longqlora.training.ResumableTrainer, "_save_rng_state", full)
     with pytest.raises(OSError, match=r"checkpoint-4: the checkpoint could not be written .*No space left on device"):
         train_tiny(*inputs, tmp_path / "adapter", **STEPS)
-    assert [path.name for path in checkpoints(tmp_path / "adapter-work")] == ["checkpoint-2"]
-    assert not (tmp_path / "adapter-work" / "writing").exists()
+    assert [path.name for path in checkpoints(tmp_path / "adapter-checkpoints")] == ["checkpoint-2"]
+    assert not (tmp_path / "adapter-checkpoints" / "writing").exists()
 
 
 def test_an_exhausted_memory_says_which_settings_to_change(inputs, tmp_path, monkeypatch):
@@ -237,6 +238,6 @@ def test_an_exhausted_memory_says_which_settings_to_change(inputs, tmp_path, mon
 
 
 def test_an_interrupted_training_is_an_error(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("longqlora.resuming.any_process", lambda flag: True)
-    with pytest.raises(Interrupted, match="after step 1 of 8; a rerun goes on from there"):
+    monkeypatch.setattr("longqlora.trainer.any_process", lambda flag: True)
+    with pytest.raises(Interrupted, match="after step 1 of 8; a rerun resumes from there"):
         train_tiny(*inputs, tmp_path / "adapter", **STEPS)

@@ -1,31 +1,23 @@
-"""A training that cannot be lost: checkpoints that are whole or not there, from the newest of which a rerun goes on.
+"""The trainer: it resumes from checkpoints, ends with one when it is interrupted, and stops where a loss is not a number.
 
-A checkpoint is written under another name, sealed by a list of its files with their digests, and then renamed. A run that is
-killed at any moment therefore leaves whole checkpoints and, at most, one that nobody takes for whole. On the same machine a run
-that was interrupted ends in the same weights, bit for bit, as one that was not: a checkpoint holds the optimizer's state, the
-random generators' and the place in the data.
+On the same machine a run that was interrupted ends in the same weights, bit for bit, as one that was not: a checkpoint
+(:mod:`longqlora.jobs.checkpoints`) holds the optimizer's state, the random generators' and the place in the data.
 """
 
-import json
 import logging
-import os
 import shutil
 import signal
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
+from types import MethodType
 
 import torch
-from torch.autograd.graph import save_on_cpu
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
 
+from longqlora.jobs.checkpoints import WRITING, checkpoints, newest_complete_checkpoint, publish_checkpoint
 from longqlora.packing import pad_at_right
-from longqlora.provenance import digest_of_file, digest_of_values
 
 log = logging.getLogger(__name__)
-
-SEAL = "files.json"
 
 
 class NonFiniteLoss(ValueError):
@@ -34,65 +26,6 @@ class NonFiniteLoss(ValueError):
 
 class Interrupted(RuntimeError):
     """A training that a signal ended before its last step."""
-
-
-def seal(folder: Path) -> None:
-    """List the files of a checkpoint with their digests, all of it on the disk before the list is."""
-    digests = {path.relative_to(folder).as_posix(): digest_of_file(path) for path in folder.rglob("*") if path.is_file()}
-    for name in digests:
-        flush_to_disk(folder / name)
-    (folder / SEAL).write_text(json.dumps(digests))
-    flush_to_disk(folder / SEAL)
-
-
-def flush_to_disk(path: Path) -> None:
-    """Wait until a file is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether every file of a checkpoint is as it was when it was sealed."""
-    try:
-        digests = json.loads((folder / SEAL).read_text())
-        return all(digest_of_file(folder / name) == digest for name, digest in digests.items())
-    except (OSError, ValueError):
-        return False
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a work folder, the newest first."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rsplit("-", 1)[1]))
-
-
-def newest_whole_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint to go on from; newer ones that are damaged are removed."""
-    for checkpoint in checkpoints(folder):
-        if is_whole(checkpoint):
-            return checkpoint
-        log.warning("%s is damaged and is not used", checkpoint)
-        shutil.rmtree(checkpoint)
-    return None
-
-
-def open_work_folder(path: str, identity: dict) -> Path:
-    """The folder for a run's checkpoints; those of a run with other settings, data or base are removed.
-
-    Args:
-        path: of the folder.
-        identity: what the run's result depends on, as JSON.
-    """
-    folder, digest = Path(path), digest_of_values(identity)
-    mark = folder / "run.txt"
-    if folder.exists() and not (mark.exists() and mark.read_text() == digest):
-        log.info("%s is of a run with other settings or data: the training begins anew", folder)
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    mark.write_text(digest)
-    return folder
 
 
 class Numbered(Dataset):
@@ -157,36 +90,59 @@ def any_process(flag: bool) -> bool:
     return bool(flags)
 
 
+def load_paged_state(optimizer, state_dict: dict) -> None:
+    """Load the state of a paged optimizer of bitsandbytes into paged memory, as it was before it was saved.
+
+    The library's own loading puts it into the GPU's memory (8 bytes for each trained weight), just when a run resumes that had
+    exhausted it.
+    """
+    type(optimizer).load_state_dict(optimizer, state_dict, move_to_device=False)
+    for weight, state in optimizer.state.items():
+        for name, value in state.items():
+            if name in ("state1", "state2"):
+                state[name] = optimizer.get_state_buffer(weight, dtype=value.dtype).copy_(value)
+            elif isinstance(value, torch.Tensor):
+                state[name] = value.to(weight.device)
+
+
+def paged_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of an optimizer's state that are in paged memory, which torch's allocator does not count."""
+    values = (value for state in optimizer.state.values() for value in state.values())
+    return sum(value.nbytes for value in values if getattr(value, "is_paged", False))
+
+
 class ResumableTrainer(Trainer):
-    """A trainer whose checkpoints are whole or not there, and which stops where a loss is not a number.
+    """A trainer whose checkpoints are complete or ignored, and which stops where a loss is not a number.
 
     Args:
-        work: folder of the checkpoints.
+        checkpoint_dir: folder of the checkpoints.
         kept: how many of the last checkpoints are kept.
-        offload_activations: whether what the backward pass needs waits in CPU memory.
         windows: the training data.
         kwargs: to ``Trainer``.
     """
 
-    def __init__(self, *, work: Path, kept: int, offload_activations: bool, windows, **kwargs):
+    def __init__(self, *, checkpoint_dir: Path, kept: int, windows, **kwargs):
         super().__init__(train_dataset=Numbered(windows), data_collator=pad_numbered, **kwargs)
-        self.work, self.kept, self.windows, self.stop = work, kept, windows, StopOnSignal()
+        self.checkpoint_dir, self.kept, self.windows, self.stop = checkpoint_dir, kept, windows, StopOnSignal()
         self.add_callback(self.stop)
-        on_cpu = partial(save_on_cpu, pin_memory=self.args.device.type == "cuda")
-        self.saved_activations = on_cpu if offload_activations else nullcontext
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if getattr(optimizer, "is_paged", False):
+            optimizer.load_state_dict = MethodType(load_paged_state, optimizer)
+        return optimizer
 
     def resume(self) -> int:
-        """Train to the end, from the newest whole checkpoint if there is one; return the step that it began from.
+        """Train to the end, from the newest complete checkpoint if there is one; return the step that it began from.
 
         Raises:
             NonFiniteLoss: if a loss or a gradient is not a number; the last good checkpoint stays.
             Interrupted: if a signal ended it; a checkpoint of the last step is there.
         """
         with self.args.main_process_first():
-            shutil.rmtree(self.work / "writing", ignore_errors=True)
-            checkpoint = newest_whole_checkpoint(self.work)
+            checkpoint = newest_complete_checkpoint(self.checkpoint_dir)
         if checkpoint:
-            log.info("going on from %s", checkpoint)
+            log.info("resuming from %s", checkpoint)
         try:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except AlreadyTrained:  # what came before the end was interrupted, such as the writing of the adapter
@@ -194,15 +150,14 @@ class ResumableTrainer(Trainer):
         if self.state.global_step < self.state.max_steps:
             by = self.stop.received.name if self.stop.received else "a signal"
             raise Interrupted(
-                f"ended by {by} after step {self.state.global_step} of {self.state.max_steps}; a rerun goes on from there"
+                f"ended by {by} after step {self.state.global_step} of {self.state.max_steps}; a rerun resumes from there"
             )
         return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         numbers = inputs["window"]
         inputs = {name: value for name, value in inputs.items() if name != "window"}
-        with self.saved_activations():
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
         if not torch.isfinite(loss):
             self.refuse(f"the loss is {loss.item()} in a batch of {'; '.join(map(self.windows.contents, numbers.tolist()))}")
@@ -216,7 +171,7 @@ class ResumableTrainer(Trainer):
         )
 
     def _get_output_dir(self, trial) -> str:
-        return str(self.work / "writing")
+        return str(self.checkpoint_dir / WRITING)
 
     def _save_checkpoint(self, model, trial):
         name = f"checkpoint-{self.state.global_step}"
@@ -227,15 +182,14 @@ class ResumableTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
-                seal(self.work / "writing" / name)
-                (self.work / "writing" / name).rename(self.work / name)
+                publish_checkpoint(self.checkpoint_dir, name)
         except Exception as error:
-            shutil.rmtree(self.work / "writing", ignore_errors=True)
+            shutil.rmtree(self.checkpoint_dir / WRITING, ignore_errors=True)
             raise OSError(
-                f"{self.work / name}: the checkpoint could not be written ({error}); the ones before it are whole, and a rerun "
-                "goes on from the newest"
+                f"{self.checkpoint_dir / name}: the checkpoint could not be written ({error}); the ones before it are "
+                "complete, and a rerun resumes from the newest"
             ) from error
         if self.is_world_process_zero():
-            for old in checkpoints(self.work)[self.kept :]:
+            for old in checkpoints(self.checkpoint_dir)[self.kept :]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()

@@ -11,9 +11,19 @@ from conftest import LONGLORA, save_base, tiny_llama, train_tiny
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from longqlora import certificate
-from longqlora.certificate import certify, compare, log_probabilities, merge_adapter
+from longqlora import merge_report, packing
+from longqlora.merge_report import (
+    MergeRejected,
+    check_merge,
+    compare,
+    compare_models,
+    measure,
+    merge_adapter,
+    precision_that_fits,
+)
 from longqlora.models import load_model
+from longqlora.packing import load_held_out
+from longqlora.publishing import publish_model
 from longqlora.tokens import read_tokens
 
 CPU = torch.device("cpu")
@@ -22,19 +32,28 @@ IDS = torch.arange(5, 60)[None]
 
 @pytest.fixture
 def publish(model_folder, corpus, tmp_path):
-    """Train a few steps and merge; return the certificate and the folder of the merged model."""
+    """Train a few steps, merge and publish; return the merge report and the folder of the published model."""
 
     def run(base: str = model_folder, rope_type: str = "linear", name: str = "merged", **settings):
         card = train_tiny(base, corpus, tmp_path / f"{name}-adapter", rope_type=rope_type, **{"steps": 3, **settings})
-        folders = {"base_model": base, "adapter": f"{tmp_path}/{name}-adapter", "output": str(tmp_path / name)}
-        return merge_adapter(**folders, label="My model", card=card, sample=corpus, device="cpu"), tmp_path / name
+        weights, output = str(tmp_path / f"{name}-weights"), tmp_path / name
+        adapter, how = f"{output}-adapter", {"max_perplexity_ratio": 2, "device": "cpu"}
+        report = merge_adapter(base_model=base, adapter=adapter, output=weights, card=card, data=corpus, **how)
+        places = {"weights": weights, "output": str(output), "base_model": base, "tokenizer": base}
+        publish_model(**places, label="My model", card=card, report=report)
+        return report, output
 
     return run
 
 
 @pytest.fixture(autouse=True)
 def short_sample(monkeypatch):
-    monkeypatch.setattr(certificate, "SAMPLE_TOKENS", 1024)
+    monkeypatch.setattr(packing, "HELD_OUT_TOKENS", 1024)
+
+
+def windows_of(tokens, length: int) -> list[dict[str, torch.Tensor]]:
+    ids = torch.as_tensor(tokens)
+    return [{"input_ids": part, "labels": part} for part in ids.split(length)]
 
 
 # --- measures --------------------------------------------------------------------------------------------------------------
@@ -52,7 +71,7 @@ def test_divergence_and_agreement_of_distributions_written_by_hand():
 
 def test_a_model_does_not_diverge_from_itself():
     tokens = numpy.random.default_rng(0).integers(3, 512, 500)
-    measured = certify({"a": tiny_llama, "b": tiny_llama}, tokens, 128)
+    measured = compare_models({"a": tiny_llama, "b": tiny_llama}, windows_of(tokens, 128))
     assert measured["a"] == measured["b"]
     assert (measured["b"]["kl_divergence"], measured["b"]["top_1_agreement"]) == (0, 1)
     assert measured["a"]["perplexity"] == pytest.approx(math.exp(measured["a"]["mean_nll"]))
@@ -72,22 +91,108 @@ def test_others_are_compared_with_the_first_and_each_is_loaded_when_the_one_befo
         return load
 
     tokens = numpy.random.default_rng(0).integers(3, 512, 300)
-    measured = certify({"trained": loader(1), "near": loader(1.1), "far": loader(3)}, tokens, 64)
+    measured = compare_models({"trained": loader(1), "near": loader(1.1), "far": loader(3)}, windows_of(tokens, 64))
     assert 0 < measured["near"]["kl_divergence"] < measured["far"]["kl_divergence"]
     assert measured["far"]["top_1_agreement"] == 1  # a scale changes no order
 
 
 @pytest.mark.parametrize(("num_tokens", "window"), [(40, 128), (500, 64), (3000, 128)])
 def test_distributions_are_those_of_the_model_spread_over_the_text(model, monkeypatch, num_tokens, window):
-    monkeypatch.setattr(certificate, "LOGIT_POSITIONS", 100)
+    monkeypatch.setattr(merge_report, "LOGIT_POSITIONS", 100)
     tokens = numpy.random.default_rng(0).integers(3, 512, num_tokens)
-    rows = log_probabilities(model, tokens, window)
+    _, rows = measure(model, windows_of(tokens, window))
     assert 50 < len(rows) <= 200 or num_tokens == len(rows) == 40
     torch.testing.assert_close(rows.exp().sum(-1), torch.ones(len(rows)))
     with torch.no_grad():
         first = model(torch.tensor(tokens[:window])[None]).logits[0].log_softmax(-1)
     every = max(1, num_tokens // 100)
     torch.testing.assert_close(rows[0], first[every - 1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("num_tokens", "window"), [(40, 128), (500, 64)])
+def test_the_loss_is_that_of_transformers_over_all_labels(model, num_tokens, window):
+    windows = windows_of(numpy.random.default_rng(0).integers(3, 512, num_tokens), window)
+    windows[0]["labels"] = windows[0]["labels"].clone()
+    windows[0]["labels"][:20] = -100
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for window in windows:
+            labels = window["labels"][None]
+            number = int((labels[:, 1:] != -100).sum())
+            total += float(model(window["input_ids"][None], labels=labels).loss) * number
+            count += number
+    assert measure(model, windows)[0] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_each_model_reads_each_window_once(model, monkeypatch):
+    read, forward = [], type(model.model).forward
+    monkeypatch.setattr(type(model.model), "forward", lambda self, **given: read.append(1) or forward(self, **given))
+    compare_models({"a": tiny_llama, "b": tiny_llama}, windows_of(numpy.arange(300) % 500, 64))
+    assert len(read) == 2 * 5
+
+
+@pytest.mark.parametrize(
+    ("num_parameters", "free_gib", "expected"),
+    [(6.7e9, 24, "float16"), (13e9, 24, "int8"), (13e9, 32, "float16"), (70e9, 24, "nf4")],
+)
+def test_models_are_compared_in_a_precision_that_fits(num_parameters, free_gib, expected):
+    assert precision_that_fits(int(num_parameters), free_gib * 2**30, "float16") == expected
+
+
+# --- the gate --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_merge_that_is_clearly_worse_than_the_adapter_is_refused_with_its_figures():
+    check_merge({"perplexity": 10.0}, {"perplexity": 10.5}, 1.05)
+    with pytest.raises(
+        MergeRejected, match=r"perplexity 10\.6, the adapter as trained 10: a ratio of 1\.06, above merge\.max_perp"
+    ):
+        check_merge({"perplexity": 10.0}, {"perplexity": 10.6}, 1.05)
+    with pytest.raises(MergeRejected):
+        check_merge({"perplexity": 10.0}, {"perplexity": float("nan")}, 1.05)
+
+
+def test_an_adapter_merged_into_other_weights_than_it_was_trained_on_is_not_published(
+    model_folder, corpus, tmp_path, tokenizer
+):
+    card = train_tiny(model_folder, corpus, tmp_path / "adapter", steps=40, method="lora", learning_rate=2e-2)
+    untrained = save_base(tmp_path / "other", tokenizer, rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
+    given = {"adapter": str(tmp_path / "adapter"), "card": card, "data": corpus, "max_perplexity_ratio": 1.05, "device": "cpu"}
+    merge_adapter(base_model=model_folder, output=str(tmp_path / "same"), **given)
+    other = AutoModelForCausalLM.from_pretrained(untrained)
+    with torch.no_grad():
+        other.lm_head.weight.normal_(std=1)
+    other.save_pretrained(untrained)
+    spoiled = merge_report.merge_weights
+
+    def merge_other(base, *arguments, **kwargs):
+        spoiled(untrained, *arguments, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merge_report, "merge_weights", merge_other)
+        with pytest.raises(MergeRejected, match="so it is not published"):
+            merge_adapter(base_model=model_folder, output=str(tmp_path / "different"), **given)
+
+
+# --- held-out text ---------------------------------------------------------------------------------------------------------
+
+
+def test_merges_are_compared_on_text_that_was_not_trained_on(publish, corpus):
+    found, folder = publish(steps=1, **LONGLORA)
+    num_tokens = len(read_tokens(corpus))
+    assert found["sample"] == {"tokens": 1024, "window": 128, "path": corpus, "held_out": True}
+    card = (folder / "README.md").read_text()
+    assert "on 1,024 tokens in windows of 128: the end of the training data, which was held out" in card
+    windows, _ = load_held_out(corpus, 128)
+    expected = read_tokens(corpus)[num_tokens - 1024 :]
+    assert torch.cat([window["input_ids"] for window in windows]).tolist() == expected.tolist()
+
+
+def test_where_the_data_are_too_few_the_report_says_so(publish, monkeypatch):
+    monkeypatch.setattr(packing, "MAX_HELD_OUT_SHARE", 0.001)
+    found, folder = publish(steps=1, **LONGLORA)
+    assert found["sample"]["held_out"] is False
+    assert "too few to hold any out" in (folder / "README.md").read_text()
 
 
 # --- merge_adapter ---------------------------------------------------------------------------------------------------------
@@ -104,17 +209,16 @@ def test_a_4_bit_adapter_has_two_merges_and_the_better_one_is_published(publish)
     assert rows["merge: NF4 round trip"]["kl_divergence"] < rows["merge: 16-bit"]["kl_divergence"]
     assert rows["merge: 16-bit"]["kl_divergence"] < rows["base, positions scaled, no adapter"]["kl_divergence"]
     assert rows["adapter on the NF4 base, as trained"]["kl_divergence"] == 0
-    assert found["sample"]["tokens"] == 1025
-    assert json.loads((folder / "merge_certificate.json").read_text()) == found
+    assert found["sample"]["tokens"] == 1024
+    assert json.loads((folder / "merge_report.json").read_text()) == found
 
 
 @pytest.mark.parametrize("better", ["merge: 16-bit", "merge: NF4 round trip"])
 def test_whichever_merge_measures_better_is_published_and_the_other_is_gone(
     publish, model_folder, monkeypatch, better, tmp_path
 ):
-    def measure(models, tokens, window):
+    def measure(models, windows):
         row = {
-            "standard_error": 0.0,
             "perplexity": 9.0,
             "kl_divergence": 0.0,
             "top_1_agreement": 1.0,
@@ -124,7 +228,7 @@ def test_whichever_merge_measures_better_is_published_and_the_other_is_gone(
         return {name: {"mean_nll": 1.0 if name == better else 2.0, **row} for name in models}
 
     kept = {}
-    monkeypatch.setattr(certificate, "certify", measure)
+    monkeypatch.setattr(merge_report, "compare_models", measure)
     found, folder = publish()
     assert found["published"] == better
     with torch.no_grad():
@@ -193,10 +297,3 @@ def test_a_model_trained_on_instructions_has_the_chat_template(publish):
     _, folder = publish(steps=1, data="sft")
     assert "USER:" in AutoTokenizer.from_pretrained(folder).chat_template
     assert "Its prompt is the tokenizer's chat template" in (folder / "README.md").read_text()
-
-
-def test_a_text_shorter_than_a_window_will_do(publish, monkeypatch, corpus):
-    monkeypatch.setattr(certificate, "read_tokens", lambda path: read_tokens(path)[:50])
-    found, _ = publish(steps=1, **LONGLORA)
-    assert found["sample"]["tokens"] == 50
-    assert found["models"]["merge: 16-bit"]["standard_error"] is None  # of a single window

@@ -1,0 +1,23 @@
+"""Write the model folder that anybody can load.
+
+Reads the weights of a trained system, its training card and, where an adapter was merged, the merge report; writes the folder
+with tokenizer, generation settings and model card. The weights are linked, so that they take no further space.
+"""
+
+import json
+from pathlib import Path
+
+from longqlora.jobs.log import job_log
+
+from longqlora.publishing import publish_model
+
+with job_log(snakemake.log[0]):
+    publish_model(
+        weights=snakemake.input.weights,
+        output=snakemake.output.model,
+        base_model=snakemake.params.base_model,
+        tokenizer=snakemake.params.tokenizer,
+        label=snakemake.params.label,
+        card=json.loads(Path(snakemake.input.card).read_text()),
+        report=json.loads(Path(snakemake.input.report).read_text()) if snakemake.input.report else None,
+    )
