@@ -141,7 +141,10 @@ def training_arguments(output: str, device: torch.device, seed: int, settings: d
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,  # with loss scaling
         activation_checkpointing=settings["activation_checkpointing"],
-        activation_checkpointing_kwargs={"use_reentrant": False, "offload": settings["offload_activations"]},
+        activation_checkpointing_kwargs={
+            "use_reentrant": False,
+            "offload": settings["offload_activations"] and device.type == "cuda",  # on a CPU they are there already
+        },
         use_cpu=device.type == "cpu",
         seed=seed,
         data_seed=seed,
