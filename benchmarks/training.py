@@ -35,9 +35,10 @@ from pathlib import Path
 
 try:
     import torch
-    from longqlora.jobs.machine import machine, versions
     from measuring import GIB, MIB, Child, measure_together
     from training_cases import ADAPTER, CASES, SHAPES, set_up_case, set_up_ceiling, step_flops
+
+    from longqlora.jobs.machine import machine, versions
 except ImportError as missing:
     raise SystemExit(
         f"{missing}. The benchmark needs torch, transformers (5 or newer) and peft, bitsandbytes for a 4-bit base, and this "

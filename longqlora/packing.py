@@ -246,9 +246,10 @@ def begin_of_held_out(path: str, window: int) -> int | None:
         num_tokens = len(read_tokens(path))
         wanted = held_out_tokens(num_tokens, window)
         return num_tokens - wanted if wanted else None
-    from_end = count_tokens(read_tokenized_records(path))[::-1].cumsum()
-    wanted = held_out_tokens(int(from_end[-1]), window) if len(from_end) else 0
-    return len(from_end) - int(from_end.searchsorted(wanted)) - 1 if wanted else None
+    from_end = count_tokens(read_tokenized_records(path))[::-1].cumsum()  # tokens of the last record, the last two, …
+    last = int(from_end.searchsorted(max(HELD_OUT_TOKENS, window)))
+    enough = last < len(from_end) and from_end[last] <= MAX_HELD_OUT_SHARE * from_end[-1]  # no record is cut
+    return len(from_end) - last - 1 if enough else None
 
 
 def load_held_out(path: str, window: int, *, isolate_documents: bool = False) -> tuple[list[dict[str, torch.Tensor]], bool]:

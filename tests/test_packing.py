@@ -5,12 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longqlora import packing
 from longqlora.instruction_set import TOKENS
 from longqlora.packing import (
     PackedRecords,
     PackedWindows,
     best_fit_decreasing,
     count_tokens,
+    load_held_out,
     load_training_data,
     pad_at_right,
     read_tokenized_records,
@@ -164,3 +166,46 @@ def test_options_for_the_other_kind_of_data_are_refused(tmp_path):
         load_training_data(str(tmp_path / "x.bin"), 16, pack_records=True)
     with pytest.raises(ValueError, match=r"sft\.arrow: isolate_documents is for a corpus"):
         load_training_data(write_records(tmp_path / "sft.arrow", [3]), 16, isolate_documents=True)
+
+
+# --- the held-out end ------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60)
+@given(num_tokens=st.integers(1, 400), window=st.integers(1, 60))
+def test_of_a_stream_every_token_is_trained_on_or_held_out(tmp_path_factory, num_tokens, window):
+    path = str(tmp_path_factory.mktemp("stream") / "x.bin")
+    write_tokens(path, [list(range(num_tokens - 1))], vocab_size=1000, eos_token_id=999)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "HELD_OUT_TOKENS", 20)
+        trained, (held_out, is_held_out) = load_training_data(path, window), load_held_out(path, window)
+    wanted = max(20, window)
+    assert is_held_out == (wanted <= 0.1 * num_tokens)
+    ids = [token for index in range(len(trained)) for token in trained[index]["input_ids"].tolist()]
+    end = [token for part in held_out for token in part["input_ids"].tolist()]
+    everything = [*range(num_tokens - 1), 999]
+    if is_held_out:
+        assert len(end) == wanted
+        assert ids + end == everything
+    else:
+        assert ids == everything
+        assert end == everything[:wanted]
+
+
+@settings(max_examples=40)
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=80))
+def test_of_an_instruction_set_the_last_records_are_held_out(tmp_path_factory, lengths):
+    path = write_records(tmp_path_factory.mktemp("records") / "sft.arrow", lengths)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "HELD_OUT_TOKENS", 20)
+        trained, (held_out, is_held_out) = load_training_data(path, 10), load_held_out(path, 10)
+    sizes = [len(row["input_ids"]) for row in held_out]
+    assert sum(sizes) >= min(20, sum(lengths))
+    assert sum(sizes[1:] if is_held_out else sizes[:-1]) < 20  # no more records than needed
+    last = next((end for end in range(1, len(lengths) + 1) if sum(lengths[-end:]) >= 20), len(lengths))
+    assert is_held_out == (20 <= sum(lengths[-last:]) <= 0.1 * sum(lengths))
+    if is_held_out:
+        assert [len(trained[index]["input_ids"]) for index in range(len(trained))] + sizes == lengths
+    else:
+        assert len(trained) == len(lengths)
+        assert sizes == lengths[: len(sizes)]

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from longqlora import training
 from longqlora.adapters import add_adapter
 from longqlora.instruction_set import TOKENS
-from longqlora.models import autocast_dtype, load_model, name_of, next_token_loss, use_chunked_loss
+from longqlora.models import autocast_dtype, check_kernels, load_model, name_of, next_token_loss, use_chunked_loss
 from longqlora.packing import load_training_data, pad_at_right
 from longqlora.positions import ROPE_TYPES
 from longqlora.tokens import tokenize_documents
@@ -163,6 +163,29 @@ def test_impossible_trainings_are_refused_before_weights_are_loaded(tmp_path, co
             train_tiny(tmp_path / "empty", corpus, tmp_path / "a", device="cuda")
     with pytest.raises(OSError, match="no file named"):
         train_tiny(tmp_path / "empty", corpus, tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "message"),
+    [
+        ((7, 0), ["sm_75", "sm_90", "compute_90"], r"Card has compute capability 7\.0, .*build of torch 2\.13 for CUDA 12\.6"),
+        ((12, 1), ["sm_80", "sm_90a"], "a newer build of torch has them"),
+        ((9, 0), ["sm_80", "sm_100"], "a newer build"),
+        ((7, 0), ["sm_50", "sm_60", "sm_70"], None),
+        ((8, 6), ["sm_75", "sm_80"], None),  # runs what is built for an older one of the same kind
+        ((9, 0), ["sm_80", "sm_90a"], None),
+        ((10, 3), ["sm_90", "compute_90"], None),  # compiled by the driver
+    ],
+)
+def test_a_card_that_torch_has_no_kernels_for_is_told_before_weights(monkeypatch, capability, architectures, message):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: architectures)
+    if message is None:
+        check_kernels(torch.device("cuda", 0))
+        return
+    with pytest.raises(ValueError, match=message):
+        check_kernels(torch.device("cuda", 0))
 
 
 def test_data_of_another_tokenizer_are_refused(tmp_path, corpus, tokenizer):
