@@ -1,11 +1,14 @@
-"""Do the types of a 4-bit base change what is learned? Losses of the same training in float32 and in 16 bit.
+"""Do the types of a 4-bit base change what is learned? The same training in float32 and in 16 bit, and the adapters' losses.
 
     python benchmarks/precision.py --base MODEL --data TOKENS.bin --tokens 256 --steps 50
 
 Each run trains a LoRA adapter on the NF4 base with the same windows in the same order; a base whose context is shorter than a
 window is extended (linear). The types of a GPU are forced on a CPU (``longqlora.adapters.add_adapter``), autocast included; in
-float16 the loss is scaled, as the trainer does. The last run differs from the first one by nothing but the seed of the adapter
-and of the dropout: the noise that the others are to be compared with.
+float16 the loss is scaled, as the trainer does. The seed is that of the adapter and of the dropout: the difference between two
+seeds is the noise that the others are to be compared with.
+
+The last windows are not trained on. Each adapter is scored on them twice: in the types it was trained in, and on a base that
+computes in float32 throughout, where a difference can only come from the adapter's weights.
 """
 
 import argparse
@@ -14,11 +17,12 @@ import shlex
 import sys
 import time
 from datetime import date
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoConfig
 
@@ -44,7 +48,6 @@ FLOAT32 = BaseTypes(torch.float32, torch.float32)
 class Run(NamedTuple):
     types: BaseTypes
     autocast: torch.dtype
-    seed: int = 1
 
 
 RUNS = {
@@ -52,7 +55,6 @@ RUNS = {
     "base in bfloat16 (A100 and newer)": Run(BaseTypes(torch.bfloat16, torch.bfloat16), torch.bfloat16),
     "residual stream in float32, layers in float16 (V100)": Run(BaseTypes(torch.float32, torch.float16), torch.float16),
     "base in float32, autocast float16": Run(FLOAT32, torch.float16),
-    "base in float32, autocast bfloat16, another seed": Run(FLOAT32, torch.bfloat16, seed=2),
 }
 NUMBERED = [f"{number} {name}" for number, name in enumerate(RUNS, start=1)]
 
@@ -74,20 +76,28 @@ def load_base(arguments: argparse.Namespace, compute_dtype: torch.dtype):
     return use_chunked_loss(model)
 
 
-def train(arguments: argparse.Namespace, run: Run) -> list[float]:
-    """Train, and return the loss of each step."""
-    windows = load_training_data(arguments.data, arguments.tokens)
+def load_windows(arguments: argparse.Namespace) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The windows to train on, in their order, and the held-out ones: the last of the stream. A shorter last one is dropped."""
+    data = load_training_data(arguments.data, arguments.tokens)
+    windows = [data[index]["input_ids"] for index in range(len(data))]
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0)).tolist()
+    num_whole = sum(len(window) == arguments.tokens for window in windows)
+    first_held_out = num_whole - arguments.held_out
+    return [windows[index] for index in order if index < first_held_out], windows[first_held_out:num_whole]
+
+
+def train(arguments: argparse.Namespace, run: Run, seed: int, windows: list[torch.Tensor]):
+    """Train, and return the model and the loss of each step."""
     model = load_base(arguments, run.autocast)
-    torch.manual_seed(run.seed)
+    torch.manual_seed(seed)
     model = add_adapter(model, {**ADAPTER, "rank": arguments.rank}, types=run.types).train()
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    weights = trainable(model)
     optimizer = torch.optim.AdamW(weights, lr=arguments.learning_rate, weight_decay=0.0)
     scaler = torch.amp.GradScaler("cpu", enabled=run.autocast is torch.float16)
     losses = []
     for step in range(arguments.steps):
-        rows = [order[(step * arguments.batch_size + row) % len(order)] for row in range(arguments.batch_size)]
-        ids = torch.stack([windows[row]["input_ids"] for row in rows])
+        rows = [(step * arguments.batch_size + row) % len(windows) for row in range(arguments.batch_size)]
+        ids = torch.stack([windows[row] for row in rows])
         with torch.autocast("cpu", run.autocast):
             loss = model(input_ids=ids, labels=ids).loss
         scaler.scale(loss).backward()
@@ -97,7 +107,26 @@ def train(arguments: argparse.Namespace, run: Run) -> list[float]:
         scaler.update()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return losses
+    return model, losses
+
+
+def trainable(model) -> list[torch.nn.Parameter]:
+    return [weight for weight in model.parameters() if weight.requires_grad]
+
+
+@torch.no_grad()
+def score(model, windows: list[torch.Tensor], autocast: torch.dtype = torch.float32) -> list[float]:
+    """The loss of each window in evaluation mode: no dropout, full attention.
+
+    The 4-bit layers stay in training mode, which changes nothing that they compute. In evaluation mode bitsandbytes (0.49 and
+    newer) repacks their weights on some CPUs, and what is trained after that gets wrong gradients.
+    """
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.training = True
+    with torch.autocast("cpu", autocast, enabled=autocast is not torch.float32):
+        return [model(input_ids=ids[None], labels=ids[None]).loss.item() for ids in windows]
 
 
 def table_row(name: str, losses: list[float], reference: list[float]) -> str:
@@ -107,6 +136,16 @@ def table_row(name: str, losses: list[float], reference: list[float]) -> str:
     sizes = [abs(difference) for difference in differences]
     apart = [f"{fmean(sizes):.6f}", f"{max(sizes):.6f}", f"{fmean(differences):+.6f}"]
     return f"| {' | '.join([name, *shown, *([''] * 3 if losses is reference else apart)])} |"
+
+
+def held_out_row(name: str, base: list[float], *scores: tuple[list[float], list[float]]) -> str:
+    """Mean loss of the untrained base, then of the adapter and its difference to the reference ± the standard error."""
+    cells = [name, f"{fmean(base):.4f}"]
+    for losses, reference in scores:
+        differences = [loss - other for loss, other in zip(losses, reference, strict=True)]
+        error = stdev(differences) / len(differences) ** 0.5
+        cells += [f"{fmean(losses):.4f}", "" if losses is reference else f"{fmean(differences):+.5f} ± {error:.5f}"]
+    return f"| {' | '.join(cells)} |"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -120,6 +159,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--max-grad-norm", type=float, default=0.3)
     parser.add_argument("--attention", choices=["shifted_sparse", "sdpa"], default="shifted_sparse")
+    parser.add_argument("--held-out", type=int, default=32, help="windows to score the adapters on, two or more (32)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="of the adapter and the dropout (1 2)")
     parser.add_argument("--runs", type=int, nargs="*", default=range(2, len(RUNS) + 1), help=f"beside 1: {', '.join(NUMBERED)}")
     return parser.parse_args()
 
@@ -134,15 +175,32 @@ def main() -> None:
     print(f"cores of {where['processor']}, {where['system']}; {packages}.\n")
     print(f"| | {' | '.join(f'step {step}' for step in SHOWN_STEPS)} | mean distance | largest | mean difference |")
     print(f"|:--|{'--:|' * (len(SHOWN_STEPS) + 3)}")
-    reference = None
-    for number, (name, run) in enumerate(RUNS.items(), start=1):
-        if number not in {1, *arguments.runs}:
-            continue
-        started = time.perf_counter()
-        losses = train(arguments, run)
-        print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
-        reference = reference or losses
-        print(table_row(name, losses, reference), flush=True)
+    windows, held_out = load_windows(arguments)
+    scorer = add_adapter(load_base(arguments, torch.float32), {**ADAPTER, "rank": arguments.rank}, types=FLOAT32)
+    float32_base = score(scorer, held_out)  # the adapter is still zero
+    rows, bases, reference = [], {}, None
+    for seed in arguments.seeds:
+        references = None
+        for number, (name, run) in enumerate(RUNS.items(), start=1):
+            if number not in {1, *arguments.runs}:
+                continue
+            started = time.perf_counter()
+            model, losses = train(arguments, run, seed, windows)
+            as_trained = score(model, held_out, run.autocast)
+            if name not in bases:
+                with model.disable_adapter():
+                    bases[name] = score(model, held_out, run.autocast)
+            for weight, trained in zip(trainable(scorer), trainable(model), strict=True):
+                weight.data.copy_(trained)
+            scores = score(scorer, held_out), as_trained
+            print(f"{name}, seed {seed}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+            reference, references = reference or losses, references or scores
+            print(table_row(f"{name}, seed {seed}", losses, reference), flush=True)
+            rows.append(held_out_row(f"{name}, seed {seed}", bases[name], *zip(scores, references, strict=True)))
+    print(f"\nThe last {len(held_out)} windows, not trained on; untrained base in float32: {fmean(float32_base):.4f}.")
+    print("Differences are those to the first run of the same seed, ± the standard error over the windows.\n")
+    print("| | untrained base in these types | adapter in float32 | difference | adapter in these types | difference |")
+    print("|:--|--:|--:|--:|--:|--:|", *rows, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import argparse
 import importlib
 import itertools
 import json
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import numpy
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -300,16 +302,28 @@ def test_losses_by_the_types_of_the_base_begin_alike_and_stay_close(benchmark, m
         "--learning-rate",
         "0.01",
     ]
-    monkeypatch.setattr(sys, "argv", ["benchmarks/precision.py", *options, "--runs", "2", "3", "5"])
+    monkeypatch.setattr(sys, "argv", ["benchmarks/precision.py", *options, "--held-out", "4", "--runs", "2", "3"])
     importlib.import_module("precision").main()
-    rows = [
-        line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if " base " in line or " layers " in line
-    ]
-    reference, bfloat16, float16, other_seed = (
-        [cell for cell in row[1:] if cell.strip()] for row in rows if row[1].startswith("6.")
-    )
+    printed = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if ", seed " in line]
+    rows = [[cell for cell in row[1:] if cell.strip()] for row in printed]
+    reference, bfloat16, float16, other_seed, *_ = rows[:6]
     assert reference[0] == other_seed[0]  # an adapter begins with nothing
     for distance, largest, difference in (map(float, row[-3:]) for row in (bfloat16, float16)):
         assert 0 < distance <= largest < 2e-2
         assert abs(difference) <= distance
     assert float(reference[1]) < float(reference[0])
+    for base, in_float32, *_ in rows[6:]:  # of the held-out windows
+        assert float(in_float32) < float(base)
+    for _, _, difference, _, _ in (rows[7], rows[8], rows[10], rows[11]):
+        mean, error = map(float, difference.split(" ± "))
+        assert abs(mean) < 1e-2
+        assert error > 0
+
+
+def test_held_out_windows_are_the_last_whole_ones_and_none_is_trained_on(benchmark, tmp_path):
+    precision = importlib.import_module("precision")
+    numpy.arange(10 * 16 + 5, dtype="uint16").tofile(tmp_path / "tokens.bin")
+    arguments = argparse.Namespace(data=str(tmp_path / "tokens.bin"), tokens=16, held_out=3)
+    trained_on, held_out = precision.load_windows(arguments)
+    assert sorted(window[0].item() for window in trained_on) == list(range(0, 7 * 16, 16))
+    assert [window.tolist() for window in held_out] == [list(range(start, start + 16)) for start in range(7 * 16, 160, 16)]
