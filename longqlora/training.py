@@ -27,7 +27,7 @@ from longqlora.adapters import add_adapter
 from longqlora.attention import register_shifted_sparse_attention
 from longqlora.compatibility import extension_problems
 from longqlora.jobs.checkpoints import open_checkpoint_folder
-from longqlora.jobs.digests import digest_of_file
+from longqlora.jobs.digests import FileFacts, digest_of_file
 from longqlora.jobs.machine import machine, versions
 from longqlora.jobs.memory import memory_explained, peak_memory
 from longqlora.models import autocast_dtype, find_device, load_model, name_of, stored_dtype, use_chunked_loss
@@ -239,6 +239,7 @@ def train(
     run = {
         "base_model": base_model,
         "base_model_revision": getattr(config, "_commit_hash", None),
+        "base_model_contents": contents_of_weights(base_model),
         "data": {"path": data, "sha256": digest_of_file(data), "windows": len(windows)},
         "context_length": context_length,
         "rope_scaling": rope_type,
@@ -276,6 +277,12 @@ def train(
         "paged_optimizer_bytes": paged_bytes(trainer.optimizer),
         "trace": [{key: row.get(key) for key in TRACED} for row in trainer.state.log_history if "loss" in row],
     }
+
+
+def contents_of_weights(base_model: str) -> str:
+    """Names and digest of the weights of a model's folder, so that no run resumes on others; of a hub id there are none."""
+    folder = Path(base_model)
+    return FileFacts().fingerprint(sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]))
 
 
 def save_trained(trainer: ResumableTrainer, config, output: str) -> None:

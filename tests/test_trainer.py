@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import LONGLORA, ROOT, train_tiny
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import longqlora.training
 from longqlora.jobs.checkpoints import checkpoints, is_complete, newest_complete_checkpoint, open_checkpoint_folder
@@ -169,6 +169,18 @@ def test_other_settings_or_data_begin_anew(inputs, tmp_path):
     without_effect = {"checkpoint_steps": 1, "checkpoints_kept": 5, "logging_steps": 2}
     assert train_tiny(base, data, tmp_path / "adapter", **settings | without_effect)["resumed_from_step"] == 2
     assert train_tiny(base, data, tmp_path / "adapter", **settings | {"learning_rate": 1e-3})["resumed_from_step"] == 0
+
+
+def test_other_weights_of_the_base_begin_anew(inputs, tmp_path):
+    """Under the same path, with the same configuration."""
+    base = shutil.copytree(inputs[0], tmp_path / "base")
+    settings = STEPS | {"steps": 2}
+    assert train_tiny(base, inputs[1], tmp_path / "adapter", **settings)["resumed_from_step"] == 0
+    assert train_tiny(base, inputs[1], tmp_path / "adapter", **settings)["resumed_from_step"] == 2
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    assert train_tiny(base, inputs[1], tmp_path / "adapter", **settings)["resumed_from_step"] == 0
 
 
 @pytest.mark.parametrize("settings", [{}, {"method": "full", "learning_rate": 1e-3}], ids=["qlora", "full"])
