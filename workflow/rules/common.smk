@@ -40,9 +40,6 @@ CHAT = [name for name in ROWS if name in TRAINED and SYSTEMS[name]["training"]["
 EVALUATION = experiment["evaluation"]
 DATASETS = EVALUATION["datasets"]
 LENGTHS = EVALUATION["lengths"]
-LABELS = {
-    part: {name: row["label"] for name, row in rows.items()} for part, rows in (("system", SYSTEMS), ("dataset", DATASETS))
-}
 RETRIEVAL = experiment["retrieval"]
 ABLATIONS = experiment["ablations"]
 CORPUS = experiment.get("corpus", {"sources": []})
@@ -140,6 +137,14 @@ def evaluation_tokens(wildcards):
     return {
         name: str(getattr(made.output, name)).format(system=wildcards.system, dataset=dataset)
         for name in ("tokens", "description")
+    }
+
+
+def labels_of(systems):
+    """What systems and evaluation sets are called in tables and plots, by their names."""
+    return {
+        "system": {name: SYSTEMS[name]["label"] for name in systems},
+        "dataset": {name: dataset["label"] for name, dataset in DATASETS.items()},
     }
 
 

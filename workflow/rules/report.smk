@@ -19,7 +19,7 @@ rule render_table:
         "../../environment.yml"
     params:
         *code_of("render_table"),
-        labels=LABELS,
+        labels=labels_of(ROWS),
         published=experiment.get("published", []),
     script:
         "../scripts/render_table.py"
@@ -39,7 +39,7 @@ rule plot_perplexity:
         "../../environment.yml"
     params:
         *code_of("plot_perplexity"),
-        labels=LABELS,
+        labels=labels_of(ROWS),
         published=experiment.get("published", []),
     script:
         "../scripts/plot_perplexity.py"
@@ -60,7 +60,7 @@ rule plot_loss_by_position:
         "../../environment.yml"
     params:
         *code_of("plot_loss_by_position"),
-        labels=LABELS,
+        labels=labels_of(ROWS),
     script:
         "../scripts/plot_loss_by_position.py"
 
@@ -81,7 +81,7 @@ rule report_retrieval:
         "../../environment.yml"
     params:
         *code_of("report_retrieval"),
-        labels=LABELS,
+        labels=labels_of(ROWS),
     script:
         "../scripts/report_retrieval.py"
 
@@ -124,7 +124,7 @@ rule report_ablation:
         "../../environment.yml"
     params:
         *code_of("report_ablation"),
-        labels=LABELS,
+        labels=lambda wildcards: labels_of(ABLATIONS[wildcards.ablation]["rows"]),
         ablation=lambda wildcards: ABLATIONS[wildcards.ablation],
     script:
         "../scripts/report_ablation.py"
