@@ -39,7 +39,7 @@ from training_cases import ADAPTER, GROUP_RATIO, SHAPES, build_model
 
 from longqlora.adapters import BaseTypes, add_adapter, base_types
 from longqlora.attention import register_shifted_sparse_attention
-from longqlora.jobs.digests import versions
+from longqlora.jobs.machine import versions
 from longqlora.models import name_of, use_chunked_loss
 
 CPU = torch.device("cpu")

@@ -28,7 +28,7 @@ from transformers import AutoConfig
 
 from longqlora.adapters import BaseTypes, add_adapter
 from longqlora.attention import register_shifted_sparse_attention
-from longqlora.jobs.digests import machine, versions
+from longqlora.jobs.machine import machine, versions
 from longqlora.models import context_of, load_model, use_chunked_loss
 from longqlora.packing import load_training_data
 
