@@ -29,8 +29,9 @@ from transformers import AutoConfig
 from longqlora.adapters import BaseTypes, add_adapter
 from longqlora.attention import register_shifted_sparse_attention
 from longqlora.jobs.machine import machine, versions
-from longqlora.models import context_of, load_model, use_chunked_loss
+from longqlora.models import load_model, use_chunked_loss
 from longqlora.packing import load_training_data
+from longqlora.positions import context_of
 
 CPU = torch.device("cpu")
 SHOWN_STEPS = (1, 10, 25, 50)
