@@ -117,7 +117,10 @@ class Child:
         finally:
             self.left -= time.perf_counter() - started
 
-    def take_step(self) -> dict:
+    def take_step(self, time_limit: float | None = None) -> dict:
+        """Let the process take a step; from this one on it has ``time_limit`` seconds, if given."""
+        if time_limit is not None:
+            self.time_limit = self.left = time_limit
         self.waits = False
         self.connection.send(True)
         return self.answer()

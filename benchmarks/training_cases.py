@@ -211,14 +211,16 @@ def prepare_case(case: Case, shape: str, precision: str, length: int, device: to
     return model.train()
 
 
-def training_step(model, ids: torch.Tensor) -> Callable[[], float]:
+def training_step(model, ids: torch.Tensor, *, micro_steps: int = 1, paged: bool = True) -> Callable[[], float]:
     """A function that trains on a batch once and returns the loss.
 
     Args:
         ids: ``[b, n]``
+        micro_steps: passes over the batch, forward and backward, whose gradients are added up before the optimizer's step.
+        paged: on a GPU with bitsandbytes, keep the optimizer's state in paged memory.
     """
     weights, dtype = [weight for weight in model.parameters() if weight.requires_grad], autocast_dtype(ids.device)
-    if ids.is_cuda and importlib.util.find_spec("bitsandbytes"):
+    if paged and ids.is_cuda and importlib.util.find_spec("bitsandbytes"):
         from bitsandbytes.optim import PagedAdamW32bit as AdamW
     else:
         from torch.optim import AdamW
@@ -226,9 +228,10 @@ def training_step(model, ids: torch.Tensor) -> Callable[[], float]:
 
     def step() -> float:
         torch.manual_seed(3)  # the dropout of all cases is the same
-        with nullcontext() if dtype is torch.float32 else torch.autocast(ids.device.type, dtype):
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
+        for _ in range(micro_steps):
+            with nullcontext() if dtype is torch.float32 else torch.autocast(ids.device.type, dtype):
+                loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
@@ -262,6 +265,20 @@ def forward_step(model, ids: torch.Tensor) -> Callable[[], float]:
     return step
 
 
+def step_of(case: Case, model, shape: str, length: int, device: torch.device, **options) -> Callable[[], float]:
+    """A function that takes a step of a case on a window of random tokens and returns the loss.
+
+    Args:
+        model: of :func:`prepare_case`.
+        options: of a step that trains, see :func:`training_step`.
+    """
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(SHAPES[shape]["vocab_size"], (1, length + (not case.is_training)), generator=generator).to(device)
+    if case.is_training:
+        return training_step(model, ids, **options)
+    return {"scored": evaluation_step, "none": forward_step}[case.loss](model, ids)
+
+
 # What a process sets up
 
 
@@ -271,11 +288,15 @@ def set_up_case(name: str, shape: str, precision: str, length: int, device_name:
     device = find_device(device_name) if case.is_ours else torch.device(device_name)
     model = prepare_case(case, shape, precision, length, device)
     loaded = held_memory(device)
-    generator = torch.Generator().manual_seed(4)
-    ids = torch.randint(SHAPES[shape]["vocab_size"], (1, length + (not case.is_training)), generator=generator).to(device)
-    make_step = {"scored": evaluation_step, "none": forward_step}.get(case.loss, training_step)
-    step = make_step(model, ids)
+    step = step_of(case, model, shape, length, device)
     return {"loaded_bytes": loaded}, lambda: timed(step, device)
+
+
+def matmul_rate(size: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Floating-point operations per second in a product of two square matrices."""
+    left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    product = torch.empty_like(left)
+    return 2 * size**3 / best_seconds(lambda: torch.mm(left, right, out=product), device.type == "cuda")
 
 
 def set_up_ceiling(device_name: str) -> tuple[dict, None]:
@@ -283,14 +304,13 @@ def set_up_ceiling(device_name: str) -> tuple[dict, None]:
     device = find_device(device_name)
     on_gpu, dtype = device.type == "cuda", autocast_dtype(device)
     size, num_bytes = (8192, GIB) if on_gpu else (2048, 256 * MIB)
-    left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
-    target, product = torch.empty_like(source), torch.empty_like(left)
+    target = torch.empty_like(source)
     return {
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "matmul_size": size,
         "matmul_dtype": name_of(dtype),
-        "matmul_flops": 2 * size**3 / best_seconds(lambda: torch.mm(left, right, out=product), on_gpu),
+        "matmul_flops": matmul_rate(size, dtype, device),
         "copy_bytes_per_second": 2 * num_bytes / best_seconds(lambda: target.copy_(source), on_gpu),
         "stand_ins": stand_ins.STOOD_IN_FOR,
     }, None
