@@ -63,13 +63,13 @@ wildcard_constraints:
 
 
 def code_of(script):
-    """Params of the rule that runs a script of workflow/scripts: each file that its result depends on, with a digest of what the
-    file says, so that an edit reruns the rule and a comment does not."""
+    """What stands in the params of a script of workflow/scripts, each file that its result depends on with a digest of what the
+    file says, so that an edit runs it again and a comment does not."""
     return CODE.params(f"workflow/scripts/{script}.py")
 
 
-# Files that the user keeps count by their contents: rules have a digest of them as a param, and Snakemake ignores their dates.
-# Files that rules make are inputs as usual.
+# Files that the user keeps count by their contents. A digest of them is a param, and Snakemake ignores their dates. What the
+# workflow makes is an input as usual.
 
 
 def sources_of(paths):
@@ -83,7 +83,7 @@ def contents_of(paths):
 
 
 def made_model(path):
-    """A model that a rule makes, as an input."""
+    """A model that the workflow makes, as an input."""
     return path if is_made_here(path) else []
 
 
@@ -105,8 +105,32 @@ def contents_of_generation_settings(path):
 
 
 def is_kept_by_user(path):
-    """Whether a model is a folder of this machine that no rule makes."""
+    """Whether a model is a folder of this machine that the workflow does not make."""
     return not is_made_here(path) and not is_hub_model(path)
+
+
+# Functions, because Snakemake's linter takes a path that is also an input for a prefix that is written out.
+
+
+def base_model(wildcards):
+    """Where a job loads the base model from."""
+    return BASE_MODEL
+
+
+def base_tokenizer(wildcards):
+    """Where a job loads the base model's tokenizer from."""
+    return TOKENIZER
+
+
+def own_tokenizer(wildcards):
+    """Where a job loads a system's tokenizer from."""
+    return SYSTEMS[wildcards.system]["tokenizer"]
+
+
+def training_data(wildcards):
+    """What a system is trained on."""
+    made = {"corpus": rules.tokenize_corpus, "sft": rules.tokenize_sft}
+    return made[SYSTEMS[wildcards.system]["training"]["data"]].output.tokens
 
 
 def model_of(wildcards):
@@ -115,7 +139,7 @@ def model_of(wildcards):
 
 
 def made_parts(wildcards):
-    """The folders that a system is evaluated from, as far as rules make them."""
+    """The folders that a system is evaluated from, as far as the workflow makes them."""
     model = model_of(wildcards)
     return [path for path in (model["path"], model.get("adapter")) if path and is_made_here(path)]
 

@@ -27,7 +27,7 @@ rule prepare_evaluation_set:
         *code_of("prepare_evaluation_set"),
         sources=lambda wildcards: DATASETS[wildcards.dataset]["paths"],
         contents=lambda wildcards: contents_of(DATASETS[wildcards.dataset]["paths"]),
-        tokenizer=TOKENIZER,
+        tokenizer=base_tokenizer,
         tokenizer_contents=contents_of_tokenizer(TOKENIZER),
     script:
         "../scripts/prepare_evaluation_set.py"
@@ -50,9 +50,9 @@ rule retokenize_evaluation_set:
         "../../environment.yml"
     params:
         *code_of("retokenize_evaluation_set"),
-        base_tokenizer=TOKENIZER,
+        base_tokenizer=base_tokenizer,
         base_tokenizer_contents=contents_of_tokenizer(TOKENIZER),
-        tokenizer=lambda wildcards: SYSTEMS[wildcards.system]["tokenizer"],
+        tokenizer=own_tokenizer,
         tokenizer_contents=lambda wildcards: contents_of_tokenizer(SYSTEMS[wildcards.system]["tokenizer"]),
     script:
         "../scripts/retokenize_evaluation_set.py"
@@ -74,7 +74,7 @@ rule index_evaluation_sets:
     params:
         *code_of("index_evaluation_sets"),
         names=list(DATASETS),
-        tokenizer=TOKENIZER,
+        tokenizer=base_tokenizer,
         tokenizer_contents=contents_of_tokenizer(TOKENIZER),
         ngram_words=DECONTAMINATION["ngram_words"],
     script:
@@ -103,7 +103,7 @@ rule sample_shard:
         paths=lambda wildcards: SHARDS[wildcards.shard]["paths"],
         contents=lambda wildcards: contents_of(SHARDS[wildcards.shard]["paths"]),
         part=lambda wildcards: SHARDS[wildcards.shard]["part"],
-        tokenizer=TOKENIZER,
+        tokenizer=base_tokenizer,
         tokenizer_contents=contents_of_tokenizer(TOKENIZER),
         threshold=DECONTAMINATION["threshold"],
     script:
@@ -168,7 +168,7 @@ rule tokenize_corpus:
         "../../environment.yml"
     params:
         *code_of("tokenize_corpus"),
-        tokenizer=TOKENIZER,
+        tokenizer=base_tokenizer,
         tokenizer_contents=contents_of_tokenizer(TOKENIZER),
     script:
         "../scripts/tokenize_corpus.py"
@@ -193,7 +193,7 @@ rule build_sft_set:
         *code_of("build_sft_set"),
         sources=SFT["sources"],
         contents=contents_of(SFT_PATHS),
-        tokenizer=TOKENIZER,
+        tokenizer=base_tokenizer,
         tokenizer_contents=contents_of_tokenizer(TOKENIZER, with_chat_template=True),
         settings=SFT_SETTINGS,
         threshold=DECONTAMINATION["threshold"],
@@ -233,7 +233,7 @@ rule tokenize_sft:
         "../../environment.yml"
     params:
         *code_of("tokenize_sft"),
-        tokenizer=TOKENIZER,
+        tokenizer=base_tokenizer,
         tokenizer_contents=contents_of_tokenizer(TOKENIZER, with_chat_template=True),
         held_out=SFT.get("held_out"),
     script:

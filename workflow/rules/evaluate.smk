@@ -51,7 +51,7 @@ rule evaluate_retrieval:
         *code_of("evaluate_retrieval"),
         model=model_of,
         model_contents=contents_of_evaluated,
-        tokenizer=lambda wildcards: SYSTEMS[wildcards.system]["tokenizer"],
+        tokenizer=own_tokenizer,
         tokenizer_contents=lambda wildcards: contents_of_tokenizer(SYSTEMS[wildcards.system]["tokenizer"]),
         settings={key: RETRIEVAL[key] for key in ("tasks", "depths", "samples")} | {"seed": experiment["seed"]},
         device=experiment["device"],

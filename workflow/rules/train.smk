@@ -1,12 +1,6 @@
 # What is trained per system, and the model that anybody can load.
 
-TRAINING_DATA = {"corpus": rules.tokenize_corpus.output.tokens, "sft": rules.tokenize_sft.output.tokens}
 CORES_PER_PROCESS = 4 if GPUS else 1  # --set-threads train_adapter=8 gives other numbers
-
-
-def training_data(wildcards):
-    """What a system is trained on."""
-    return TRAINING_DATA[SYSTEMS[wildcards.system]["training"]["data"]]
 
 
 rule train_adapter:
@@ -31,7 +25,7 @@ rule train_adapter:
         gpu=lambda wildcards: GPUS * SYSTEMS[wildcards.system]["training"]["num_processes"],
     params:
         *code_of("train"),
-        base_model=BASE_MODEL,
+        base_model=base_model,
         base_model_contents=contents_of_model(BASE_MODEL),
         context=lambda wildcards: {
             "context_length": SYSTEMS[wildcards.system]["context_length"],
@@ -77,7 +71,7 @@ rule merge_adapter:
         gpu=GPUS,
     params:
         *code_of("merge_adapter"),
-        base_model=BASE_MODEL,
+        base_model=base_model,
         base_model_contents=contents_of_model(BASE_MODEL),
         settings=experiment["merge"],
         device=experiment["device"],
@@ -104,9 +98,9 @@ rule publish_model:
         "../../environment.yml"
     params:
         *code_of("publish_model"),
-        base_model=BASE_MODEL,
+        base_model=base_model,
         generation_settings=contents_of_generation_settings(BASE_MODEL),
-        tokenizer=TOKENIZER,
+        tokenizer=base_tokenizer,
         tokenizer_contents=contents_of_tokenizer(TOKENIZER, with_chat_template=True),
         label=lambda wildcards: SYSTEMS[wildcards.system]["label"],
     script:
