@@ -25,7 +25,7 @@ PERPLEXITY = {
 }
 ALIKE = {("Long & 100 %", 64)}  # cannot be told from the best
 DATASETS = ["PG19", "Proof-pile"]
-SYSTEMS = [*PERPLEXITY, "MPT & co.", "a", "b", "x", "x.rank-8"]
+SYSTEMS = [*PERPLEXITY, "MPT & co", "a", "b", "x", "x.rank-8"]
 LABELS = {"system": {name.split()[0].lower(): name for name in SYSTEMS}, "dataset": {name: name for name in DATASETS}}
 PUBLISHED = [{"label": "Paper", "dataset": "PG19", "perplexity": {"64": 9.1, "256": 8.0}}]
 NUM_WINDOWS, NUM_SCORED = 20, 10
