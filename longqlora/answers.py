@@ -50,7 +50,8 @@ def answer_held_out(
     """
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     answers = []
-    with memory_explained(f"answering with {model_path}", "A shorter sft.max_tokens, or fewer questions at that length."):
+    advice = "A GPU with more memory, or the targets without answers: train, evaluate, perplexity_report."
+    with memory_explained(f"answering with {model_path}", advice):
         model = load_model(model_path, device=find_device(device)).eval()
         for _, row in deque(read_parquet(records), maxlen=held_out):
             *messages, reference = row["messages"]

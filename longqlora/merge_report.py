@@ -10,6 +10,7 @@ import gc
 import logging
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,14 +48,16 @@ def measure(model, windows: list[dict[str, torch.Tensor]]) -> tuple[float, torch
     """
     device, head = model.get_input_embeddings().weight.device, model.get_output_embeddings()
     every = max(1, sum(len(window["input_ids"]) for window in windows) // LOGIT_POSITIONS)
-    total, count, rows = 0.0, 0, []
+    total, count, rows, seen = 0.0, 0, [], 0
     for window in windows:
         given = {name: value[None].to(device) for name, value in window.items() if name != "labels"}
         hidden = model.get_decoder()(**given, use_cache=False).last_hidden_state[0]  # [n, width]
         targets = window["labels"][1:].to(device)
         total += summed_nll(hidden[:-1], head.weight, targets).item()
         count += int((targets != IGNORED).sum())
-        rows.append(head(hidden[every - 1 :: every]).float().log_softmax(-1).cpu())
+        first = (every - 1 - seen) % every  # counted through all windows: one may be shorter than the distance of two places
+        rows.append(head(hidden[first::every]).float().log_softmax(-1).cpu())
+        seen += len(hidden)
     return total / max(1, count), torch.cat(rows)
 
 
@@ -152,21 +155,11 @@ def merge_adapter(
         windows, held_out = load_held_out(data, card["context_length"], isolate_documents=settings["isolate_documents"])
         if not held_out:
             log.warning("%s: too few data to hold any out; the merges are compared on what was trained on", data)
-
-        def load_trained():
-            base = load_model(base_model, device=where, precision="nf4" if quantized else precision, **context)
-            return PeftModel.from_pretrained(base, adapter).base_model.model  # its layers have the adapter in them
-
-        trained = f"adapter on the {'NF4' if quantized else '16-bit'} base, as trained"
-        models = {trained: load_trained}
-        for name, folder in folders.items():
-            models[f"merge: {name}"] = lambda folder=folder: load_model(str(folder), device=where, precision=precision)
-        models["base, positions scaled, no adapter"] = lambda: load_model(
-            base_model, device=where, precision=precision, **context
-        )
+        trained_in = "nf4" if quantized else precision
+        models = models_to_compare(base_model, adapter, folders, where, precision, trained_in, context)
         measured = compare_models(models, windows)
     best = min(merges, key=lambda name: measured[f"merge: {name}"]["mean_nll"])
-    check_merge(measured[trained], measured[f"merge: {best}"], max_perplexity_ratio)
+    check_merge(measured[next(iter(models))], measured[f"merge: {best}"], max_perplexity_ratio)
     keep(folders, best, Path(output))
     return {
         "published": f"merge: {best}",
@@ -176,10 +169,40 @@ def merge_adapter(
             "path": data,
             "held_out": held_out,
         },
-        "precision": {"trained": "nf4" if quantized else precision, "others": precision},
+        "precision": {"trained": trained_in, "others": precision},
         "max_perplexity_ratio": max_perplexity_ratio,
         "models": measured,
     }
+
+
+def models_to_compare(
+    base_model: str,
+    adapter: str,
+    folders: dict[str, Path],
+    device: torch.device,
+    precision: str,
+    trained_in: str,
+    context: dict,
+) -> dict[str, Callable]:
+    """Functions that load the adapter as trained, each merge, and the base without the adapter, by their names in the report.
+
+    Args:
+        folders: of the merges, by their names.
+        precision: of all but the first, which has ``trained_in``.
+        context: context_length and rope_type of the training.
+    """
+
+    def load_trained():
+        base = load_model(base_model, device=device, precision=trained_in, **context)
+        return PeftModel.from_pretrained(base, adapter).base_model.model  # its layers have the adapter in them
+
+    def load_merge(folder: Path):
+        return load_model(str(folder), device=device, precision=precision)  # its configuration has the scaling
+
+    models = {f"adapter on the {'NF4' if trained_in == 'nf4' else '16-bit'} base, as trained": load_trained}
+    models |= {f"merge: {name}": partial(load_merge, folder) for name, folder in folders.items()}
+    base = partial(load_model, base_model, device=device, precision=precision, **context)
+    return models | {"base, positions scaled, no adapter": base}
 
 
 def check_merge(trained: dict, merge: dict, max_perplexity_ratio: float) -> None:
@@ -189,7 +212,8 @@ def check_merge(trained: dict, merge: dict, max_perplexity_ratio: float) -> None
         raise MergeRejected(
             f"the merge has perplexity {merge['perplexity']:.4g}, the adapter as trained {trained['perplexity']:.4g}: a ratio "
             f"of {ratio:.4g}, above merge.max_perplexity_ratio {max_perplexity_ratio:g}, so it is not published. Is the base "
-            "model the one that was trained on? Evaluate the adapter without merging (merged: false), or raise the ratio."
+            "model the one that was trained on? Evaluate the adapter unmerged (merged: false, target perplexity_report), or "
+            "raise the ratio."
         )
 
 

@@ -124,6 +124,13 @@ def test_the_loss_is_that_of_transformers_over_all_labels(model, num_tokens, win
     assert measure(model, windows)[0] == pytest.approx(total / count, rel=1e-5)
 
 
+def test_distributions_are_taken_from_texts_that_are_shorter_than_the_distance_of_two_places(model, monkeypatch):
+    monkeypatch.setattr(merge_report, "LOGIT_POSITIONS", 10)
+    tokens = numpy.random.default_rng(0).integers(3, 512, 400)
+    _, rows = measure(model, windows_of(tokens, 16))  # a place every 40 tokens
+    assert len(rows) == 10
+
+
 def test_each_model_reads_each_window_once(model, monkeypatch):
     read, forward = [], type(model.model).forward
     monkeypatch.setattr(type(model.model), "forward", lambda self, **given: read.append(1) or forward(self, **given))

@@ -17,7 +17,7 @@ from longqlora.jobs.digests import FileFacts
 PACKAGE = "longqlora"
 WITHOUT_EFFECT = ("longqlora/jobs/", "longqlora/compatibility.py")
 """Files that change no result: log, digests and processes of a job; checks that refuse a model before anything is computed."""
-UNSAID = ("ctx", "kind", "type_comment", "type_ignores")
+IGNORED_FIELDS = ("ctx", "kind", "type_comment", "type_ignores")
 """Fields of a syntax tree that follow from others, or hold comments and ways of writing (``u"…"``)."""
 
 
@@ -62,7 +62,7 @@ def describe_code(path: Path) -> dict:
     """What a Python file says, as a digest that is the same on every Python from 3.11 on (first 12 hexadecimal digits of a
     SHA-256), and the modules of the package that it imports (``import longqlora.x``, ``from longqlora.x import y``)."""
     tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-    said = "\0".join(said_by(tree))
+    said = "\0".join(canonical_form(tree))
     return {"digest": hashlib.sha256(said.encode()).hexdigest()[:12], "imports": sorted(imported_modules(tree))}
 
 
@@ -78,24 +78,24 @@ def imported_modules(tree: ast.Module) -> set[str]:
     return {name for name in names if name.split(".")[0] == PACKAGE}
 
 
-def said_by(node: object) -> Iterator[str]:
+def canonical_form(node: object) -> Iterator[str]:
     """Yield a syntax tree in a form that does not depend on the version of Python, as ``ast.dump`` does: fields that are empty
     are left out, since newer versions have more of them."""
     if isinstance(node, ast.AST):
         yield f"({type(node).__name__}"
         for name, value in ast.iter_fields(node):
-            if name in UNSAID or value is None or value == []:
+            if name in IGNORED_FIELDS or value is None or value == []:
                 continue
             yield f".{name}"
             if isinstance(node, ast.JoinedStr):  # versions cut the constant parts of an f-string differently
                 value = joined_constants(value)
-            yield from said_by(value)
+            yield from canonical_form(value)
         yield ")"
     elif isinstance(node, list):
         yield "["
         for item in node:
             if not is_bare_string(item):
-                yield from said_by(item)
+                yield from canonical_form(item)
         yield "]"
     else:
         yield f"{type(node).__name__} {node!a}"  # what repr leaves unescaped differs between versions

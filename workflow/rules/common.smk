@@ -19,14 +19,14 @@ from longqlora.model_files import model_files, tokenizer_files
 from longqlora.protocols import stride_of
 
 ROOT = Path(workflow.basedir)
-FACTS = FileFacts()
-CODE = Code(ROOT, FACTS)
 
 try:
     experiment = load_experiment(config, yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text()))
 except ConfigError as error:
     raise WorkflowError(f"the configuration cannot run:\n{error}")
 
+FACTS = FileFacts()
+CODE = Code(ROOT, FACTS)
 RESULTS = f"results/{experiment['experiment']}"
 BASE_MODEL = experiment["base_model"]["path"]
 TOKENIZER = experiment["base_model"]["tokenizer"]
