@@ -30,7 +30,7 @@ rule all:
     input:
         rules.perplexity_report.input,
         rules.train.input,
-        rules.plot_loss.output if TRAINED_ROWS else [],
+        rules.plot_loss.output if TRAINED_TABLE_SYSTEMS else [],
         rules.answers.input,
         rules.data.input,
     localrule: True

@@ -21,12 +21,12 @@ import orjson
 from backports.zstd import compress
 from transformers import AutoTokenizer
 
-from longqlora.contamination import EvaluationNgrams, index_evaluation_sets
-from longqlora.demo import library_modules
-from longqlora.documents import Fields, open_binary, read_documents
-from longqlora.pretraining import train_tokenizer
-from longqlora.shards import SampleSettings, sample_shard
-from longqlora.tokens import batches, tokenize_documents
+from longqlora.data.decontamination import EvaluationNgrams, index_evaluation_sets
+from longqlora.data.demo_texts import library_modules
+from longqlora.data.readers import Fields, open_binary, read_documents
+from longqlora.data.shards import SampleSettings, sample_shard
+from longqlora.data.token_files import batches, tokenize_documents
+from longqlora.training.pretraining import train_tokenizer
 
 ROUNDS = 5
 SHORT, LONG = 2_000, 24_000  # characters of a text below the range of 4096 to 32768 tokens, and within it

@@ -20,14 +20,15 @@ from torch.autograd import DeviceType
 from torch.nn.functional import cross_entropy
 from training_cases import CASES, matmul_rate, prepare_case, set_up_ceiling, step_flops, step_of
 
-from longqlora.attention import shifted_sparse_attention
+from longqlora.evaluation.retrieval import answer
+from longqlora.evaluation.retrieval_tasks import Prompt
 from longqlora.jobs.machine import machine, versions
-from longqlora.merging import nf4_round_trip
-from longqlora.models import autocast_dtype, find_device, name_of, resident_dtype, summed_nll
-from longqlora.needles import Prompt
-from longqlora.retrieval import answer
+from longqlora.modeling.attention import shifted_sparse_attention
+from longqlora.modeling.chunked_loss import summed_nll
+from longqlora.modeling.devices import compute_dtype, find_device, name_of, weight_dtype
+from longqlora.publishing.merging import nf4_round_trip
 
-AUTOCAST_TYPES = ("longqlora.models", "longqlora.adapters", "longqlora.training", "training_cases")
+AUTOCAST_TYPES = ("longqlora.modeling.loading", "longqlora.training.adapters", "longqlora.training.train", "training_cases")
 LARGEST_ERROR = 0.02  # of a 16-bit result against float64, relative to the norm
 LOSS_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 MICRO_STEPS = 2  # of a step, so that gradients are there during the second one, as in a training and in the trace
@@ -43,7 +44,7 @@ def compute_in(dtype: str | None):
     """Let the project take ``float16`` (a V100's type) for what the device computes fastest in; None: leave it as it is."""
     with ExitStack() as stack:
         for module in AUTOCAST_TYPES if dtype else ():
-            stack.enter_context(patch(f"{module}.autocast_dtype", lambda device: getattr(torch, dtype)))
+            stack.enter_context(patch(f"{module}.compute_dtype", lambda device: getattr(torch, dtype)))
         yield
 
 
@@ -66,7 +67,7 @@ def probe(device: str) -> Iterator[dict]:
     yield {"versions": versions() | installed("triton", "numpy"), "machine": machine()}
     from bitsandbytes.cextension import lib
 
-    yield {"bitsandbytes_library": type(lib).__name__, "compute_type": name_of(autocast_dtype(where))}
+    yield {"bitsandbytes_library": type(lib).__name__, "compute_type": name_of(compute_dtype(where))}
     if where.type == "cuda":
         yield describe_card()
     ceiling, _ = set_up_ceiling(device)
@@ -150,7 +151,7 @@ def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 def attention_errors(num_tokens: int, with_documents: bool, device: torch.device) -> dict[str, float]:
     """Errors of shifted sparse attention in the device's type: of the output, and of the gradients."""
-    dtype = autocast_dtype(device)
+    dtype = compute_dtype(device)
     inputs = [torch.randn(1, 8, num_tokens, 128, device=device, dtype=dtype) for _ in range(4)]
     documents = torch.arange(num_tokens, device=device)[None] // 130 if with_documents else None
     found = []
@@ -172,11 +173,11 @@ def nf4_errors(device: torch.device) -> dict[str, float]:
     from bitsandbytes.functional import dequantize_4bit
 
     weight = (torch.randn(512, 1024) * 0.02).to(torch.float16)
-    layer = training_cases.quantised_layer(weight.to(device, resident_dtype(device)), autocast_dtype(device))
+    layer = training_cases.quantised_layer(weight.to(device, weight_dtype(device)), compute_dtype(device))
     kept = dequantize_4bit(layer.weight.data, layer.weight.quant_state)  # [512, 1024]
     if not torch.equal(nf4_round_trip(weight, device), kept.to("cpu", weight.dtype)):
         raise TooFar("the round trip through NF4 does not give the weights of the 4-bit layer")
-    tokens = torch.randn(2048, 1024, device=device, dtype=autocast_dtype(device))
+    tokens = torch.randn(2048, 1024, device=device, dtype=compute_dtype(device))
     with torch.no_grad():
         exact = tokens.double() @ kept.double().T
         return {"many tokens": relative_error(layer(tokens), exact), "one token": relative_error(layer(tokens[:1]), exact[:1])}
@@ -245,7 +246,7 @@ def take_steps(
             parts = torch.arange(tokens).tensor_split(documents)
             positions = torch.cat([torch.arange(len(part)) for part in parts])[None].to(where)  # [1, n]
             model.forward = partial(model.forward, position_ids=positions)
-        loaded, compute_type = held_memory(where), name_of(autocast_dtype(where) if dtype is None else getattr(torch, dtype))
+        loaded, compute_type = held_memory(where), name_of(compute_dtype(where) if dtype is None else getattr(torch, dtype))
         loading = round(time.perf_counter() - started, 1)
         yield {"loading_s": loading, "loaded_gib": round(loaded / GIB, 3), "compute_type": compute_type}
         micro_steps = MICRO_STEPS if kind.is_training else 1

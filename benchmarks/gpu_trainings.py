@@ -1,5 +1,5 @@
-"""Cases of the GPU check that train by ``longqlora.training``: a small model from the training to an answer, other ways to
-train it, and the 7B shape by the real trainer.
+"""Cases of the GPU check that train by ``longqlora.training.train``: a small model from the training to an answer, other ways
+to train it, and the 7B shape by the real trainer.
 
 Each is a generator that yields parts of its line.
 """
@@ -23,14 +23,14 @@ from safetensors.torch import load_file
 from training_cases import ADAPTER, GROUP_RATIO, LEARNING_RATE, MAX_GRAD_NORM, SHAPES, build_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longqlora.merge_report import merge_adapter
-from longqlora.models import find_device
-from longqlora.perplexity import evaluate_perplexity
-from longqlora.pretraining import train_tokenizer
-from longqlora.retrieval import evaluate_retrieval
-from longqlora.tokens import tokenize_documents
-from longqlora.trainer import Interrupted
-from longqlora.training import train
+from longqlora.data.token_files import tokenize_documents
+from longqlora.evaluation.perplexity import evaluate_perplexity
+from longqlora.evaluation.retrieval import evaluate_retrieval
+from longqlora.modeling.devices import find_device
+from longqlora.publishing.merge_report import merge_adapter
+from longqlora.training.pretraining import train_tokenizer
+from longqlora.training.train import train
+from longqlora.training.trainer import Interrupted
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 1024  # of the small model
@@ -70,7 +70,7 @@ class StepWatcher(logging.Handler):
 @contextmanager
 def watched_steps(interrupt_after: int | None = None) -> Iterator[StepWatcher]:
     """Watch the trainings of this process, see :class:`StepWatcher`."""
-    logger, watcher = logging.getLogger("longqlora.training"), StepWatcher(interrupt_after)
+    logger, watcher = logging.getLogger("longqlora.training.train"), StepWatcher(interrupt_after)
     logger.setLevel(logging.INFO)
     logger.addHandler(watcher)
     try:
@@ -103,8 +103,8 @@ class Trainings:
             output=str(self.folder / name),
             events=str(self.folder / f"{name}-events"),
             checkpoint_dir=str(self.folder / f"{name}-checkpoints"),
-            context_length=self.tokens,
-            rope_type="linear",
+            target_context=self.tokens,
+            rope_scaling="linear",
             settings=self.settings | settings,
             progress={"logging_steps": 1, "checkpoint_steps": 2, "checkpoints_kept": 2},
             seed=1,
@@ -115,7 +115,7 @@ class Trainings:
 def small_trainings(device: str, folder: Path, width: int, tokens: int, rank: int, paged: bool) -> Trainings:
     """Trainings of a small model with random weights and half the context, on the project's own sources; an evaluation set
     lies in the folder."""
-    texts = [path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("longqlora/[a-z]*.py"))]
+    texts = [path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("longqlora/*/[a-z]*.py"))]
     tokenizer = train_tokenizer(texts, VOCABULARY)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -202,7 +202,7 @@ def interrupt_and_resume(trainings: Trainings, whole: dict) -> dict:
 def evaluations(trainings: Trainings) -> dict[str, Callable[[], float]]:
     """Perplexity of the trained model in each precision, and what the merged one answers."""
     merged, evaluation_set = str(trainings.folder / "merged"), str(trainings.folder / EVALUATION_SET)
-    adapter = {"path": trainings.base, "adapter": str(trainings.folder / "whole"), "context_length": trainings.tokens}
+    adapter = {"path": trainings.base, "adapter": str(trainings.folder / "whole"), "target_context": trainings.tokens}
     models = {"nf4 with adapter": adapter | {"precision": "nf4"}}
     models |= {f"merged, {name}": {"path": merged, "precision": name} for name in ("auto", "nf4", "int8", "float32")}
 
@@ -246,8 +246,8 @@ def train_variants(device: str, width: int, tokens: int, rank: int, paged: bool)
 def train_7b(device: str, shape: str, tokens: int, paged: bool, steps: int = 3) -> Iterator[dict]:
     """``longqlora.training.train`` on a large base, whose random weights are built where a checkpoint would be loaded."""
 
-    def build(path, *, device, precision, context_length, rope_type, attn_implementation):
-        return build_model(shape, precision, context_length, device, attn_implementation)
+    def build(path, *, device, precision, target_context, rope_scaling, attn_implementation):
+        return build_model(shape, precision, target_context, device, attn_implementation)
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -256,7 +256,7 @@ def train_7b(device: str, shape: str, tokens: int, paged: bool, steps: int = 3) 
         ids.astype("<u2").tofile(folder / "data.bin")
         optimizer = "paged_adamw_32bit" if paged else "adamw_torch"
         trainings = Trainings(device, folder, str(folder / "base"), str(folder / "data.bin"), tokens, optimizer=optimizer)
-        with patch("longqlora.training.load_model", build), watched_steps() as watcher:
+        with patch("longqlora.training.train.load_model", build), watched_steps() as watcher:
             card = trainings.train("adapter", steps=steps)
     times = [end - begin for begin, end in zip(watcher.times, watcher.times[1:], strict=False)]
     used = 2 * tokens  # of a step

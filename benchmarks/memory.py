@@ -37,16 +37,17 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from training_cases import ADAPTER, GROUP_RATIO, SHAPES, build_model
 
-from longqlora.adapters import BaseTypes, add_adapter, base_types
-from longqlora.attention import register_shifted_sparse_attention
 from longqlora.jobs.machine import versions
-from longqlora.models import name_of, use_chunked_loss
+from longqlora.modeling.attention import register_shifted_sparse_attention
+from longqlora.modeling.chunked_loss import use_chunked_loss
+from longqlora.modeling.devices import name_of
+from longqlora.training.adapters import BaseTypes, add_adapter, base_types
 
 CPU = torch.device("cpu")
 STEPS = ("7b/8192", "13b/12288", "7b/32768")
 FORMS = {
     "float32": "embeddings, norms and output layer in float32, as peft prepares them",
-    "current": "the types of longqlora.adapters.base_types",
+    "current": "the types of longqlora.training.adapters.base_types",
     "offloaded": "the same, the layers' inputs in CPU memory until the backward pass",
 }
 PARTS = ("weights and adapter", "gradients", "saved by the forward pass", "backward pass")
@@ -121,8 +122,8 @@ def pretend_gpu(compute_dtype: torch.dtype):
         return torch.native_dropout(x, p, True)[0] if training and p else x
 
     replaced = [
-        (training_cases, "autocast_dtype", lambda device: compute_dtype),
-        (training_cases, "resident_dtype", lambda device: compute_dtype),
+        (training_cases, "compute_dtype", lambda device: compute_dtype),
+        (training_cases, "weight_dtype", lambda device: compute_dtype),
         (torch, "is_autocast_enabled", lambda device="cpu": is_enabled(device)),  # without a device, peft means CUDA
         (torch.nn.functional, "dropout", native_dropout),  # a CPU saves its mask in the type of the input
     ]
@@ -201,7 +202,7 @@ def types_of(form: str, compute_dtype: torch.dtype) -> BaseTypes:
     """The types of a base in a form, on a GPU that computes in ``compute_dtype``."""
     if form == "float32":
         return BaseTypes(torch.float32, torch.float32)
-    with patch("longqlora.adapters.autocast_dtype", lambda device: compute_dtype):
+    with patch("longqlora.training.adapters.compute_dtype", lambda device: compute_dtype):
         return base_types(torch.device("cuda"))
 
 

@@ -3,9 +3,9 @@
     python benchmarks/precision.py --base MODEL --data TOKENS.bin --tokens 256 --steps 50
 
 Each run trains a LoRA adapter on the NF4 base with the same windows in the same order; a base whose context is shorter than a
-window is extended (linear). The types of a GPU are forced on a CPU (``longqlora.adapters.add_adapter``), autocast included; in
-float16 the loss is scaled, as the trainer does. The seed is that of the adapter and of the dropout: the difference between two
-seeds is the noise that the others are to be compared with.
+window is extended (linear). The types of a GPU are forced on a CPU (``longqlora.training.adapters.add_adapter``), autocast
+included; in float16 the loss is scaled, as the trainer does. The seed is that of the adapter and of the dropout: the difference
+between two seeds is the noise that the others are to be compared with.
 
 The last windows are not trained on. Each adapter is scored on them twice: in the types it was trained in, and on a base that
 computes in float32 throughout, where a difference can only come from the adapter's weights.
@@ -26,12 +26,13 @@ from bitsandbytes.nn import Linear4bit
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoConfig
 
-from longqlora.adapters import BaseTypes, add_adapter
-from longqlora.attention import register_shifted_sparse_attention
+from longqlora.data.packing import load_training_data
 from longqlora.jobs.machine import machine, versions
-from longqlora.models import load_model, use_chunked_loss
-from longqlora.packing import load_training_data
-from longqlora.positions import context_of
+from longqlora.modeling.attention import register_shifted_sparse_attention
+from longqlora.modeling.chunked_loss import use_chunked_loss
+from longqlora.modeling.loading import load_model
+from longqlora.modeling.rope import context_of
+from longqlora.training.adapters import BaseTypes, add_adapter
 
 CPU = torch.device("cpu")
 SHOWN_STEPS = (1, 10, 25, 50)
@@ -66,12 +67,12 @@ def load_base(arguments: argparse.Namespace, compute_dtype: torch.dtype):
     if attention == "shifted_sparse":
         attention = register_shifted_sparse_attention(0.25, arguments.tokens)
     is_short = context_of(AutoConfig.from_pretrained(arguments.base)) < arguments.tokens
-    with patch("longqlora.models.autocast_dtype", lambda device: compute_dtype):
+    with patch("longqlora.modeling.devices.compute_dtype", lambda device: compute_dtype):
         model = load_model(
             arguments.base,
             device=CPU,
             precision="nf4",
-            context_length=arguments.tokens if is_short else None,
+            target_context=arguments.tokens if is_short else None,
             attn_implementation=attention,
         )
     return use_chunked_loss(model)

@@ -10,16 +10,15 @@ The cases, all with a LoRA adapter of rank 64 on every linear layer, activation 
 * plain: transformers' SDPA attention, and its loss over all logits of the window;
 * published: S² attention as first published (scores materialised, the sequence rolled), logits of the window in float32,
   reentrant checkpointing; written anew from its description;
-* perplexity: no training, but the evaluation of a window (``longqlora.perplexity``), full attention, no adapter;
+* perplexity: no training, but the evaluation of a window (``longqlora.evaluation.perplexity``), full attention, no adapter;
 * forward: nothing but transformers' forward pass over it, all logits of the window in the type of the weights.
 
 A step is forward, backward, clipping and AdamW; ours runs with our settings of the C library as well
-(``longqlora.models.keep_freed_memory``). Weights are random, the same in all cases, made and quantised layer by layer;
-so are the tokens. Each case is a process of its own. On a CPU those of one length take their steps in turn; on a GPU, where
-one alone may fill the memory, one case follows the other. Times are medians, one step before them not counted. Memory is the
-peak of the process (VmHWM) or of torch's allocator on a GPU, which does not see a paged optimizer's state; "above the
-weights" is without what there was when model and adapter were loaded.
-"""
+(``longqlora.modeling.devices.keep_freed_memory``). Weights are random, the same in all cases, made and quantized layer by
+layer; so are the tokens. Each case is a process of its own. On a CPU those of one length take their steps in turn; on a GPU,
+where one alone may fill the memory, one case follows the other. Times are medians, one step before them not counted. Memory
+is the peak of the process (VmHWM) or of torch's allocator on a GPU, which does not see a paged optimizer's state; "above the
+weights" is without what there was when model and adapter were loaded."""
 
 import argparse
 import importlib.util

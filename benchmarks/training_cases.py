@@ -17,11 +17,12 @@ from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_outputs import CausalLMOutput
 
-from longqlora.adapters import BaseTypes, add_adapter
-from longqlora.attention import register_shifted_sparse_attention
-from longqlora.models import autocast_dtype, find_device, name_of, resident_dtype, use_chunked_loss
-from longqlora.perplexity import nll_of_batch
-from longqlora.positions import extend_context
+from longqlora.evaluation.perplexity import nll_of_batch
+from longqlora.modeling.attention import register_shifted_sparse_attention
+from longqlora.modeling.chunked_loss import use_chunked_loss
+from longqlora.modeling.devices import compute_dtype, find_device, name_of, weight_dtype
+from longqlora.modeling.rope import extend_context
+from longqlora.training.adapters import BaseTypes, add_adapter
 
 
 def llama(hidden_size: int, intermediate_size: int, layers: int, heads: int, context: int, vocab_size: int = 32000) -> dict:
@@ -67,7 +68,7 @@ class Case:
 
     @property
     def is_ours(self) -> bool:
-        """Whether it runs with the project's settings of memory as well (``longqlora.models.keep_freed_memory``)."""
+        """Whether it runs with the project's settings of memory as well (``longqlora.modeling.devices.keep_freed_memory``)."""
         return self.loss in ("chunked", "scored", "none")
 
     @property
@@ -154,7 +155,7 @@ def build_model(shape: str, precision: str, length: int, device: torch.device, a
     16-bit copy of it.
 
     Args:
-        precision: of the linear layers: ``nf4``, or ``auto``, as :func:`longqlora.models.load_model` takes it.
+        precision: of the linear layers: ``nf4``, or ``auto``, as :func:`longqlora.modeling.loading.load_model` takes it.
     """
     config = LlamaConfig(**SHAPES[shape], use_cache=False, bos_token_id=1, eos_token_id=2)
     if length > config.max_position_embeddings:
@@ -164,10 +165,10 @@ def build_model(shape: str, precision: str, length: int, device: torch.device, a
     torch.manual_seed(1)
     for name, module in list(model.named_modules()):
         for key, weight in list(module.named_parameters(recurse=False)):
-            new = torch.empty(weight.shape, dtype=resident_dtype(device), device=device)
+            new = torch.empty(weight.shape, dtype=weight_dtype(device), device=device)
             new = new.normal_(std=0.02) if new.ndim == 2 else new.fill_(1)
             if precision == "nf4" and isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
-                model.set_submodule(name, quantised_layer(new, autocast_dtype(device)))
+                model.set_submodule(name, quantised_layer(new, compute_dtype(device)))
             else:
                 setattr(module, key, torch.nn.Parameter(new, requires_grad=False))
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)  # its frequencies are no parameters
@@ -219,7 +220,7 @@ def training_step(model, ids: torch.Tensor, *, micro_steps: int = 1, paged: bool
         micro_steps: passes over the batch, forward and backward, whose gradients are added up before the optimizer's step.
         paged: on a GPU with bitsandbytes, keep the optimizer's state in paged memory.
     """
-    weights, dtype = [weight for weight in model.parameters() if weight.requires_grad], autocast_dtype(ids.device)
+    weights, dtype = [weight for weight in model.parameters() if weight.requires_grad], compute_dtype(ids.device)
     if paged and ids.is_cuda and importlib.util.find_spec("bitsandbytes"):
         from bitsandbytes.optim import PagedAdamW32bit as AdamW
     else:
@@ -302,7 +303,7 @@ def matmul_rate(size: int, dtype: torch.dtype, device: torch.device) -> float:
 def set_up_ceiling(device_name: str) -> tuple[dict, None]:
     """What the machine can do: rate of a square matrix product in the autocast type, and bandwidth of a copy (read + write)."""
     device = find_device(device_name)
-    on_gpu, dtype = device.type == "cuda", autocast_dtype(device)
+    on_gpu, dtype = device.type == "cuda", compute_dtype(device)
     size, num_bytes = (8192, GIB) if on_gpu else (2048, 256 * MIB)
     source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longqlora.pretraining import train_tokenizer
-from longqlora.tokens import tokenize_documents
+from longqlora.data.token_files import tokenize_documents
+from longqlora.training.pretraining import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,8 +36,8 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    """The project's own sources: real text of a few hundred thousand characters."""
-    return [path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("longqlora/[a-z]*.py"))]
+    """Frozen texts of about 200,000 characters in all."""
+    return [path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests/texts").glob("*.txt"))]
 
 
 @pytest.fixture(scope="session")
@@ -87,9 +87,9 @@ def corpus(tmp_path, texts, tokenizer) -> str:
     return str(path)
 
 
-def train_tiny(base_model, data, output, /, *, context_length=128, rope_type="linear", device="cpu", **settings) -> dict:
+def train_tiny(base_model, data, output, /, *, target_context=128, rope_scaling="linear", device="cpu", **settings) -> dict:
     """Train a system from the base; its TensorBoard events and its checkpoints lie beside the output."""
-    from longqlora.training import train  # slow to import, and few tests train
+    from longqlora.training.train import train  # slow to import, and few tests train
 
     return train(
         base_model=str(base_model),
@@ -97,8 +97,8 @@ def train_tiny(base_model, data, output, /, *, context_length=128, rope_type="li
         output=str(output),
         events=f"{output}-events",
         checkpoint_dir=f"{output}-checkpoints",
-        context_length=context_length,
-        rope_type=rope_type,
+        target_context=target_context,
+        rope_scaling=rope_scaling,
         settings={**SETTINGS, **{key: value for key, value in settings.items() if key not in PROGRESS}},
         progress={key: settings.get(key, value) for key, value in PROGRESS.items()},
         seed=1,

@@ -108,7 +108,7 @@ def losses_of_two_steps(cases, name, precision, ids):
 
 @pytest.mark.parametrize("precision", ["nf4", "auto"])
 def test_ours_with_full_attention_and_the_plain_path_train_alike(cases, monkeypatch, ids, precision):
-    monkeypatch.setattr(cases, "autocast_dtype", lambda device: torch.float32)  # in bfloat16, if the CPU has it, 1e-4 is noise
+    monkeypatch.setattr(cases, "compute_dtype", lambda device: torch.float32)  # in bfloat16, if the CPU has it, 1e-4 is noise
     ours, plain = (losses_of_two_steps(cases, name, precision, ids) for name in ("ours_full", "plain"))
     assert ours == pytest.approx(plain, abs=1e-4)
     assert ours[0] != ours[1]
@@ -135,7 +135,7 @@ def test_the_base_is_quantised_and_its_embeddings_are_not(cases):
 )
 def test_only_ours_trains_with_the_base_in_16_bit(cases, monkeypatch, name, embeddings):
     types = cases.BaseTypes(torch.bfloat16, torch.bfloat16)
-    monkeypatch.setattr("longqlora.adapters.base_types", lambda device: types)  # of a GPU
+    monkeypatch.setattr("longqlora.training.adapters.base_types", lambda device: types)  # of a GPU
     model = cases.prepare_case(cases.CASES[name], "toy", "nf4", 128, CPU)
     assert model.get_input_embeddings().weight.dtype is embeddings
 

@@ -49,7 +49,7 @@ def shrink(config: dict) -> dict:
     config["sft"].update(num_records=20, max_tokens=1024, held_out=2)
     config["training"].update(steps=2, rank=4, logging_steps=1)
     config["systems"] = {name: config["systems"][name] for name in ("base", "longqlora", "longlora-full", "chat")}
-    config["systems"]["chat"]["context_length"] = 1024
+    config["systems"]["chat"]["target_context"] = 1024
     config["training"].update(batch_size=2)
     config["evaluation"]["lengths"] = [64, 256]
     del config["evaluation"]["datasets"]["code"]
@@ -113,7 +113,7 @@ def module(project):
 def test_the_run_leaves_tables_plots_models_and_records(project):
     results = project / "results/demo"
     cells = pandas.read_csv(results / "tables/perplexity.csv")
-    assert sorted(zip(cells["system"], cells["context_length"], strict=True)) == [
+    assert sorted(zip(cells["system"], cells["eval_length"], strict=True)) == [
         (system, length) for system in ("base", "chat", "longlora-full", "longqlora") for length in (64, 256)
     ]
     assert (cells["num_scored"] == cells["num_tokens"] - cells["num_documents"]).all()
@@ -140,7 +140,7 @@ def test_the_run_leaves_tables_plots_models_and_records(project):
     report = json.loads((results / "models/longqlora/merge_report.json").read_text())
     assert len(report["models"]) == 4
     assert report["published"] in report["models"]
-    scaling = cells.set_index(["system", "context_length"])[["rope_scaling", "rope_factor", "target_context"]]
+    scaling = cells.set_index(["system", "eval_length"])[["rope_scaling", "rope_factor", "target_context"]]
     assert scaling.loc["longqlora", 64].tolist() == ["linear", 2.0, 256]
     assert scaling.loc["base", 64].tolist() == ["none", 1.0, 128]
     assert json.loads((results / "retrieval/chat/256.json").read_text())["rope_factor"] == 8.0
@@ -180,18 +180,18 @@ def test_nothing_is_left_to_do(project):
 # --- what an edit of the code runs again -----------------------------------------------------------------------------------
 
 EDITS = {
-    "longqlora/perplexity.py": {"evaluate_perplexity": 8, "evaluate_retrieval": 8, **REPORTS},
-    "longqlora/needles.py": {"evaluate_retrieval": 8, "render_table": 1, "report_retrieval": 1},
-    "longqlora/plots.py": {"plot_perplexity": 1, "plot_loss_by_position": 1, "report_retrieval": 1},
-    "longqlora/model_card.py": {"publish_model": 3, "answer_held_out": 1},
-    "longqlora/publishing.py": {"publish_model": 3, "answer_held_out": 1},
-    "longqlora/answers.py": {"answer_held_out": 1},
-    "longqlora/merge_report.py": {
+    "longqlora/evaluation/perplexity.py": {"evaluate_perplexity": 8, "evaluate_retrieval": 8, **REPORTS},
+    "longqlora/evaluation/retrieval_tasks.py": {"evaluate_retrieval": 8, "render_table": 1, "report_retrieval": 1},
+    "longqlora/reporting/plots.py": {"plot_perplexity": 1, "plot_loss_by_position": 1, "report_retrieval": 1},
+    "longqlora/publishing/model_card.py": {"publish_model": 3, "answer_held_out": 1},
+    "longqlora/publishing/model_folder.py": {"publish_model": 3, "answer_held_out": 1},
+    "longqlora/evaluation/answers.py": {"answer_held_out": 1},
+    "longqlora/publishing/merge_report.py": {
         "merge_adapter": 2, "publish_model": 2, "answer_held_out": 1, "evaluate_perplexity": 4, "evaluate_retrieval": 4,
         **REPORTS,
     },
-    "longqlora/tables.py": REPORTS,
-    "longqlora/compatibility.py": {},
+    "longqlora/reporting/tables.py": REPORTS,
+    "longqlora/modeling/compatibility.py": {},
     "longqlora/jobs/log.py": {},
     "longqlora/jobs/gpus.py": {},
     "longqlora/jobs/machine.py": {},
@@ -205,7 +205,7 @@ def test_an_edit_reruns_exactly_what_depends_on_it(project, module, name):
     assert planned(project) == EDITS[name]
 
 
-@pytest.mark.parametrize("name", ["attention", "trainer", "adapters"])
+@pytest.mark.parametrize("name", ["modeling/attention", "training/trainer", "training/adapters"])
 def test_an_edit_of_what_decides_the_weights_retrains(project, module, name):
     module(f"longqlora/{name}.py")
     assert set(planned(project)) >= TRAINING
@@ -213,10 +213,12 @@ def test_an_edit_of_what_decides_the_weights_retrains(project, module, name):
 
 
 def test_the_reason_names_the_file_that_changed_and_no_other(project, module):
-    module("longqlora/tables.py")
+    module("longqlora/reporting/tables.py")
     run = snakemake(project, "-n", "results/demo/tables/perplexity.md")
     (reason,) = re.findall(r"reason: (Params have changed.*)", run.stdout)
-    assert re.fullmatch(r".*before: longqlora/tables.py \w+ now: longqlora/tables.py \w+ *", reason.replace("'", ""))
+    assert re.fullmatch(
+        r".*before: longqlora/reporting/tables.py \w+ now: longqlora/reporting/tables.py \w+ *", reason.replace("'", "")
+    )
 
 
 def test_comments_docstrings_and_format_rerun_nothing(project, module):
@@ -246,7 +248,7 @@ def test_another_ratio_for_the_merge_merges_anew_and_trains_nothing(project, con
 def test_a_merge_above_the_ratio_stops_the_run_with_its_figures(project, tmp_path):
     """By a merge that is wrong: weights of a hundred times their size."""
     folder = shutil.copytree(project, tmp_path / "project")
-    module = folder / "longqlora/merging.py"
+    module = folder / "longqlora/publishing/merging.py"
     text = module.read_text()
     module.write_text(text.replace("adapter.apply(name, prepare(name, weight))", "100 * weight"))
     assert module.read_text() != text
@@ -281,13 +283,13 @@ def test_an_ablation_is_made_by_its_target_from_weights_that_are_there(project):
     cells = pandas.read_csv(project / table)
     assert cells["attention"].tolist() == cells["evaluation_attention"].tolist() == ["full"] * 2 + ["shifted_sparse"] * 2
     assert (cells["weights"] == "adapter on the base").all()
-    full, sparse = cells[cells["context_length"] == 256]["perplexity"]
+    full, sparse = cells[cells["eval_length"] == 256]["perplexity"]
     assert full != sparse
     assert (project / "results/demo/plots/ablations/attention.svg").exists()
 
 
 def test_an_edit_of_the_contamination_module_makes_the_data_anew(project, module):
-    module("longqlora/contamination.py")
+    module("longqlora/data/decontamination.py")
     assert {"index_evaluation_sets", "sample_shard", "sample_corpus", "build_sft_set"} <= set(planned(project))
 
 
@@ -339,17 +341,17 @@ def test_a_published_model_is_a_row_of_its_own_with_its_own_tokenizer(project, c
 
 
 def test_a_system_that_the_base_cannot_be_trained_to_is_refused_before_any_job(project, config_file):
-    edit(config_file, lambda config: config["systems"]["longqlora"].update(context_length=64, training={"rank": 500}))
+    edit(config_file, lambda config: config["systems"]["longqlora"].update(target_context=64, training={"rank": 500}))
     run = snakemake(project, "-n")
     output = run.stdout + run.stderr
     assert run.returncode != 0
-    assert "context_length 64 is below the model's own context of 128 tokens" in output
+    assert "target_context 64 is below the model's own context of 128 tokens" in output
     assert "rank 500 is above the model's width, hidden_size 32" in output
 
 
 def test_targets_run_their_part_alone(project, module, config_file):
     edit(config_file, lambda config: config["systems"]["longqlora"]["training"].update(rank=8))
-    module("longqlora/plots.py")
+    module("longqlora/reporting/plots.py")
     assert planned(project, "data") == {}
     assert planned(project, "train") == {"train_adapter": 1, "merge_adapter": 1, "publish_model": 1}
     assert set(planned(project, "evaluate")) == {"train_adapter", "merge_adapter", "evaluate_perplexity", "evaluate_retrieval"}

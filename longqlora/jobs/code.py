@@ -1,7 +1,7 @@
 """The code that a stage's result depends on, file by file, each with a digest of what it says.
 
 Snakemake knows only the date of a stage's own script and nothing of what the script imports. A rule therefore has one param
-for each file behind its script, ``longqlora/tokens.py 3f2a…``: an edit that changes what a file says reruns the rule, and
+for each file behind its script, ``longqlora/data/packing.py 3f2a…``: an edit that changes what a file says reruns the rule, and
 Snakemake's reason names the file, while a comment, a docstring or another format reruns nothing.
 
 Standard library only: the workflow imports it on every start, and a job may run on another Python than the workflow.
@@ -15,8 +15,9 @@ from pathlib import Path
 from longqlora.jobs.digests import FileFacts
 
 PACKAGE = "longqlora"
-WITHOUT_EFFECT = ("longqlora/jobs/", "longqlora/compatibility.py")
-"""Files that change no result: log, digests and processes of a job; checks that refuse a model before anything is computed."""
+WITHOUT_EFFECT = ("longqlora/jobs/", "longqlora/config/settings.py", "longqlora/modeling/compatibility.py")
+"""Files that change no result: log, digests and processes of a job; the types of settings, whose values are params themselves;
+checks that refuse a model before anything is computed."""
 IGNORED_FIELDS = ("ctx", "kind", "type_comment", "type_ignores")
 """Fields of a syntax tree that follow from others, or hold comments and ways of writing (``u"…"``)."""
 

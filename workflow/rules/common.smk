@@ -3,7 +3,7 @@
 import yaml
 from snakemake.exceptions import WorkflowError
 
-from longqlora.experiment import (
+from longqlora.config.experiment import (
     ConfigError,
     corpus_shards,
     evaluated_model,
@@ -15,8 +15,8 @@ from longqlora.experiment import (
 )
 from longqlora.jobs.code import Code
 from longqlora.jobs.digests import FileFacts
-from longqlora.model_files import model_files, tokenizer_files
-from longqlora.protocols import stride_of
+from longqlora.modeling.model_files import model_files, tokenizer_files
+from longqlora.evaluation.protocols import stride_of
 
 ROOT = Path(workflow.basedir)
 
@@ -31,12 +31,12 @@ RESULTS = f"results/{experiment['experiment']}"
 BASE_MODEL = experiment["base_model"]["path"]
 TOKENIZER = experiment["base_model"]["tokenizer"]
 SYSTEMS = experiment["systems"]  # the rows of the table, and the cells of the ablations
-ROWS = experiment["rows"]
+TABLE_SYSTEMS = experiment["rows"]
 TRAINED = [name for name, system in SYSTEMS.items() if "training" in system]
-TRAINED_ROWS = [name for name in ROWS if name in TRAINED]
+TRAINED_TABLE_SYSTEMS = [name for name in TABLE_SYSTEMS if name in TRAINED]
 FULL_FINETUNED = [name for name in TRAINED if SYSTEMS[name]["training"]["method"] == "full"]  # nothing to merge
 ADAPTED = [name for name in TRAINED if name not in FULL_FINETUNED]
-CHAT = [name for name in ROWS if name in TRAINED and SYSTEMS[name]["training"]["data"] == "sft"]
+CHAT = [name for name in TABLE_SYSTEMS if name in TRAINED and SYSTEMS[name]["training"]["data"] == "sft"]
 EVALUATION = experiment["evaluation"]
 DATASETS = EVALUATION["datasets"]
 LENGTHS = EVALUATION["lengths"]

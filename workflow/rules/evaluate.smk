@@ -61,9 +61,9 @@ rule evaluate_retrieval:
 
 rule evaluate:
     input:
-        perplexity=expand(rules.evaluate_perplexity.output.record, system=ROWS, dataset=DATASETS, length=LENGTHS),
+        perplexity=expand(rules.evaluate_perplexity.output.record, system=TABLE_SYSTEMS, dataset=DATASETS, length=LENGTHS),
         retrieval=(
-            expand(rules.evaluate_retrieval.output.record, system=ROWS, length=RETRIEVAL["lengths"])
+            expand(rules.evaluate_retrieval.output.record, system=TABLE_SYSTEMS, length=RETRIEVAL["lengths"])
             if RETRIEVAL["tasks"]
             else []
         ),

@@ -19,7 +19,7 @@ rule render_table:
         "../../environment.yml"
     params:
         *code_of("render_table"),
-        labels=labels_of(ROWS),
+        labels=labels_of(TABLE_SYSTEMS),
         published=experiment.get("published", []),
     script:
         "../scripts/render_table.py"
@@ -39,7 +39,7 @@ rule plot_perplexity:
         "../../environment.yml"
     params:
         *code_of("plot_perplexity"),
-        labels=labels_of(ROWS),
+        labels=labels_of(TABLE_SYSTEMS),
         published=experiment.get("published", []),
     script:
         "../scripts/plot_perplexity.py"
@@ -60,7 +60,7 @@ rule plot_loss_by_position:
         "../../environment.yml"
     params:
         *code_of("plot_loss_by_position"),
-        labels=labels_of(ROWS),
+        labels=labels_of(TABLE_SYSTEMS),
     script:
         "../scripts/plot_loss_by_position.py"
 
@@ -81,14 +81,14 @@ rule report_retrieval:
         "../../environment.yml"
     params:
         *code_of("report_retrieval"),
-        labels=labels_of(ROWS),
+        labels=labels_of(TABLE_SYSTEMS),
     script:
         "../scripts/report_retrieval.py"
 
 
 rule plot_loss:
     input:
-        cards=expand(f"{RESULTS}/training/{{system}}.json", system=TRAINED_ROWS),
+        cards=expand(f"{RESULTS}/training/{{system}}.json", system=TRAINED_TABLE_SYSTEMS),
     output:
         csv=f"{RESULTS}/tables/loss.csv",
         png=f"{RESULTS}/plots/loss.png",
@@ -101,7 +101,7 @@ rule plot_loss:
         "../../environment.yml"
     params:
         *code_of("plot_loss"),
-        labels=[SYSTEMS[system]["label"] for system in TRAINED_ROWS],
+        labels=[SYSTEMS[system]["label"] for system in TRAINED_TABLE_SYSTEMS],
     script:
         "../scripts/plot_loss.py"
 

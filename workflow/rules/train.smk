@@ -28,8 +28,8 @@ rule train_adapter:
         base_model=base_model,
         base_model_contents=contents_of_model(BASE_MODEL),
         context=lambda wildcards: {
-            "context_length": SYSTEMS[wildcards.system]["context_length"],
-            "rope_type": SYSTEMS[wildcards.system]["rope_scaling"],
+            "target_context": SYSTEMS[wildcards.system]["target_context"],
+            "rope_scaling": SYSTEMS[wildcards.system]["rope_scaling"],
         },
         settings=lambda wildcards: SYSTEMS[wildcards.system]["training"],
         seed={"seed": experiment["seed"]},
@@ -109,5 +109,5 @@ rule publish_model:
 
 rule train:
     input:
-        expand(f"{RESULTS}/models/{{system}}", system=TRAINED_ROWS),
+        expand(f"{RESULTS}/models/{{system}}", system=TRAINED_TABLE_SYSTEMS),
     localrule: True

@@ -5,7 +5,7 @@ Reads the merged model and the instruction set; writes questions, references and
 
 from longqlora.jobs.log import job_log
 
-from longqlora.answers import answer_held_out
+from longqlora.evaluation.answers import answer_held_out
 from longqlora.jobs.gpus import reserve_gpus
 
 with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, 1):

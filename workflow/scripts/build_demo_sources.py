@@ -7,7 +7,7 @@ import logging
 
 from longqlora.jobs.log import job_log
 
-from longqlora.demo import write_corpus, write_instructions
+from longqlora.data.demo_texts import write_corpus, write_instructions
 
 with job_log(snakemake.log[0]):
     counts = write_corpus(

@@ -11,8 +11,8 @@ from longqlora.jobs.log import job_log
 
 from transformers import AutoTokenizer
 
-from longqlora.contamination import EvaluationNgrams
-from longqlora.instruction_set import build_sft_set
+from longqlora.data.decontamination import EvaluationNgrams
+from longqlora.data.instruction_set import build_sft_set
 
 with job_log(snakemake.log[0]):
     card = build_sft_set(

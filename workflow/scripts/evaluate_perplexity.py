@@ -9,10 +9,10 @@ from pathlib import Path
 
 from longqlora.jobs.log import job_log
 
+from longqlora.evaluation.perplexity import evaluate_perplexity
 from longqlora.jobs.digests import stamp
 from longqlora.jobs.gpus import reserve_gpus
-from longqlora.jobs.processes import launch
-from longqlora.perplexity import evaluate_perplexity
+from longqlora.jobs.launch import launch
 
 with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, snakemake.params.num_processes):
     result = launch(
@@ -31,7 +31,7 @@ with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, snakemake.
     cell = {
         "system": snakemake.wildcards.system,
         "dataset": snakemake.wildcards.dataset,
-        "context_length": int(snakemake.wildcards.length),
+        "eval_length": int(snakemake.wildcards.length),
         "has_own_tokenizer": snakemake.params.has_own_tokenizer,
     }
     record = cell | result | stamp(snakemake.params)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from longqlora.jobs.log import job_log
 
+from longqlora.evaluation.retrieval import evaluate_retrieval
 from longqlora.jobs.digests import stamp
 from longqlora.jobs.gpus import reserve_gpus
-from longqlora.retrieval import evaluate_retrieval
 
 with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, 1):
     length = int(snakemake.wildcards.length)
@@ -23,6 +23,6 @@ with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, 1):
         device=snakemake.params.device,
         **snakemake.params.settings,
     )
-    cell = {"system": snakemake.wildcards.system, "context_length": length}
+    cell = {"system": snakemake.wildcards.system, "eval_length": length}
     record = cell | result | stamp(snakemake.params)
     Path(snakemake.output.record).write_text(json.dumps(record, indent=2, ensure_ascii=False))

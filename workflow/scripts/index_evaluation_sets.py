@@ -9,7 +9,7 @@ from longqlora.jobs.log import job_log
 
 from transformers import AutoTokenizer
 
-from longqlora.contamination import index_evaluation_sets
+from longqlora.data.decontamination import index_evaluation_sets
 
 with job_log(snakemake.log[0]):
     counts = index_evaluation_sets(

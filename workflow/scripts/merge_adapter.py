@@ -12,7 +12,7 @@ from longqlora.jobs.log import job_log
 from longqlora.jobs.gpus import reserve_gpus
 
 with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, 1):
-    from longqlora.merge_report import merge_adapter  # bitsandbytes starts CUDA when it is imported
+    from longqlora.publishing.merge_report import merge_adapter  # bitsandbytes starts CUDA when it is imported
 
     report = merge_adapter(
         base_model=snakemake.params.base_model,

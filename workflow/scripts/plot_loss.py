@@ -5,7 +5,7 @@ Reads their training cards; writes a CSV of every logged step, PNG and SVG.
 
 from longqlora.jobs.log import job_log
 
-from longqlora.loss_curves import plot_loss
+from longqlora.reporting.loss_curves import plot_loss
 
 with job_log(snakemake.log[0]):
     plot_loss(

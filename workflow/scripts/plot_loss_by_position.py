@@ -5,7 +5,7 @@ Reads the JSON records of all cells, of which those at the longest context lengt
 
 from longqlora.jobs.log import job_log
 
-from longqlora.plots import plot_loss_by_position
+from longqlora.reporting.plots import plot_loss_by_position
 
 with job_log(snakemake.log[0]):
     plot_loss_by_position(

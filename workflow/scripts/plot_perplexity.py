@@ -5,7 +5,7 @@ Reads the JSON records of all cells; writes PNG and SVG.
 
 from longqlora.jobs.log import job_log
 
-from longqlora.plots import plot_perplexity
+from longqlora.reporting.plots import plot_perplexity
 
 with job_log(snakemake.log[0]):
     plot_perplexity(

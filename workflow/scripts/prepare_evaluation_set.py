@@ -8,7 +8,7 @@ from longqlora.jobs.log import job_log
 
 from transformers import AutoTokenizer
 
-from longqlora.evaluation_sets import prepare_evaluation_set
+from longqlora.data.evaluation_sets import prepare_evaluation_set
 
 with job_log(snakemake.log[0]):
     prepare_evaluation_set(

@@ -5,7 +5,7 @@ Reads corpus shards and the tokenizer; writes a model folder.
 
 from longqlora.jobs.log import job_log
 
-from longqlora.pretraining import pretrain_model
+from longqlora.training.pretraining import pretrain_model
 
 with job_log(snakemake.log[0]):
     pretrain_model(

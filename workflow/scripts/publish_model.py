@@ -9,7 +9,7 @@ from pathlib import Path
 
 from longqlora.jobs.log import job_log
 
-from longqlora.publishing import publish_model
+from longqlora.publishing.model_folder import publish_model
 
 with job_log(snakemake.log[0]):
     publish_model(

@@ -6,7 +6,7 @@ LaTeX, and the differences of all pairs of systems with their confidence interva
 
 from longqlora.jobs.log import job_log
 
-from longqlora.tables import render_table
+from longqlora.reporting.tables import render_table
 
 with job_log(snakemake.log[0]):
     render_table(

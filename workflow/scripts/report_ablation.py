@@ -5,8 +5,8 @@ Reads the JSON records of its cells and what each window lost (Parquet); writes 
 
 from longqlora.jobs.log import job_log
 
-from longqlora.plots import plot_ablation
-from longqlora.tables import render_ablation
+from longqlora.reporting.plots import plot_ablation
+from longqlora.reporting.tables import render_ablation
 
 with job_log(snakemake.log[0]):
     shown = {

@@ -5,8 +5,8 @@ Reads the JSON records of all systems and context lengths; writes CSV, Markdown,
 
 from longqlora.jobs.log import job_log
 
-from longqlora.plots import plot_retrieval
-from longqlora.tables import render_retrieval
+from longqlora.reporting.plots import plot_retrieval
+from longqlora.reporting.tables import render_retrieval
 
 with job_log(snakemake.log[0]):
     shown = {"records": snakemake.input.records, "labels": snakemake.params.labels}

@@ -7,7 +7,7 @@ from longqlora.jobs.log import job_log
 
 from transformers import AutoTokenizer
 
-from longqlora.evaluation_sets import retokenize
+from longqlora.data.evaluation_sets import retokenize
 
 with job_log(snakemake.log[0]):
     retokenize(

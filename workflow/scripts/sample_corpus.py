@@ -9,9 +9,9 @@ from pathlib import Path
 
 from longqlora.jobs.log import job_log
 
-from longqlora.contamination import EvaluationNgrams
-from longqlora.corpus import sample_corpus
-from longqlora.shards import SampleSettings
+from longqlora.data.corpus import sample_corpus
+from longqlora.data.decontamination import EvaluationNgrams
+from longqlora.data.shards import SampleSettings
 
 with job_log(snakemake.log[0]):
     card = sample_corpus(

@@ -11,9 +11,9 @@ from longqlora.jobs.log import job_log
 
 from transformers import AutoTokenizer
 
-from longqlora.contamination import EvaluationNgrams
-from longqlora.documents import Fields
-from longqlora.shards import SampleSettings, sample_shard
+from longqlora.data.decontamination import EvaluationNgrams
+from longqlora.data.readers import Fields
+from longqlora.data.shards import SampleSettings, sample_shard
 
 with job_log(snakemake.log[0]):
     source = snakemake.params.source

@@ -7,8 +7,8 @@ from longqlora.jobs.log import job_log
 
 from transformers import AutoTokenizer
 
-from longqlora.documents import read_documents
-from longqlora.tokens import tokenize_documents
+from longqlora.data.readers import read_documents
+from longqlora.data.token_files import tokenize_documents
 
 with job_log(snakemake.log[0]):
     tokenize_documents(

@@ -7,7 +7,7 @@ from longqlora.jobs.log import job_log
 
 from transformers import AutoTokenizer
 
-from longqlora.instruction_set import tokenize_sft
+from longqlora.data.instruction_set import tokenize_sft
 
 with job_log(snakemake.log[0]):
     tokenize_sft(

@@ -12,11 +12,11 @@ from pathlib import Path
 from longqlora.jobs.log import job_log
 
 from longqlora.jobs.gpus import reserve_gpus
-from longqlora.jobs.processes import launch
+from longqlora.jobs.launch import launch
 
 settings = snakemake.params.settings
 with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, settings["num_processes"]):
-    from longqlora.training import train  # bitsandbytes starts CUDA when it is imported: after the GPUs are chosen
+    from longqlora.training.train import train  # bitsandbytes starts CUDA when it is imported: after the GPUs are chosen
 
     card = launch(
         train,

@@ -5,8 +5,8 @@ Reads corpus shards; writes the folder of a byte-level BPE tokenizer.
 
 from longqlora.jobs.log import job_log
 
-from longqlora.documents import read_documents
-from longqlora.pretraining import train_tokenizer
+from longqlora.data.readers import read_documents
+from longqlora.training.pretraining import train_tokenizer
 
 with job_log(snakemake.log[0]):
     texts = (document.text for shard in snakemake.input.shards for document in read_documents(shard))

@@ -1,0 +1,523 @@
+"""Every key of an experiment's configuration: its type, legal values, default, unit and description.
+
+The classes hold values and nothing else. The first ones are what a configuration file may say (:class:`Configuration` is the
+whole file); the last ones (:class:`System`, :class:`Protocol`, …) are what the workflow makes of it and hands to its jobs. A
+job rebuilds them from its rule's params, so that a changed value reruns what depends on it, and a changed description nothing.
+
+``config/README.md`` and the JSON schema for editors are generated from these classes (:mod:`longqlora.config.reference`).
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+Device = Literal["cpu", "cuda"]
+Precision = Literal["auto", "float32", "bfloat16", "float16", "int8", "nf4"]
+RopeScaling = Literal["linear", "dynamic", "yarn", "llama3"]
+Attention = Literal["shifted_sparse", "full"]
+Method = Literal["qlora", "lora", "full"]
+TrainingData = Literal["corpus", "sft"]
+Optimizer = Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch"]
+ProtocolName = Literal["exact", "longqlora", "longlora"]
+RetrievalTask = Literal["passkey", "single_needle", "multi_key", "multi_value", "induction"]
+InstructionSchema = Literal[
+    "natural_questions",
+    "natural_questions_hub",
+    "natural_questions_simplified",
+    "l_eval",
+    "lost_in_the_middle",
+    "alpaca",
+    "sharegpt",
+    "booksum",
+    "long_alpaca",
+    "qmsum",
+    "input_output",
+]
+
+
+def without_repetition(values: list) -> list:
+    """The list itself.
+
+    Raises:
+        ValueError: if a value occurs twice.
+    """
+    repeated = [value for number, value in enumerate(values) if value in values[:number]]
+    if repeated:
+        raise ValueError(f"{repeated[0]!r} occurs twice")
+    return values
+
+
+Distinct = AfterValidator(without_repetition)
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+Tokens = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Paths = Annotated[list[Text], Field(min_length=1)]
+EvalLengths = Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=1), Distinct]
+
+
+class Section(BaseModel):
+    """A part of a configuration: immutable, with no keys but its own, and values of exactly the right type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+# --- where the base model and the texts come from --------------------------------------------------------------------------
+
+
+class BaseModelSection(Section):
+    """The model whose context is extended."""
+
+    path: Text = Field(description="Folder or hub id (owner/name) of a model with rotary position embeddings.")
+    tokenizer: Text | None = Field(
+        default=None, description="Folder or hub id of its tokenizer, if that is not in the model's own folder."
+    )
+
+
+class DemoEvaluationSets(Section):
+    """Files of the demo's evaluation sets, by kind of text."""
+
+    code: Text = Field(description="File of held-out source code.")
+    prose: Text = Field(description="File of held-out documentation.")
+
+
+class DemoInstructions(Section):
+    """Files of the demo's instruction records, by what they imitate."""
+
+    natural_questions: Text = Field(description="File of questions about a document.")
+    evol_instruct: Text = Field(description="File of short instructions.")
+    booksum: Text = Field(description="File of summaries.")
+    long_alpaca: Text = Field(description="File of questions about a long document.")
+
+
+class DemoArchitecture(Section):
+    """Shape of the demo's models: fields of transformers' LlamaConfig."""
+
+    hidden_size: int = Field(ge=8, description="Width of the hidden states.")
+    intermediate_size: int = Field(ge=8, description="Width inside the feed-forward layers.")
+    num_hidden_layers: Count = Field(description="Number of transformer layers.")
+    num_attention_heads: Count = Field(description="Number of query heads per layer.")
+    num_key_value_heads: Count = Field(description="Number of key and value heads per layer.")
+
+
+class DemoPretraining(Section):
+    """How the demo's models are trained from scratch."""
+
+    steps: Count = Field(description="Number of optimizer steps.")
+    tokens_per_step: int = Field(ge=8, description="Tokens of one optimizer step.")
+    muon_learning_rate: float = Field(gt=0, description="Learning rate of the matrices inside the layers (Muon).")
+    adamw_learning_rate: float = Field(gt=0, description="Learning rate of embeddings and norms (AdamW).")
+
+
+class DemoSettings(Section):
+    """Makes the inputs of an experiment from the Python standard library: texts, tokenizer and base model."""
+
+    shards: Paths = Field(description="Corpus files to write.")
+    evaluation_sets: DemoEvaluationSets = Field(description="Files of held-out text to write, by kind.")
+    instructions: DemoInstructions = Field(description="Files of instruction records to write, by what they imitate.")
+    evaluation_characters: int = Field(ge=1000, description="Held-out text of each kind, in characters.")
+    vocab_size: int = Field(ge=300, description="Number of tokens in the tokenizer's vocabulary.")
+    pretrained: dict[Name, Annotated[int, Field(ge=8)]] = Field(
+        min_length=1,
+        description="Models to train from scratch, by name, with the context length of each in tokens; they lie under "
+        "results/<experiment>/pretrained/.",
+    )
+    architecture: DemoArchitecture = Field(description="Shape of these models.")
+    pretraining: DemoPretraining = Field(description="How each of them is trained.")
+
+
+class DecontaminationSettings(Section):
+    """Removes training texts that share word n-grams with an evaluation set."""
+
+    ngram_words: int = Field(default=13, ge=2, description="Words of an n-gram.")
+    threshold: Count = Field(
+        default=1, description="Number of different n-grams that a text must share with an evaluation set to be removed."
+    )
+
+
+class CorpusSource(Section):
+    """Files of texts, all with the same fields."""
+
+    name: Text | None = Field(
+        default=None, description="Name of the source for records that name none; by default the first path."
+    )
+    paths: Paths = Field(
+        description="Local files (wildcards allowed) or addresses that fsspec opens, such as hf://datasets/owner/name/*.parquet."
+    )
+    text_field: Text = Field(default="text", description="Field that holds the text; dots lead into nested objects.")
+    source_field: Text = Field(
+        default="meta.source", description="Field that names the subset of the corpus that a text belongs to."
+    )
+    metadata_fields: list[Text] = Field(default=[], description="Further fields to keep beside the text.")
+    share: Share | None = Field(
+        default=None, description="Share of the sample taken from this source; give one to every source or to none."
+    )
+    jobs: Count | None = Field(
+        default=None,
+        description="Number of jobs that read the files; by default one per file (at most 256), and one for plain text files "
+        "and for a remote pattern.",
+    )
+
+
+class CorpusSettings(Section):
+    """The texts that adapters are trained on: a sample by length in tokens."""
+
+    sources: list[CorpusSource] = Field(min_length=1, description="Where the texts come from.")
+    shares: dict[Text, Share] | None = Field(
+        default=None,
+        min_length=1,
+        description="Share of the sample by subset, as source_field names them; by default every text is equally likely.",
+    )
+    num_texts: Count = Field(description="Number of texts in the sample.")
+    min_tokens: Tokens = Field(description="Length of the shortest text, in tokens.")
+    max_tokens: Tokens = Field(description="Length of the longest text, in tokens.")
+    examined_share: Share = Field(
+        default=1.0,
+        description="Share of the texts, chosen by hash, that are tokenized and checked; below 1 for a corpus much larger than "
+        "the sample.",
+    )
+    near_duplicates: Share | None = Field(
+        default=None,
+        description="Similarity (Jaccard, of 5-word shingles) from which one of two texts is removed; by default only equal "
+        "texts are.",
+    )
+    allow_fewer: bool = Field(default=False, description="Accept a sample smaller than num_texts.")
+
+
+class SftSource(Section):
+    """Files of instruction records with one schema."""
+
+    name: Text = Field(description="Name of the source in the data card and the plot.")
+    schema_: InstructionSchema = Field(alias="schema", description="Format of its records.")
+    paths: Paths = Field(
+        description="Local files (wildcards allowed) or addresses that fsspec opens, such as hf://datasets/owner/name/*.parquet."
+    )
+    share: Share = Field(description="Share of the records taken from this source; all shares add up to 1.")
+
+
+class SftSettings(Section):
+    """The instruction set for supervised fine-tuning."""
+
+    sources: list[SftSource] = Field(min_length=1, description="Where the records come from.")
+    num_records: Count = Field(description="Number of records in the set.")
+    max_tokens: Tokens = Field(
+        description="Length of the longest record in tokens; a longer one loses the end of its document."
+    )
+    held_out: int = Field(
+        default=8, ge=0, description="Number of records that are not trained on and that the fine-tuned models answer."
+    )
+    allow_fewer: bool = Field(default=False, description="Accept fewer records where a source cannot fill its share.")
+
+
+# --- training --------------------------------------------------------------------------------------------------------------
+
+
+class ProgressSettings(Section):
+    """What a training logs and saves on its way; nothing here changes what is trained."""
+
+    logging_steps: Count = Field(default=10, description="Optimizer steps between two lines of the log.")
+    checkpoint_steps: Count = Field(default=50, description="Optimizer steps between two checkpoints.")
+
+
+class TrainingSettings(Section):
+    """How a system is trained: everything that changes the weights."""
+
+    method: Method = Field(
+        default="qlora",
+        description="qlora trains an adapter on a 4-bit base, lora an adapter on a 16-bit base, full all weights.",
+    )
+    data: TrainingData = Field(default="corpus", description="What is trained on: texts (corpus) or instructions (sft).")
+    isolate_documents: bool = Field(
+        default=False, description="For texts: attention and positions do not cross the documents that share a window."
+    )
+    pack_records: bool = Field(
+        default=False,
+        description="For instructions: several whole records share a window, and none attends to another; otherwise each "
+        "record is a row of its own.",
+    )
+    attention: Attention = Field(default="shifted_sparse", description="Attention in training.")
+    group_ratio: Share = Field(default=0.25, description="Group of the shifted sparse attention, as a share of the window.")
+    rank: Count = Field(default=64, description="Rank of the adapter.")
+    alpha: float = Field(default=16.0, gt=0, description="The adapter's update is scaled by alpha / rank.")
+    dropout: float = Field(default=0.05, ge=0, lt=1, description="Dropout probability at the adapter's input.")
+    target_modules: Literal["all-linear"] | list[Text] = Field(
+        default="all-linear",
+        description="Layers that get an adapter: all-linear (all linear layers but the output layer), or a list of names.",
+    )
+    modules_to_save: list[Text] = Field(
+        default=[],
+        description="Modules trained in full as part of the adapter, by the end of their names, such as embed_tokens or norm "
+        "(every norm).",
+    )
+    steps: Count | None = Field(default=None, description="Number of optimizer steps; give either steps or epochs.")
+    epochs: float | None = Field(default=None, gt=0, description="Passes over the data; give either steps or epochs.")
+    batch_size: Count = Field(default=1, description="Windows in one forward pass of a process.")
+    gradient_accumulation: Count = Field(default=16, description="Forward passes of one optimizer step.")
+    learning_rate: float = Field(default=0.0002, gt=0, description="Learning rate, constant after the warm-up.")
+    warmup_steps: int = Field(default=20, ge=0, description="Optimizer steps over which the learning rate rises.")
+    max_grad_norm: float = Field(default=0.3, gt=0, description="Norm to which gradients are clipped.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of the optimizer.")
+    optimizer: Optimizer = Field(default="paged_adamw_32bit", description="Optimizer, by its name in transformers.")
+    activation_checkpointing: bool = Field(
+        default=True, description="Recompute activations in the backward pass: less memory, about a quarter more time."
+    )
+    offload_activations: bool = Field(
+        default=False,
+        description="Keep the layer inputs that activation checkpointing stores in CPU memory; for very long windows on a GPU.",
+    )
+    num_processes: Count = Field(default=1, description="Processes that train together on this machine, one per GPU.")
+    zero_stage: Literal[0, 2, 3] = Field(
+        default=0,
+        description="DeepSpeed ZeRO: 2 shards gradients and optimizer state over the processes, 3 the weights too, 0 does "
+        "without DeepSpeed.",
+    )
+    offload: bool = Field(default=False, description="With ZeRO: keep the sharded state in CPU memory.")
+
+
+class TrainingSection(TrainingSettings, ProgressSettings):
+    """How systems are trained, as a configuration says it: for all of them, or for one."""
+
+
+class MergeSettings(Section):
+    """Merging of adapters into the base model."""
+
+    max_perplexity_ratio: float = Field(
+        default=1.05,
+        ge=1,
+        description="Largest perplexity of a merged model, relative to that of the adapter as trained, on held-out training "
+        "text; a merge above it stops the run.",
+    )
+
+
+# --- systems and their evaluation ------------------------------------------------------------------------------------------
+
+
+class SystemSection(Section):
+    """One row of the table, as a configuration says it."""
+
+    label: Text | None = Field(default=None, description="Name in tables and plots; by default the system's name.")
+    model: Text | None = Field(
+        default=None, description="Folder or hub id of a published model to evaluate as it is; by default the base model."
+    )
+    tokenizer: Text | None = Field(
+        default=None, description="Folder or hub id of that model's tokenizer, if it is not in the model's own folder."
+    )
+    target_context: int | None = Field(
+        default=None, ge=8, description="Context length in tokens to which the model is extended; by default its own."
+    )
+    rope_scaling: RopeScaling | None = Field(
+        default=None,
+        description="How positions are scaled: linear (Position Interpolation, the default), dynamic (NTK), yarn or llama3.",
+    )
+    training: TrainingSection | None = Field(
+        default=None, description="Train this system; the settings given here override the experiment's training settings."
+    )
+    weights_of: Text | None = Field(
+        default=None, description="Name of a trained system whose weights are evaluated in another way; nothing is trained."
+    )
+    merged: bool | None = Field(
+        default=None,
+        description="Evaluate the adapter merged into the base (true, the default), or on top of it, in the row's precision.",
+    )
+    precision: Precision | None = Field(
+        default=None, description="Precision of the weights in evaluation; by default evaluation.precision."
+    )
+    evaluation_attention: Attention | None = Field(
+        default=None, description="Attention in evaluation: full (the default), or shifted_sparse for comparison."
+    )
+
+
+class EvaluationDataset(Section):
+    """Text to measure perplexity on."""
+
+    label: Text = Field(description="Name in tables and plots.")
+    paths: Paths = Field(
+        description="One .bin file of token ids, or texts: local files (wildcards allowed) or addresses that fsspec opens."
+    )
+
+
+class EvaluationSettings(Section):
+    """How perplexity is measured."""
+
+    lengths: EvalLengths = Field(description="Context lengths to evaluate at, in tokens: the columns of the table.")
+    protocol: ProtocolName = Field(
+        default="exact",
+        description="exact scores every token once inside its document and averages over tokens; longqlora and longlora are "
+        "the protocols of the two papers' code.",
+    )
+    stride: Tokens | None = Field(
+        default=None,
+        description="Tokens from one window to the next; by default the window, with the protocol longlora 256.",
+    )
+    precision: Precision = Field(
+        default="auto",
+        description="Precision of the weights: nf4 (4 bit), int8, a float type, or auto (16 bit on a GPU, float32 on a CPU).",
+    )
+    num_processes: Count = Field(default=1, description="Processes that share the windows of a cell, one per GPU.")
+    datasets: dict[Name, EvaluationDataset] = Field(min_length=1, description="Evaluation sets by name.")
+
+
+class RetrievalSection(Section):
+    """What each system finds again in a long text, as a configuration says it."""
+
+    tasks: Annotated[list[RetrievalTask], Distinct] = Field(
+        default=["passkey", "single_needle", "multi_key", "multi_value"],
+        description="Tasks: passkey and the needles hide numbers in a text and ask for them; induction repeats a passage, for "
+        "models of a few million parameters; an empty list measures no retrieval.",
+    )
+    lengths: EvalLengths | None = Field(
+        default=None, description="Context lengths in tokens, out of evaluation.lengths; by default all of them."
+    )
+    depths: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1), Distinct] = Field(
+        default=[0.0, 0.25, 0.5, 0.75, 1.0], description="Where in the text something is hidden: 0 is the beginning, 1 the end."
+    )
+    samples: Count = Field(default=10, description="Prompts per task, length and depth.")
+    filler: Text | None = Field(
+        default=None, description="Name of the evaluation set that the surrounding text comes from; by default the first."
+    )
+
+
+class AblationGrid(Section):
+    """Values by setting; every combination is a cell of the grid."""
+
+    rank: Annotated[list[Count], Field(min_length=1), Distinct] | None = Field(
+        default=None, description="Ranks of the adapter."
+    )
+    steps: Annotated[list[Count], Field(min_length=1), Distinct] | None = Field(
+        default=None, description="Numbers of optimizer steps."
+    )
+    rope_scaling: Annotated[list[RopeScaling], Field(min_length=1), Distinct] | None = Field(
+        default=None, description="Ways to scale positions."
+    )
+    evaluation_attention: Annotated[list[Attention], Field(min_length=1), Distinct] | None = Field(
+        default=None, description="Attention in evaluation."
+    )
+
+
+class AblationSection(Section):
+    """A grid of settings: a table and a plot."""
+
+    label: Text | None = Field(default=None, description="Title of the table; by default the ablation's name.")
+    system: Text = Field(description="Name of the trained system whose settings are varied.")
+    grid: AblationGrid = Field(description="Values by setting.")
+
+
+class PublishedRow(Section):
+    """Perplexities from the literature, shown beside the measured ones."""
+
+    label: Text = Field(description="Name in tables and plots.")
+    dataset: Text = Field(description="Label of the evaluation set.")
+    perplexity: dict[int, float] = Field(description="Perplexity by context length in tokens.")
+
+
+class Configuration(Section):
+    """One experiment of longqlora. Every length is in tokens."""
+
+    experiment: Name = Field(description="Name of the experiment; everything it makes lies under results/<experiment>/.")
+    seed: int = Field(default=1, description="Seed of the samples, the initial weights and the order of the data.")
+    device: Device = Field(description="Where models run.")
+    base_model: BaseModelSection = Field(description="The model whose context is extended.")
+    demo: DemoSettings | None = Field(
+        default=None, description="Makes the inputs from the Python standard library; only the demo has this section."
+    )
+    max_malformed_share: float = Field(
+        default=0.001, ge=0, le=1, description="Share of a source's records that may be unusable before the run stops."
+    )
+    decontamination: DecontaminationSettings = Field(
+        default=DecontaminationSettings(), description="Removes training texts that share passages with an evaluation set."
+    )
+    corpus: CorpusSettings | None = Field(default=None, description="The texts that adapters are trained on.")
+    sft: SftSettings | None = Field(default=None, description="The instruction set for supervised fine-tuning.")
+    training: TrainingSection = Field(default=TrainingSection(), description="Settings that all trained systems share.")
+    systems: dict[Name, SystemSection] = Field(min_length=1, description="The rows of the table, by name.")
+    evaluation: EvaluationSettings = Field(description="How perplexity is measured.")
+    retrieval: RetrievalSection = Field(default=RetrievalSection(), description="How retrieval is measured.")
+    merge: MergeSettings = Field(default=MergeSettings(), description="When a merged model is good enough to publish.")
+    ablations: dict[Name, AblationSection] = Field(default={}, description="Grids of settings, made by the target ablations.")
+    published: list[PublishedRow] = Field(default=[], description="Reference rows from the literature.")
+
+
+# --- what the workflow makes of a configuration and hands to its jobs ------------------------------------------------------
+
+
+class RopeExtension(Section):
+    """How a model's context is extended.
+
+    Attributes:
+        scaling: how positions are scaled.
+        target_context: context length to reach, in tokens.
+    """
+
+    scaling: RopeScaling = "linear"
+    target_context: int
+
+
+class Protocol(Section):
+    """How perplexity is measured in one cell.
+
+    Attributes:
+        name: see :mod:`longqlora.evaluation.protocols`.
+        window: tokens that a model reads at once.
+        stride: tokens from one window to the next, 1 ≤ stride ≤ window.
+    """
+
+    name: ProtocolName
+    window: int
+    stride: int
+
+
+class RetrievalSettings(Section):
+    """The questions of one retrieval cell.
+
+    Attributes:
+        tasks, depths, samples: see :class:`RetrievalSection`.
+        seed: of the experiment.
+    """
+
+    tasks: list[RetrievalTask]
+    depths: list[float]
+    samples: int
+    seed: int
+
+
+class EvaluatedModel(Section):
+    """What a system is evaluated as.
+
+    Attributes:
+        path: directory or hub id.
+        adapter: folder of an adapter in peft's format that is put on the model without merging; None: there is none.
+        extension: how the context is extended; None: it is as it is.
+        precision: of the weights.
+        attention: in evaluation.
+        group_ratio: of the shifted sparse attention.
+    """
+
+    path: str
+    adapter: str | None = None
+    extension: RopeExtension | None = None
+    precision: Precision = "auto"
+    attention: Attention = "full"
+    group_ratio: float = 0.25
+
+
+class System(Section):
+    """One row of the table with everything filled in; the fields are those of :class:`SystemSection`.
+
+    Attributes:
+        training: None if the system is not trained.
+        progress: None if the system is not trained.
+    """
+
+    label: str
+    model: str
+    tokenizer: str
+    target_context: int | None
+    rope_scaling: RopeScaling
+    weights_of: str | None
+    merged: bool
+    precision: Precision
+    evaluation_attention: Attention
+    training: TrainingSettings | None
+    progress: ProgressSettings | None

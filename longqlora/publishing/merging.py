@@ -1,0 +1,135 @@
+"""Merging an adapter into its base, shard by shard, so that the result loads with stock transformers alone.
+
+An adapter trained on 4-bit weights, added to the 16-bit weights, is not quite the model that was trained. It is exactly that
+when it is added to the weights that the 4-bit ones stand for (the round trip through NF4), which have lost what quantisation
+takes. Which of the two is the better model is measured, see :mod:`longqlora.publishing.merge_report`.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from longqlora.modeling.devices import weight_dtype
+from longqlora.publishing.weights import checkpoint_folder, read_weights, write_weights
+
+log = logging.getLogger(__name__)
+
+PREFIX = "base_model.model."  # of every name in an adapter's file
+HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
+
+
+class Adapter:
+    """The tensors of a LoRA adapter in peft's format, by the name of the weight that each changes.
+
+    Args:
+        folder: of the adapter.
+
+    Attributes:
+        weights: names of the base's weights that it changes or replaces.
+
+    Raises:
+        ValueError: if it is no plain LoRA.
+    """
+
+    def __init__(self, folder: str):
+        config = LoraConfig.from_pretrained(folder)
+        special = [
+            key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias") if getattr(config, key)
+        ]
+        if special or config.bias != "none":
+            raise ValueError(f"{folder}: only plain LoRA is merged here, found {', '.join(special) or 'bias'}")
+        self.scale = config.lora_alpha / config.r
+        with safe_open(Path(folder) / "adapter_model.safetensors", framework="pt") as file:
+            self.tensors = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        self.weights = {name.replace(".lora_A.", ".").replace(".lora_B.", ".") for name in self.tensors}
+
+    def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """The weight with the adapter in it: replaced where it was trained whole, else W + α/r · B A, summed in float32.
+
+        Args:
+            name: of the weight in the base.
+            weight: ``[out, in]`` of a layer with an adapter; any other comes back as it is.
+        """
+        if name in self.tensors:
+            return self.tensors[name].to(weight.dtype)
+        layer = name.removesuffix(".weight")
+        if f"{layer}.lora_A.weight" not in self.tensors:
+            return weight
+        down, up = (self.tensors[f"{layer}.lora_{part}.weight"].float() for part in "AB")  # [r, in], [out, r]
+        return (weight.float() + self.scale * (up @ down)).to(weight.dtype)
+
+
+def quantized_weights(config) -> set[str]:
+    """Names of the weights that a 4-bit model holds in 4 bit: of all linear layers but the output head."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    layers = [(name, part) for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
+    return {f"{name}.weight" for name, part in layers if part is not model.get_output_embeddings()}
+
+
+def nf4_round_trip(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """What a weight is after quantisation to NF4 with double quantisation, as ``load_model`` does it."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    exact = weight.to(device, weight_dtype(device))
+    quantised, state = quantize_4bit(exact, blocksize=64, compress_statistics=True, quant_type="nf4")
+    return dequantize_4bit(quantised, state).to("cpu", weight.dtype)
+
+
+def merged_weights(
+    folder: Path, adapter: Adapter, prepare: Callable[[str, torch.Tensor], torch.Tensor], tied: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the weights of a checkpoint with an adapter in them.
+
+    Args:
+        folder: of the checkpoint.
+        prepare: what happens to a weight before the adapter is added.
+        tied: whether the output head shares the embeddings' weight, and is then written once.
+
+    Raises:
+        ValueError: if the adapter changes weights that the checkpoint does not have, or one of two that share their weight.
+    """
+    if tied and (HEAD in adapter.tensors) != (EMBEDDINGS in adapter.tensors):
+        raise ValueError(
+            f"the adapter has one of {HEAD} and {EMBEDDINGS}, which share a weight in the base: it cannot be merged"
+        )
+    written = set()
+    for name, weight in read_weights(folder):
+        if tied and name == HEAD:  # a checkpoint may hold the shared weight under either name, or both
+            name = EMBEDDINGS
+        if name not in written:
+            written.add(name)
+            yield name, adapter.apply(name, prepare(name, weight))
+    missing = adapter.weights - written - ({HEAD} if tied else set())
+    if missing:
+        raise ValueError(
+            f"{folder}: has no weight {', '.join(sorted(missing)[:3])} that the adapter changes: another base model?"
+        )
+
+
+def merge_weights(base_model: str, adapter: str, output: Path, *, config, from_nf4: bool, device: torch.device) -> None:
+    """Write the merged model to a new folder, in the precision that the base is stored in, holding one shard in memory.
+
+    Args:
+        base_model: directory or hub id that the adapter was trained on.
+        adapter: folder of the adapter, in peft's format.
+        config: of the model, its context extended as in training.
+        from_nf4: whether the adapter is added to the weights after a round trip through NF4.
+        device: that quantises.
+    """
+    rounded = quantized_weights(config) if from_nf4 else set()
+    output.mkdir(parents=True)
+    weights = merged_weights(
+        checkpoint_folder(base_model),
+        Adapter(adapter),
+        lambda name, weight: nf4_round_trip(weight, device) if name in rounded else weight,
+        config.tie_word_embeddings,
+    )
+    write_weights(output, weights)
+    config.save_pretrained(output)
+    log.info("merged %s into %s%s", adapter, base_model, " after a round trip through NF4" if from_nf4 else "")

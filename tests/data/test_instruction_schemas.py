@@ -1,0 +1,280 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from longqlora.data.instruction_schemas import ADAPTERS, Conversation, read_conversations
+from longqlora.data.readers import MalformedRecords, find_files
+
+WORDS = ["Rome", "<P>", "Rome", "was", "founded", "in", "753", "BC", ".", "</P>", "<P>", "It", "is", "old", ".", "</P>"]
+NOWHERE = {"start_token": -1, "end_token": -1}
+
+RECORDS = {
+    "natural_questions": {
+        "document": "Rome is old. Founded in 753 BC.",
+        "question": "when was rome founded",
+        "short_answers": ["753 BC", "753"],
+        "long_answer": "Founded in 753 BC.",
+    },
+    "natural_questions_hub": {
+        "id": "1",
+        "document": {"title": "Rome", "tokens": {"token": WORDS, "is_html": [word.startswith("<") for word in WORDS]}},
+        "question": {"text": "when was rome founded", "tokens": ["when", "was", "rome", "founded"]},
+        "annotations": {
+            "long_answer": [{"start_token": 1, "end_token": 9, "candidate_index": 0}],
+            "short_answers": [{"start_token": [6], "end_token": [8], "text": ["753 BC"]}],
+            "yes_no_answer": [-1],
+        },
+    },
+    "natural_questions_simplified": {
+        "document_text": " ".join(WORDS),
+        "question_text": "when was rome founded",
+        "annotations": [
+            {
+                "long_answer": {"start_token": 1, "end_token": 9, "candidate_index": 0},
+                "short_answers": [{"start_token": 6, "end_token": 8}],
+                "yes_no_answer": "NONE",
+            }
+        ],
+    },
+    "l_eval": {
+        "input": "A long report. It says much.",
+        "instructions": ["What is it?", "What does it say?"],
+        "outputs": ["A report.", "Much."],
+        "source": "gov_report_summ",
+        "evaluation": "rouge",
+    },
+    "lost_in_the_middle": {
+        "question": "who was first",
+        "answers": ["Wilhelm Röntgen", "Röntgen"],
+        "ctxs": [{"title": "Prizes", "text": "Wilhelm Röntgen was first."}, {"title": "Rome", "text": "Rome is old."}],
+    },
+    "alpaca": {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+    "sharegpt": {
+        "conversations": [
+            {"from": "human", "value": "Hello?"},
+            {"from": "gpt", "value": "Hi!"},
+            {"from": "human", "value": "And now?"},
+            {"from": "gpt", "value": "Bye."},
+        ]
+    },
+    "booksum": {"chapter": "It was night. He slept.", "summary_text": "A man sleeps."},
+    "long_alpaca": {
+        "instruction": "Read this paper.\n The paper begins. We attend. It works. Now the paper ends. What is it?",
+        "output": "Attention.",
+    },
+    "qmsum": {
+        "meeting_transcripts": [{"speaker": "Ann", "content": "We start."}, {"speaker": "Bob", "content": "We end."}],
+        "general_query_list": [{"query": "Summarise the meeting.", "answer": "It was short."}],
+        "specific_query_list": [{"query": "Who began?", "answer": "Ann.", "relevant_text_span": [["0", "0"]]}],
+    },
+    "input_output": {"input": "Say yes.", "output": "Yes."},
+}
+
+NQ_DOCUMENT, NQ_TURNS = "Rome Rome was founded in 753 BC . It is old .", [("Question: when was rome founded", "753 BC")]
+EXPECTED = {  # document, evidence, and what is said below the document
+    "natural_questions": ("Rome is old. Founded in 753 BC.", "Founded in 753 BC.", NQ_TURNS),
+    "natural_questions_hub": (NQ_DOCUMENT, "Rome was founded in 753 BC .", NQ_TURNS),
+    "natural_questions_simplified": (NQ_DOCUMENT, "Rome was founded in 753 BC .", NQ_TURNS),
+    "l_eval": ("A long report. It says much.", "", [("What is it?", "A report."), ("What does it say?", "Much.")]),
+    "lost_in_the_middle": (
+        "Document [1](Title: Prizes) Wilhelm Röntgen was first.\n\nDocument [2](Title: Rome) Rome is old.",
+        "Wilhelm Röntgen",
+        [("Question: who was first", "Wilhelm Röntgen")],
+    ),
+    "alpaca": (None, "", [("Add.\n\n1 and 2", "3")]),
+    "sharegpt": (None, "", [("Hello?", "Hi!"), ("And now?", "Bye.")]),
+    "booksum": ("It was night. He slept.", "", [("Summarise the text above.", "A man sleeps.")]),
+    "qmsum": ("Ann: We start.\nBob: We end.", "", [("Summarise the meeting.", "It was short."), ("Who began?", "Ann.")]),
+    "input_output": (None, "", [("Say yes.", "Yes.")]),
+}
+
+
+def write_lines(path, *records: dict) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def test_every_schema_has_an_example_here():
+    assert set(RECORDS) == set(ADAPTERS) == {*EXPECTED, "long_alpaca"}
+
+
+@pytest.mark.parametrize("schema", EXPECTED)
+def test_question_document_and_answer_survive(tmp_path, schema):
+    document, evidence, turns = EXPECTED[schema]
+    (conversation,) = read_conversations(write_lines(tmp_path / "x.jsonl", RECORDS[schema]), schema)
+    (question, answer), *others = conversation.turns
+    assert conversation.evidence == evidence
+    assert conversation.system == ""
+    if document is None:
+        assert conversation.document is None
+    else:
+        begin, end = conversation.document
+        assert question[begin:end] == document
+        assert evidence in document
+        assert (begin, question[end : end + 2]) == (0, "\n\n")
+        question = question[end + 2 :]
+    assert [(question, answer), *others] == turns
+
+
+def test_a_long_alpaca_instruction_is_kept_as_it_is_and_the_paper_in_it_found(tmp_path):
+    record = RECORDS["long_alpaca"]
+    (conversation,) = read_conversations(write_lines(tmp_path / "x.jsonl", record), "long_alpaca")
+    assert conversation.turns == [(record["instruction"], "Attention.")]
+    begin, end = conversation.document
+    assert record["instruction"][begin:end] == "We attend. It works."
+    short = ADAPTERS["long_alpaca"]({"instruction": "What is attention?", "output": "A mean."})
+    assert short == Conversation([("What is attention?", "A mean.")])
+
+
+def test_messages_alternate_after_the_system_message():
+    conversation = Conversation([("a", "b"), ("c", "d")], system="s")
+    assert [message["role"] for message in conversation.messages()] == ["system", *["user", "assistant"] * 2]
+    assert [message["content"] for message in conversation.messages()] == list("sabcd")
+    assert replace(conversation, system="").messages() == conversation.messages()[1:]
+    assert conversation.text() == "a\nb\nc\nd"
+
+
+def without_answers(schema: str, **changes) -> dict:
+    """A record of Natural Questions where the annotators found nothing, but for ``changes``."""
+    if schema == "natural_questions":
+        return {**RECORDS[schema], "short_answers": [], "long_answer": "", **changes}
+    if schema == "natural_questions_hub":
+        nothing = {"start_token": [], "end_token": [], "text": []}
+        empty = {"long_answer": [NOWHERE], "short_answers": [nothing], "yes_no_answer": [-1]}
+        return {**RECORDS[schema], "annotations": {**empty, **changes}}
+    empty = {"long_answer": NOWHERE, "short_answers": [], "yes_no_answer": "NONE"}
+    return {**RECORDS[schema], "annotations": [{**empty, **changes}]}
+
+
+@pytest.mark.parametrize("schema", ["natural_questions", "natural_questions_hub", "natural_questions_simplified"])
+def test_a_record_without_an_answer_is_none(tmp_path, schema):
+    path = write_lines(tmp_path / "x.jsonl", without_answers(schema), RECORDS[schema])
+    nothing, conversation = read_conversations(path, schema)
+    assert nothing is None
+    assert conversation.turns[0][1] == "753 BC"
+
+
+@pytest.mark.parametrize(
+    ("schema", "changes", "answer"),
+    [
+        ("natural_questions", {"long_answer": "Rome is old."}, "Rome is old."),
+        ("natural_questions_hub", {"yes_no_answer": [1]}, "Yes"),
+        ("natural_questions_hub", {"yes_no_answer": [0]}, "No"),
+        ("natural_questions_hub", {"long_answer": [{"start_token": 9, "end_token": 15}]}, "It is old ."),
+        ("natural_questions_simplified", {"yes_no_answer": "NO"}, "No"),
+        ("natural_questions_simplified", {"long_answer": {"start_token": 9, "end_token": 15}}, "It is old ."),
+        (
+            "natural_questions_simplified",
+            {"short_answers": [{"start_token": 0, "end_token": 1}, {"start_token": 6, "end_token": 8}]},
+            "Rome, 753 BC",
+        ),
+    ],
+)
+def test_yes_no_and_long_answers_serve_where_there_is_no_short_one(schema, changes, answer):
+    assert ADAPTERS[schema](without_answers(schema, **changes)).turns[0][1] == answer
+
+
+def test_an_alpaca_record_needs_no_input():
+    for record in ({"instruction": "Hi", "output": "Ho"}, {"instruction": "Hi", "input": "", "output": "Ho"}):
+        assert ADAPTERS["alpaca"](record) == Conversation([("Hi", "Ho")])
+
+
+def sharegpt(*speakers: str) -> dict:
+    return {"conversations": [{"from": name, "value": f"{name} {place}"} for place, name in enumerate(speakers)]}
+
+
+def test_a_sharegpt_conversation_may_begin_with_a_system_message_and_end_unanswered():
+    conversation = ADAPTERS["sharegpt"](sharegpt("system", "human", "gpt", "user", "assistant", "human"))
+    assert conversation.system == "system 0"
+    assert conversation.turns == [("human 1", "gpt 2"), ("user 3", "assistant 4")]
+
+
+def test_answers_before_the_first_question_are_left_out():
+    assert ADAPTERS["sharegpt"](sharegpt("gpt", "human", "gpt")).turns == [("human 1", "gpt 2")]
+
+
+@pytest.mark.parametrize("speakers", [("human", "human", "gpt"), ("human", "gpt", "gpt"), ("human", "tool")])
+def test_speakers_that_do_not_alternate_are_an_error_with_its_place(tmp_path, speakers):
+    path = write_lines(tmp_path / "x.jsonl", RECORDS["sharegpt"], sharegpt(*speakers))
+    with pytest.raises(ValueError, match=r"x\.jsonl, record 2: not a record of schema 'sharegpt' \((Type|Key)Error"):
+        list(read_conversations(path, "sharegpt"))
+
+
+@pytest.mark.parametrize("speakers", [(), ("system",), ("human",), ("gpt", "human")])
+def test_a_sharegpt_conversation_with_no_answer_at_all_is_malformed(tmp_path, speakers):
+    path = write_lines(tmp_path / "x.jsonl", sharegpt(*speakers), RECORDS["sharegpt"])
+    malformed = MalformedRecords()
+    assert len(list(read_conversations(path, "sharegpt", malformed))) == 1
+    assert malformed.examples == [f"{path}, line 1: schema 'sharegpt' found an empty question or answer"]
+
+
+@pytest.mark.parametrize("schema", RECORDS)
+@pytest.mark.parametrize("other", RECORDS)
+def test_a_record_of_another_schema_is_an_error_that_names_the_one_that_fits(tmp_path, schema, other):
+    path = write_lines(tmp_path / "x.jsonl", RECORDS[schema], RECORDS[other])
+    alike = [("alpaca", "long_alpaca"), ("long_alpaca", "alpaca"), ("input_output", "alpaca")]  # by their fields
+    if schema == other or (schema, other) in alike:
+        assert len(list(read_conversations(path, schema))) == 2
+        return
+    with pytest.raises(ValueError, match=rf"x\.jsonl, record 2: not a record of schema '{schema}'") as raised:
+        list(read_conversations(path, schema))
+    message = str(raised.value)
+    assert f"its fields are {', '.join(RECORDS[other])}; it reads as " in message
+    assert other in message.partition("it reads as ")[2].partition("\n")[0].split(", ")
+    assert message.endswith("\n  " + repr(RECORDS[other])[:400] + (" …" if len(repr(RECORDS[other])) > 400 else ""))
+
+
+def test_a_record_of_no_schema_is_shown_beside_all_schemas(tmp_path):
+    path = write_lines(tmp_path / "x.jsonl", {"prompt": "?" * 1000, "completion": "!"})
+    with pytest.raises(
+        ValueError, match=r"fields are prompt, completion; no schema describes it \(natural_questions, "
+    ) as raised:
+        list(read_conversations(path, "booksum"))
+    assert "{'prompt': '???" in str(raised.value)
+    assert len(str(raised.value)) < 1000
+
+
+@pytest.mark.parametrize("texts", [("", "!"), ("?", ""), (" \n", "!"), ("?", None)])
+def test_an_empty_question_or_answer_is_malformed(tmp_path, texts):
+    good = {"input": "?", "output": "!"}
+    path = write_lines(tmp_path / "x.jsonl", good, dict(zip(("input", "output"), texts, strict=True)), good)
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 2: schema 'input_output' found an empty question or answer"):
+        list(read_conversations(path, "input_output"))
+    malformed = MalformedRecords()
+    assert len(list(read_conversations(path, "input_output", malformed))) == 2
+    assert malformed.examples == [f"{path}, line 2: schema 'input_output' found an empty question or answer"]
+
+
+def test_a_nul_character_is_malformed(tmp_path):
+    path = write_lines(tmp_path / "x.jsonl", {"input": "?", "output": "a\0b"}, {"input": "?\0", "output": "a"})
+    malformed = MalformedRecords()
+    assert list(read_conversations(path, "input_output", malformed)) == []
+    assert malformed.examples == [f"{path}, line {line}: NUL character" for line in (1, 2)]
+
+
+PUBLISHED = {
+    "LEval__*.jsonl": "l_eval",
+    "LLaMA-Factory__alpaca*.json": "alpaca",
+    "QMSum__*.jsonl": "qmsum",
+    "lost-in-the-middle__*.jsonl.gz": "lost_in_the_middle",
+}
+
+
+def test_every_record_of_the_published_files_is_understood(root):
+    folder = root.parent / "shared/data/sft"
+    if not folder.exists():
+        pytest.skip("no published files here")
+    files = {file: schema for pattern, schema in PUBLISHED.items() for file in find_files(str(folder / pattern))}
+    assert {file.removeprefix("file://") for file in files} == set(map(str, folder.iterdir()))
+    for file, schema in files.items():
+        conversations = list(read_conversations(file, schema))
+        assert len(conversations) > 10
+        assert all(conversation is not None for conversation in conversations)
+        for conversation in conversations:
+            begin, end = conversation.document or (0, 0)
+            document = conversation.turns[0][0][begin:end]
+            assert bool(document) == (schema != "alpaca")
+            assert conversation.turns[0][0][end:].strip()  # the question
+            if schema == "lost_in_the_middle":
+                assert conversation.evidence == conversation.turns[0][1]

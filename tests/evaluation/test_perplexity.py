@@ -1,0 +1,313 @@
+import math
+
+import numpy
+import pandas
+import pytest
+import torch
+from conftest import tiny_llama
+from torch.nn.functional import cross_entropy
+from transformers import LlamaForCausalLM, MptConfig, MptForCausalLM
+
+from longqlora.data.token_files import write_tokens
+from longqlora.evaluation import perplexity
+from longqlora.evaluation.perplexity import NonFiniteLogits, batches_of, evaluate_perplexity, position_edges, score
+from longqlora.evaluation.protocols import Window, make_windows
+from longqlora.jobs.launch import launch
+from longqlora.modeling.loading import load_model
+
+CPU = torch.device("cpu")
+
+
+def random_tokens(count: int, seed: int = 0) -> numpy.ndarray:
+    return numpy.random.default_rng(seed).integers(3, 512, count)
+
+
+def write_stream(path, sizes: list[int], seed: int = 0) -> str:
+    """Documents of these sizes, their end-of-text tokens counted."""
+    documents = [random_tokens(size - 1, seed + number).tolist() for number, size in enumerate(sizes)]
+    write_tokens(path, documents, vocab_size=512, eos_token_id=2)
+    return str(path)
+
+
+def evaluate(model, tokens_path, windows_path, *, window=32, stride=None, protocol="exact", **fields) -> dict:
+    return evaluate_perplexity(
+        system="tiny model",
+        dataset="random text",
+        model={"path": str(model), "precision": "float32", **fields},
+        tokens_path=str(tokens_path),
+        protocol=protocol,
+        window=window,
+        stride=stride or window,
+        device="cpu",
+        windows_path=str(windows_path),
+    )
+
+
+# --- scoring ---------------------------------------------------------------------------------------------------------------
+
+
+def nll_by_token(model, tokens, windows: list[Window]) -> list[list[float]]:
+    """For each window the loss of each scored token, one forward pass a token, from the definition."""
+    losses = []
+    for _, begin, first, end in windows:
+        losses.append([])
+        for target in range(first, end):
+            with torch.no_grad():
+                logits = model(torch.tensor(tokens[begin:target])[None]).logits[0, -1]
+            losses[-1].append(-torch.log_softmax(logits.double(), -1)[tokens[target]].item())
+    return losses
+
+
+@pytest.mark.parametrize(("window", "stride"), [(16, 16), (16, 5), (64, 64), (7, 3)])
+def test_scoring_equals_one_forward_pass_a_token(model, monkeypatch, window, stride):
+    monkeypatch.setattr(perplexity, "POSITIONS_PER_CHUNK", 8)  # chunks that do not divide the window
+    tokens, windows = random_tokens(60), make_windows("exact", [23, 24, 26, 60], window, stride)
+    by_window, by_position = score(model, tokens, windows)
+    expected = nll_by_token(model, tokens, windows)
+    assert by_window["document"].tolist() == [part.document for part in windows]
+    assert by_window["begin"].tolist() == [part.begin for part in windows]
+    assert by_window["num_scored"].tolist() == [len(losses) for losses in expected]
+    numpy.testing.assert_allclose(by_window["nll"], [sum(losses) for losses in expected], atol=1e-4)
+    for row, following in zip(by_position.itertuples(), [*by_position["tokens_before"][1:], 10**9], strict=True):
+        inside = [
+            loss
+            for (_, begin, first, _), losses in zip(windows, expected, strict=True)
+            for token, loss in enumerate(losses, start=first)
+            if row.tokens_before <= token - begin < following
+        ]
+        assert (row.num_scored, row.nll) == (len(inside), pytest.approx(sum(inside), abs=1e-4))
+
+
+def test_the_batch_and_its_padding_change_nothing(model, monkeypatch):
+    tokens, windows = random_tokens(200), make_windows("exact", [3, 30, 71, 150, 200], 16, 7)
+    assert len(batches_of(windows)) == 1
+    together = score(model, tokens, windows)
+    monkeypatch.setattr(perplexity, "TOKENS_PER_BATCH", 1)
+    assert len(batches_of(windows)) == len(windows)
+    for batched, alone in zip(together, score(model, tokens, windows), strict=True):
+        numpy.testing.assert_allclose(batched, alone, atol=1e-4)
+
+
+def test_a_short_window_is_scored_from_its_beginning_beside_a_long_one_that_is_not(model):
+    tokens, windows = random_tokens(40), [Window(0, 0, 10, 17), Window(0, 20, 21, 30)]
+    by_window, _ = score(model, tokens, windows)
+    expected = nll_by_token(model, tokens, windows)
+    numpy.testing.assert_allclose(by_window["nll"], [sum(losses) for losses in expected], atol=1e-4)
+
+
+def test_batches_hold_every_window_once_and_no_more_tokens_than_allowed(monkeypatch):
+    monkeypatch.setattr(perplexity, "TOKENS_PER_BATCH", 40)
+    windows = make_windows("exact", [3, 30, 71, 150, 200, 202], 16, 7)
+    batches = batches_of(windows)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(windows)))
+    lengths = [[windows[index].end - windows[index].begin for index in batch] for batch in batches]
+    flat = [length for batch in lengths for length in batch]
+    assert flat == sorted(flat, reverse=True)
+    assert all((batch[0] - 1) * len(batch) <= 40 for batch in lengths)
+
+
+# --- loss by position ------------------------------------------------------------------------------------------------------
+
+
+def test_positions_are_binned_by_quarters_of_an_octave():
+    assert position_edges(1).tolist() == [1, 2]
+    assert position_edges(8).tolist() == [1, 2, 3, 4, 5, 6, 7, 9]  # none is of the last one alone
+    assert position_edges(70).tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 13, 16, 19, 23, 27, 32, 38, 45, 54, 64, 71]
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 64, 100, 8192])
+def test_every_position_lies_in_one_bin(window):
+    edges = position_edges(window)
+    assert (edges[0], edges[-1]) == (1, window + 1)
+    assert (numpy.diff(edges) > 0).all()
+
+
+def test_the_bins_hold_what_was_lost_there(monkeypatch):
+    """A model whose loss at each token is the number of tokens before it."""
+
+    def losses(model, tokens, skipped=0):
+        return torch.arange(1, tokens.shape[1]).float().expand(len(tokens), -1)[:, skipped:]
+
+    monkeypatch.setattr(perplexity, "nll_of_batch", losses)
+    windows = make_windows("exact", [21, 26], 16, 4)
+    by_window, by_position = score(tiny_llama(), random_tokens(26), windows)
+    assert by_window["nll"].tolist() == [sum(range(1, 17)), 13 + 14 + 15 + 16, 1 + 2 + 3 + 4]
+    found = {row.tokens_before: (row.num_scored, row.nll) for row in by_position.itertuples()}
+    assert found == {
+        **{n: (2, 2 * n) for n in (1, 2, 3, 4)}, **{n: (1, n) for n in (5, 6, 7)},
+        8: (2, 8 + 9), 10: (1, 10), 11: (2, 11 + 12), 13: (8, 2 * (13 + 14 + 15 + 16)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("protocol", "stride"), [("exact", 64), ("exact", 10), ("longqlora", 64), ("longlora", 32)])
+def test_the_losses_by_position_add_up_to_all(model, protocol, stride):
+    windows = make_windows(protocol, [100, 250, 300], 64, stride)
+    by_window, by_position = score(model, random_tokens(300), windows)
+    assert by_position["num_scored"].sum() == by_window["num_scored"].sum() == sum(part.num_scored for part in windows)
+    assert by_position["nll"].sum() == pytest.approx(by_window["nll"].sum(), rel=1e-9)
+    assert (by_position["num_scored"] > 0).all()
+
+
+# --- the published protocols -----------------------------------------------------------------------------------------------
+
+
+def window_loss(model, ids: torch.Tensor) -> float:
+    with torch.no_grad():
+        return model(input_ids=ids[None], labels=ids[None]).loss.item()
+
+
+def published_longlora(model, data: torch.Tensor, seq_len: int, stride: int) -> float:
+    """The loop of LongLoRA's eval.py."""
+    starts = list(range(0, len(data) - seq_len, stride))
+    starts.pop()
+    return math.exp(numpy.mean([window_loss(model, data[start : start + seq_len]) for start in starts]))
+
+
+def published_longqlora(model, data: torch.Tensor, seq_len: int) -> float:
+    """The pieces of LongQLoRA's evaluation data set, the last one as long as it comes."""
+    pieces = [data[start : start + seq_len] for start in range(0, len(data), seq_len)]
+    return math.exp(numpy.mean([window_loss(model, piece) for piece in pieces]))
+
+
+@pytest.mark.parametrize("sizes", [[40, 13, 147], [200, 9], [8, 193]])
+def test_the_published_protocols_give_what_the_published_loops_give(model_folder, tmp_path, sizes):
+    path = write_stream(tmp_path / "t.bin", sizes)
+    data = torch.tensor(numpy.fromfile(path, "<u2").astype("int64"))
+    model = LlamaForCausalLM.from_pretrained(model_folder).eval()
+    for seq_len, stride in [(64, 16), (32, 32), (33, 8)]:
+        found = evaluate(model_folder, path, tmp_path / "w.parquet", window=seq_len, stride=stride, protocol="longlora")
+        assert found["perplexity"] == pytest.approx(published_longlora(model, data, seq_len, stride), rel=1e-5)
+    for seq_len in (64, 33):
+        found = evaluate(model_folder, path, tmp_path / "w.parquet", window=seq_len, protocol="longqlora")
+        assert found["perplexity"] == pytest.approx(published_longqlora(model, data, seq_len), rel=1e-5)
+
+
+# --- records ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_says_what_was_scored_and_the_windows_lie_beside_it(model_folder, tmp_path):
+    path = write_stream(tmp_path / "t.bin", [80, 33, 5])
+    record = evaluate(model_folder, path, tmp_path / "w.parquet", stride=16, target_context=128)
+    windows = pandas.read_parquet(tmp_path / "w.parquet")
+    assert (record["num_tokens"], record["num_scored"], record["num_documents"]) == (118, 79 + 32 + 4, 3)
+    assert record["num_windows"] == len(windows)
+    assert list(windows) == ["document", "begin", "num_scored", "nll"]
+    assert record["mean_nll"] == pytest.approx(windows["nll"].sum() / windows["num_scored"].sum())
+    assert record["perplexity"] == pytest.approx(math.exp(record["mean_nll"]))
+    assert 100 < record["perplexity"] < 1000  # random weights: near the size of the vocabulary, 512
+    assert 0 < record["standard_error"] < 1
+    assert record["standard_error_units"] == "windows"
+    stamp = {"protocol": "exact", "window": 32, "stride": 16, "precision": "float32", "attention": "full", "weights": "model"}
+    assert stamp.items() <= record.items()
+    assert (record["model_context"], record["is_within_context"], record["dataset_warning"]) == (128, True, None)
+    assert sum(record["loss_by_position"]["num_scored"]) == record["num_scored"]
+
+
+@pytest.mark.parametrize("protocol", ["exact", "longqlora"])
+def test_a_set_shorter_than_a_window_is_scored(model_folder, tmp_path, protocol):
+    path = write_stream(tmp_path / "t.bin", [20])
+    record = evaluate(model_folder, path, tmp_path / "w.parquet", window=64, protocol=protocol)
+    assert (record["num_windows"], record["num_scored"], record["standard_error"]) == (1, 19, None)
+
+
+def test_a_window_beyond_the_context_is_scored_and_marked(model_folder, tmp_path):
+    path = write_stream(tmp_path / "t.bin", [200])
+    assert evaluate(model_folder, path, tmp_path / "w.parquet", window=128)["is_within_context"] is False
+    assert evaluate(model_folder, path, tmp_path / "w.parquet", window=64)["is_within_context"] is True
+
+
+def test_what_is_suspicious_of_the_set_stands_in_the_record(model_folder, tmp_path):
+    path = write_stream(tmp_path / "t.bin", [40])
+    described = (tmp_path / "t.json").read_text()
+    (tmp_path / "t.json").write_text(described[:-1] + ', "warning": "another tokenizer?"}')
+    assert evaluate(model_folder, path, tmp_path / "w.parquet")["dataset_warning"] == "another tokenizer?"
+
+
+def test_a_loss_that_is_not_a_number_names_system_set_length_and_window(tmp_path):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[511, 0] = float("nan")  # spoils the windows that read this token
+    model.save_pretrained(tmp_path / "broken")
+    ids = [5] * 40 + [511] + [5] * 22
+    write_tokens(tmp_path / "t.bin", [ids], vocab_size=512, eos_token_id=2)
+    message = "tiny model on random text at 16 tokens: window 2 of 4, tokens 32 to 48: the loss is not a number"
+    with pytest.raises(NonFiniteLogits, match=message):
+        evaluate(tmp_path / "broken", tmp_path / "t.bin", tmp_path / "w.parquet", window=16)
+    assert not (tmp_path / "w.parquet").exists()
+
+
+def test_a_set_of_another_tokenizer_is_refused(tmp_path):
+    tiny_llama(vocab_size=256).save_pretrained(tmp_path / "small")
+    write_tokens(tmp_path / "t.bin", [[400, 5]], vocab_size=512, eos_token_id=2)
+    with pytest.raises(ValueError, match="holds token id 400, but the tokenizer's vocabulary ends at 255"):
+        evaluate(tmp_path / "small", tmp_path / "t.bin", tmp_path / "w.parquet")
+
+
+# --- several processes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def single_thread():
+    """As each of several processes has: the order of a sum may depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_two_processes_give_what_one_gives_bit_for_bit(model_folder, tmp_path, monkeypatch, single_thread):
+    path, records = write_stream(tmp_path / "t.bin", [9000, 70, 12000, 3, 9000]), []
+    for processes in (1, 2):
+        answer = launch(
+            evaluate_perplexity,
+            num_processes=processes,
+            threads=processes,
+            system="tiny model",
+            dataset="random text",
+            model={"path": model_folder, "precision": "float32"},
+            tokens_path=path,
+            protocol="exact",
+            window=64,
+            stride=40,
+            device="cpu",
+            windows_path=str(tmp_path / f"{processes}.parquet"),
+        )
+        records.append(answer)
+    one, two = (pandas.read_parquet(tmp_path / f"{processes}.parquet") for processes in (1, 2))
+    windows = make_windows("exact", [9000, 9070, 21070, 21073, 30073], 64, 40)
+    assert len(batches_of(windows)) > 3  # both have something to do
+    pandas.testing.assert_frame_equal(one, two, check_exact=True)
+    assert records[0] == records[1]  # loss_by_position and all
+
+
+# --- models ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_without_rotary_positions_is_evaluated_as_it_is(tmp_path):
+    torch.manual_seed(0)
+    config = MptConfig(d_model=32, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=512)
+    MptForCausalLM(config).save_pretrained(tmp_path / "mpt")
+    path = write_stream(tmp_path / "t.bin", [65])
+    record = evaluate(tmp_path / "mpt", path, tmp_path / "w.parquet", window=64)
+    model = MptForCausalLM.from_pretrained(tmp_path / "mpt").eval()
+    tokens = torch.tensor(numpy.fromfile(path, "<u2").astype("int64"))[None]
+    with torch.no_grad():
+        expected = cross_entropy(model(tokens[:, :-1]).logits[0], tokens[0, 1:]).item()
+    assert record["mean_nll"] == pytest.approx(expected, abs=1e-5)
+    assert (record["model_context"], record["num_scored"]) == (64, 64)
+    with pytest.raises(ValueError, match="a window of 65 tokens is beyond the 64 that the model takes"):
+        evaluate(tmp_path / "mpt", path, tmp_path / "w.parquet", window=65)
+
+
+@pytest.mark.parametrize("rope_scaling", ["linear", "dynamic", "yarn", "llama3"])
+def test_an_untrained_model_is_evaluated_with_the_scaling_that_is_asked_for(model_folder, tmp_path, rope_scaling):
+    path = write_stream(tmp_path / "t.bin", [129])
+    scaled = {"target_context": 128, "rope_scaling": rope_scaling}
+    record = evaluate(model_folder, path, tmp_path / "w.parquet", window=128, **scaled)
+    assert record["is_within_context"] is True
+    model = load_model(model_folder, device=CPU, target_context=128, rope_scaling=rope_scaling).eval()
+    tokens = torch.tensor(numpy.fromfile(path, "<u2").astype("int64"))[None]
+    with torch.no_grad():
+        logits = model(tokens[:, :-1]).logits
+    expected = cross_entropy(logits[0], tokens[0, 1:]).item()
+    assert record["mean_nll"] == pytest.approx(expected, abs=1e-5)

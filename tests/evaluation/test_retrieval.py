@@ -1,0 +1,179 @@
+import re
+
+import numpy
+import pytest
+import torch
+from conftest import save_base
+from transformers import MptConfig, MptForCausalLM
+
+from longqlora.data.token_files import tokenize_documents
+from longqlora.evaluation import retrieval
+from longqlora.evaluation.evaluated_model import EvaluatedModel
+from longqlora.evaluation.perplexity import NonFiniteLogits
+from longqlora.evaluation.retrieval import answer, evaluate_retrieval, recognise
+from longqlora.evaluation.retrieval_tasks import CHOICES, CUE_TOKENS, PASSAGE_TOKENS, Prompt, make_prompts
+
+CPU = torch.device("cpu")
+TASKS = ("passkey", "single_needle", "multi_key", "multi_value")
+
+
+class Reader:
+    """Stands in for a model: it finds by looking what the question at the end of a prompt asks for."""
+
+    def __init__(self, model, tokenizer, share: float = 1):
+        self.model, self.tokenizer, self.share = model, tokenizer, share
+        self.config, self.get_input_embeddings, self.batches = model.config, model.get_input_embeddings, []
+
+    def continue_prompt(self, ids: list[int]) -> list[int]:
+        text = self.tokenizer.decode(ids)
+        if keys := re.findall(r"The pass key is (\d+)\.", text):
+            found = keys
+        else:
+            words = re.findall(r"special magic numbers? for (\w+) mentioned", text)
+            found = re.findall(rf"magic numbers for {words[-1]} is: (\d+)", text)
+        return self.tokenizer(" " + ", ".join(found[: round(self.share * len(found))]), add_special_tokens=False)["input_ids"]
+
+    def generate(self, ids, attention_mask, generation_config):
+        assert attention_mask.shape == ids.shape
+        self.batches.append(len(ids))
+        rows = [self.continue_prompt(row) for row in ids.tolist()]
+        longest = max(map(len, rows))
+        assert longest <= generation_config.max_new_tokens
+        filled = [row + [generation_config.pad_token_id] * (longest - len(row)) for row in rows]
+        return torch.cat([ids, torch.tensor(filled)], dim=1)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tokenizer) -> str:
+    return save_base(tmp_path_factory.mktemp("base") / "base", tokenizer, max_position_embeddings=800)
+
+
+@pytest.fixture
+def ask(base, corpus):
+    def run(**changes):
+        usual = {
+            "model": {"path": base, "precision": "float32"}, "tokenizer": base, "filler": corpus, "tasks": list(TASKS),
+            "length": 600, "depths": [0, 1], "samples": 3, "seed": 1, "device": "cpu",
+        }  # fmt: skip
+        return evaluate_retrieval(**{**usual, **changes})
+
+    return run
+
+
+@pytest.fixture
+def reading(monkeypatch, tokenizer):
+    """Put a Reader in the place of every model that is loaded."""
+
+    def stand_in(**options):
+        load = EvaluatedModel.load
+        monkeypatch.setattr(EvaluatedModel, "load", lambda self, *given: Reader(load(self, *given), tokenizer, **options))
+
+    return stand_in
+
+
+def test_who_reads_the_prompt_finds_everything(ask, reading):
+    reading()
+    record = ask()
+    assert [(cell["task"], cell["depth"]) for cell in record["cells"]] == [(task, depth) for task in TASKS for depth in (0, 1)]
+    assert {cell["accuracy"] for cell in record["cells"]} == {record["accuracy"]} == {1.0}
+    assert {cell["samples"] for cell in record["cells"]} == {3}
+
+
+def test_who_names_half_of_several_numbers_gets_half_of_them(ask, reading):
+    reading(share=0.5)
+    assert ask(tasks=["multi_value"])["accuracy"] == 0.5
+
+
+def test_an_untrained_model_finds_next_to_nothing(ask):
+    record = ask(tasks=["passkey", "multi_value"], samples=4, length=500)
+    assert record["accuracy"] < 0.1
+    assert record["accuracy"] == ask(tasks=["passkey", "multi_value"], samples=4, length=500)["accuracy"]
+
+
+def test_a_record_says_how_it_was_measured(ask, base):
+    record = ask(tasks=["induction"], length=64, samples=1, model={"path": base, "precision": "bfloat16"})
+    stamp = {"precision": "bfloat16", "attention": "full", "model": base, "seed": 1, "is_within_context": True}
+    assert stamp.items() <= record.items()
+    assert ask(tasks=["induction"], length=900, samples=1, depths=[0])["is_within_context"] is False
+
+
+def test_prompts_are_answered_in_batches_and_each_gets_its_own_score(model, tokenizer, corpus, monkeypatch):
+    monkeypatch.setattr(retrieval, "TOKENS_PER_BATCH", 800)
+    filler = numpy.fromfile(corpus, "<u2")
+    prompts, budget = make_prompts("passkey", length=400, depth=0.5, samples=5, filler=filler, tokenizer=tokenizer, seed=1)
+    prompts[3] = Prompt(prompts[3].ids, ["7"])  # which is not in it
+    reader = Reader(model, tokenizer)
+    assert answer(reader, tokenizer, prompts, budget) == [1, 1, 1, 0, 1]
+    assert reader.batches == [2, 2, 1]
+
+
+def greedy(model, ids: list[int], count: int) -> list[int]:
+    for _ in range(count):
+        with torch.no_grad():
+            ids = [*ids, int(model(torch.tensor(ids)[None], use_cache=False).logits[0, -1].argmax())]
+    return ids[-count:]
+
+
+@pytest.mark.parametrize("attention", ["full", "shifted_sparse"])
+def test_a_model_continues_greedily_with_the_attention_that_is_asked_for(base, tokenizer, attention, monkeypatch):
+    """The answers are what the model says token by token."""
+    model = EvaluatedModel(base, precision="float32", attention=attention).load(CPU, 64)
+    texts = []
+    monkeypatch.setattr(retrieval, "score_answer", lambda prompt, text: texts.append(text) or 0)
+    prompts = [Prompt(numpy.random.default_rng(seed).integers(3, 512, 60).tolist(), ["1"]) for seed in range(3)]
+    answer(model, tokenizer, prompts, 4)
+    assert texts == [tokenizer.decode(greedy(model, prompt.ids, 4), skip_special_tokens=True) for prompt in prompts]
+
+
+def losses_by_hand(model, text: list[int]) -> float:
+    with torch.no_grad():
+        logits = model(torch.tensor(text)[None]).logits[0, :-1]
+    losses = torch.nn.functional.cross_entropy(logits, torch.tensor(text[1:]), reduction="none")
+    return losses[CUE_TOKENS - PASSAGE_TOKENS :].double().sum().item()
+
+
+def test_a_passage_is_found_where_it_is_likelier_after_itself_than_after_any_other(model, monkeypatch):
+    monkeypatch.setattr(retrieval, "TOKENS_PER_BATCH", 3 * 60)
+    repetitions = numpy.random.default_rng(0).integers(3, 512, (12, CHOICES, 60))
+    repetitions[:, :, -PASSAGE_TOKENS:] = repetitions[:, :1, -PASSAGE_TOKENS:]
+    expected = []
+    for choices in repetitions.tolist():
+        losses = [losses_by_hand(model, text) for text in choices]
+        expected.append(float(losses[0] < min(losses[1:])))
+    assert recognise(model, repetitions.tolist()) == expected
+    assert 0 < sum(expected) < 12  # by chance
+
+
+def test_a_model_that_does_not_see_the_passage_has_not_found_it(model):
+    same = numpy.tile(numpy.random.default_rng(0).integers(3, 512, 60), (1, CHOICES, 1)).tolist()
+    assert recognise(model, same) == [0]
+
+
+def test_a_loss_that_is_not_a_number_is_an_error_and_no_miss(model):
+    with torch.no_grad():
+        model.lm_head.weight[3, 0] = float("nan")
+    repetitions = numpy.random.default_rng(0).integers(3, 512, (1, CHOICES, 60)).tolist()
+    with pytest.raises(NonFiniteLogits, match="the loss of a repeated passage is not a number"):
+        recognise(model, repetitions)
+
+
+def test_a_model_without_rotary_positions_can_be_asked(tmp_path, ask):
+    torch.manual_seed(0)
+    config = MptConfig(d_model=32, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=512)
+    MptForCausalLM(config).save_pretrained(tmp_path / "mpt")
+    asked = {"model": {"path": str(tmp_path / "mpt"), "precision": "float32"}, "tasks": ["induction"]}
+    assert 0 <= ask(**asked, length=64)["accuracy"] <= 1
+    with pytest.raises(ValueError, match="a window of 65 tokens is beyond the 64 that the model takes"):
+        ask(**asked, length=65)
+
+
+def test_a_length_that_is_too_short_is_told_before_the_model_is_loaded(ask, monkeypatch):
+    monkeypatch.setattr(EvaluatedModel, "load", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match="64 tokens are too short for the task passkey"):
+        ask(length=64)
+
+
+def test_filler_shorter_than_a_prompt_will_do(ask, reading, tmp_path, tokenizer):
+    reading()
+    tokenize_documents(["A short text of a few words."], tokenizer, str(tmp_path / "short.bin"))
+    assert ask(filler=str(tmp_path / "short.bin"), tasks=["single_needle"])["accuracy"] == 1

@@ -1,0 +1,131 @@
+"""Trainings in two real processes on a CPU, with and without DeepSpeed, against one process with the same global batch."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROGRESS, ROOT, SETTINGS, save_base
+from safetensors.torch import load_file
+
+from longqlora.data.token_files import tokenize_documents
+from longqlora.jobs.launch import launch
+from longqlora.modeling.devices import compute_dtype
+from longqlora.training.train import deepspeed_config, train
+
+needs_deepspeed = pytest.mark.skipif(
+    not find_spec("deepspeed") or not shutil.which("g++"), reason="needs deepspeed, which compiles with g++"
+)
+TOLERANCE = 1e-4 if compute_dtype(torch.device("cpu")) is torch.float32 else 3e-2  # a bfloat16 has three digits
+STEPS = SETTINGS | {"steps": 6, "gradient_accumulation": 2, "batch_size": 1}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory, tokenizer, texts) -> dict[str, str]:
+    """A base, and a corpus whose last window is shorter than the others."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tokenize_documents(texts[:4], tokenizer, str(folder / "corpus.bin"))
+    return {"base_model": save_base(folder / "base", tokenizer), "data": str(folder / "corpus.bin")}
+
+
+def arguments(inputs, output, **settings) -> dict:
+    places = {"output": str(output), "events": f"{output}-events", "checkpoint_dir": f"{output}-checkpoints"}
+    context = {"target_context": 128, "rope_scaling": "linear", "seed": 1, "device": "cpu"}
+    return inputs | places | context | {"settings": STEPS | settings, "progress": PROGRESS | {"checkpoint_steps": 2}}
+
+
+def train_in_processes(**asked) -> dict:
+    settings = asked["settings"]
+    return launch(train, threads=2, num_processes=settings["num_processes"], by_torchrun=settings["zero_stage"] > 0, **asked)
+
+
+@pytest.fixture(scope="module")
+def single(inputs, tmp_path_factory):
+    """One process with twice the batch: its card and its adapter."""
+    output = tmp_path_factory.mktemp("single") / "adapter"
+    return train_in_processes(**arguments(inputs, output, batch_size=2)), load_file(output / "adapter_model.safetensors")
+
+
+def assert_equal_to(single, card: dict, output: Path) -> None:
+    expected, weights = single
+    for row, reference in zip(card["trace"], expected["trace"], strict=True):
+        assert row["loss"] == pytest.approx(reference["loss"], abs=TOLERANCE)
+    adapter = load_file(output / "adapter_model.safetensors")
+    assert adapter.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert adapter[name].shape == weight.shape
+        assert adapter[name].numel() > 0
+        assert (adapter[name].float() - weight).abs().max() < 10 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        pytest.param({"zero_stage": 2, "offload": True}, marks=needs_deepspeed),
+        pytest.param({"zero_stage": 3, "offload": True}, marks=needs_deepspeed),
+    ],
+    ids=["no DeepSpeed", "ZeRO-2, offloaded", "ZeRO-3, offloaded"],
+)
+def test_two_processes_train_what_one_trains_with_twice_the_batch(inputs, single, tmp_path, settings):
+    card = train_in_processes(**arguments(inputs, tmp_path / "adapter", num_processes=2, **settings))
+    assert_equal_to(single, card, tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "training_args.bin").exists()
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, pytest.param({"zero_stage": 3}, marks=needs_deepspeed)], ids=["no DeepSpeed", "ZeRO-3"]
+)
+def test_two_processes_that_are_killed_resume(inputs, single, tmp_path, settings):
+    output = tmp_path / "adapter"
+    asked = arguments(inputs, output, num_processes=2, **settings)
+    started = f"from test_launch import train_in_processes; train_in_processes(**{asked!r})"
+    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}, {str(Path(__file__).parent)!r}]; {started}"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, start_new_session=True)
+    deadline = time.monotonic() + 240
+    while (
+        not (Path(asked["checkpoint_dir"]) / "checkpoint-2").exists() and time.monotonic() < deadline and process.poll() is None
+    ):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)  # handed on to both: they end together, with a checkpoint
+    process.wait(timeout=120)
+    card = train_in_processes(**asked)
+    assert card["resumed_from_step"] >= 2
+    assert_equal_to(single, card, output)
+
+
+def test_accumulated_batches_of_different_lengths_weigh_by_their_tokens(inputs, tmp_path):
+    """The short last window has fewer tokens: one batch of four and four batches of one learn the same."""
+    settings = {"steps": 20}
+    big = train_in_processes(**arguments(inputs, tmp_path / "big", batch_size=4, gradient_accumulation=1, **settings))
+    small = train_in_processes(**arguments(inputs, tmp_path / "small", batch_size=1, gradient_accumulation=4, **settings))
+    for row, reference in zip(small["trace"], big["trace"], strict=True):
+        assert row["loss"] == pytest.approx(reference["loss"], abs=TOLERANCE)
+
+
+def test_a_failing_process_is_an_error(inputs, tmp_path):
+    asked = arguments(inputs, tmp_path / "adapter", num_processes=2) | {"target_context": 32}
+    with pytest.raises(RuntimeError, match="one of 2 processes failed"):
+        train_in_processes(**asked)
+
+
+def test_deepspeed_that_is_missing_is_named(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr("longqlora.training.train.find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError,
+        match=r"zero_stage 2 needs DeepSpeed, which is not installed: pip install deepspeed ninja \(with conda, add both",
+    ):
+        train(**arguments(inputs, tmp_path / "adapter", zero_stage=2))
+
+
+def test_the_configuration_of_deepspeed_shards_and_offloads_what_the_stage_says():
+    assert deepspeed_config(2, False)["zero_optimization"] == {"stage": 2}
+    assert deepspeed_config(2, True)["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    assert deepspeed_config(3, True)["zero_optimization"]["offload_param"] == {"device": "cpu"}

@@ -1,0 +1,69 @@
+import re
+
+import pytest
+from conftest import LONGLORA, SETTINGS
+from transformers import Qwen2Config
+
+from longqlora.modeling.compatibility import extension_problems
+
+MODEL = {
+    "model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}  # fmt: skip
+
+
+def problems(model: dict, target_context: int = 256, **settings) -> list[str]:
+    return list(extension_problems(MODEL | model, target_context, SETTINGS | settings))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("settings", [{}, {"method": "full"}, LONGLORA, {"target_modules": ["self_attn.q_proj"]}])
+def test_a_sound_system_has_no_problem(family, settings):
+    assert problems({"model_type": family}, **settings) == []
+    assert list(extension_problems(MODEL | {"model_type": family}, 128)) == []  # not trained, its own context
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "message"),
+    [
+        ({"model_type": "mpt"}, {}, r"is a 'mpt' model; RoPE families that can be extended: llama, mistral, qwen2, qwen3"),
+        ({"num_attention_heads": 6}, {}, r"hidden_size 64 is not divisible by num_attention_heads 6"),
+        ({"num_key_value_heads": 3}, {}, r"num_attention_heads 4 is not divisible by num_key_value_heads 3"),
+        ({"max_position_embeddings": 300}, {}, r"target_context 256 is below the model's own context of 300 tokens"),
+        ({}, {"rank": 65}, r"rank 65 is above the model's width, hidden_size 64"),
+        ({"model_type": "mistral", "sliding_window": 200}, {}, r"shifted_sparse at 256 tokens: .* sliding window of 200"),
+        ({}, {"target_modules": ["q_proj", "c_attn"]}, r"target_modules: 'c_attn' matches no layer of a llama model; it has"),
+        ({"tie_word_embeddings": True}, {"modules_to_save": ["lm_head"]}, r"'lm_head' shares its weight with 'embed_tokens'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, {}, r"target_context 256: positions are scaled already"),
+        ({}, {"modules_to_save": ["wte"]}, r"modules_to_save: 'wte' matches no layer of a llama model; it has embed_tokens"),
+    ],
+)  # fmt: skip
+def test_each_problem_names_both_values(model, settings, message):
+    (found,) = problems(model, **settings)
+    assert re.search(message, found)
+
+
+def test_every_problem_of_a_system_is_told_at_once():
+    model = {"num_attention_heads": 6, "num_key_value_heads": 4, "max_position_embeddings": 300, "sliding_window": 8}
+    assert len(problems(model, rank=65, target_modules=["c_attn"], modules_to_save=["wte"])) == 7
+
+
+def test_only_what_applies_to_the_method_is_checked():
+    assert problems({}, method="full", rank=65, target_modules=["c_attn"], modules_to_save=["wte"]) == []
+    assert problems({"sliding_window": 8}, attention="full") == []
+    assert problems({"sliding_window": 256}) == []
+    assert problems({"sliding_window": None}) == []
+    assert problems({"num_attention_heads": 6, "head_dim": 16, "num_key_value_heads": None}) == []
+
+
+def test_a_sliding_window_that_is_not_used_is_none():
+    unused = {"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": False}
+    assert problems(unused) == []
+    assert len(problems({**unused, "use_sliding_window": True})) == 1
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    config = Qwen2Config(use_sliding_window=False, sliding_window=8, **shape)
+    assert list(extension_problems(config.to_dict(), 256, SETTINGS)) == []
+
+
+def test_what_a_configuration_leaves_to_its_family_is_no_problem():
+    assert list(extension_problems({"model_type": "llama"}, 256, SETTINGS)) == []

@@ -1,0 +1,65 @@
+"""Which files of a model's folder count, and that they are those that transformers reads."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_base, tiny_llama
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from longqlora.modeling.model_files import model_files, tokenizer_files, weight_files
+from longqlora.publishing.weights import read_weights
+
+
+def save_other_shards(folder: Path, number: int = 2) -> None:
+    """Shards of another model with their index, as a converted checkpoint leaves them behind."""
+    torch.manual_seed(9)
+    weights = {name: torch.randn_like(weight) for name, weight in tiny_llama().state_dict().items()}
+    names = [f"model-{part + 1:05}-of-{number:05}.safetensors" for part in range(number)]
+    weight_map = {name: names[index % number] for index, name in enumerate(weights)}
+    for file in names:
+        save_file({name: weights[name] for name in weights if weight_map[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("single", [True, False], ids=["a stale index beside a file", "shards alone"])
+def test_weights_are_read_from_the_files_that_transformers_reads(model_folder, single):
+    folder = Path(model_folder)
+    save_other_shards(folder)
+    if not single:
+        (folder / "model.safetensors").unlink()
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
+    found = dict(read_weights(folder))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(weight, expected[name]) for name, weight in found.items())
+    names = [file.name for file in weight_files(folder)]
+    assert names == (["model.safetensors"] if single else [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)])
+
+
+def test_safetensors_go_before_bin_as_in_transformers(model_folder):
+    torch.save(tiny_llama().state_dict(), Path(model_folder) / "pytorch_model.bin")
+    assert [file.name for file in weight_files(Path(model_folder))] == ["model.safetensors"]
+    (Path(model_folder) / "model.safetensors").unlink()
+    assert [file.name for file in weight_files(Path(model_folder))] == ["pytorch_model.bin"]
+
+
+def test_shards_that_are_missing_are_named(model_folder):
+    folder = Path(model_folder)
+    save_other_shards(folder, number=3)
+    (folder / "model.safetensors").unlink()
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"index.json: names 3 files, of which model-00002-of-00003.safetensors is missing"):
+        weight_files(folder)
+
+
+def test_what_counts_of_a_folder_is_what_decides_its_numbers(tmp_path, tokenizer):
+    folder = Path(save_base(tmp_path / "base", tokenizer))
+    for stray in (".DS_Store", "README.md", "notes.txt", "chat_template.jinja"):
+        (folder / stray).write_text("x")
+    shutil.copy(folder / "config.json", folder / "config.backup.json")
+    assert [file.name for file in model_files(str(folder))] == ["config.json", "model.safetensors"]
+    assert {file.name for file in tokenizer_files(str(folder))} == {"tokenizer.json", "tokenizer_config.json"}
+    assert "chat_template.jinja" in {file.name for file in tokenizer_files(str(folder), with_chat_template=True)}

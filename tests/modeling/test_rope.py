@@ -1,0 +1,159 @@
+import logging
+import math
+
+import pytest
+import torch
+from conftest import tiny_llama
+from transformers import AutoConfig, GPT2Config, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from longqlora.modeling.loading import load_config, load_model
+from longqlora.modeling.rope import ROPE_SCALINGS, context_of, extend_context, interpolation_factor, rope_of
+
+THETA, WIDTH, ORIGINAL, TARGET = 500000.0, 128, 64, 160  # of a head with many frequencies; the factor is no whole number
+FREQUENCIES = THETA ** -(torch.arange(0, WIDTH, 2, dtype=torch.float64) / WIDTH)
+
+
+def config_of(rope_scaling: str, target: int = TARGET) -> LlamaConfig:
+    config = LlamaConfig(
+        hidden_size=WIDTH,
+        num_attention_heads=1,
+        max_position_embeddings=ORIGINAL,
+        rope_parameters={"rope_type": "default", "rope_theta": THETA},
+    )
+    return extend_context(config, target, rope_scaling)
+
+
+def frequencies(rope_scaling: str, num_tokens: int, target: int = TARGET) -> torch.Tensor:
+    """The frequencies that a model of transformers rotates by, on a sequence of some length."""
+    rotary = LlamaRotaryEmbedding(config_of(rope_scaling, target))
+    rotary(torch.zeros(1, 1, WIDTH), torch.arange(num_tokens)[None])
+    return rotary.inv_freq.double()
+
+
+@pytest.mark.parametrize(
+    ("target", "original", "factor"), [(8192, 4096, 2), (12288, 4096, 3), (6000, 4096, 2), (4096, 4096, 1)]
+)
+def test_factor_is_the_whole_number_that_covers_the_target(target, original, factor):
+    assert interpolation_factor(target, original) == factor
+
+
+@pytest.mark.parametrize("rope_scaling", ROPE_SCALINGS)
+def test_a_target_below_the_models_own_context_is_refused(rope_scaling):
+    with pytest.raises(ValueError, match="2048 is below the model's own context of 4096"):
+        extend_context(LlamaConfig(max_position_embeddings=4096), 2048, rope_scaling)
+
+
+def test_an_unknown_scaling_is_refused_with_those_that_are_known():
+    with pytest.raises(ValueError, match=r"'ntk' is unknown; known are linear, dynamic, yarn, llama3"):
+        extend_context(LlamaConfig(max_position_embeddings=64), 128, "ntk")
+
+
+def test_the_models_own_theta_is_kept(model_folder):
+    config = load_config(model_folder, 128)
+    assert config.rope_parameters == {"rope_type": "linear", "factor": 2.0, "rope_theta": 500000.0}
+    assert config.max_position_embeddings == 128
+
+
+@pytest.mark.parametrize("rope_scaling", ROPE_SCALINGS)
+def test_each_scaling_survives_saving_and_transformers_has_nothing_to_complain_of(rope_scaling, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # to caplog
+    config = config_of(rope_scaling)
+    config.validate_rope()
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert again.rope_parameters == config.rope_parameters
+    assert (again.rope_parameters["rope_type"], again.rope_parameters["rope_theta"]) == (rope_scaling, THETA)
+    assert context_of(again) == context_of(config) == (ORIGINAL if rope_scaling == "dynamic" else TARGET)
+    LlamaRotaryEmbedding(again)(torch.zeros(1, 1, WIDTH), torch.arange(TARGET)[None])
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("rope_scaling", ROPE_SCALINGS)
+def test_a_model_extended_to_its_own_context_is_the_same(rope_scaling):
+    config = config_of(rope_scaling, ORIGINAL)
+    assert (config.rope_parameters["rope_type"], config.max_position_embeddings) == ("default", ORIGINAL)
+
+
+@pytest.mark.parametrize("rope_scaling", ROPE_SCALINGS)
+def test_a_loaded_model_rotates_by_what_transformers_computes(model_folder, rope_scaling):
+    model = load_model(model_folder, device=torch.device("cpu"), target_context=160, rope_scaling=rope_scaling)
+    model(torch.zeros(1, 160, dtype=torch.long))
+    expected, scaling = ROPE_INIT_FUNCTIONS[rope_scaling](model.config, "cpu", seq_len=160)
+    plain = torch.tensor([THETA ** -(i / 8) for i in range(0, 8, 2)])
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, expected)
+    assert model.model.rotary_emb.attention_scaling == pytest.approx(scaling)
+    assert not torch.allclose(expected, plain, rtol=1e-3)
+
+
+def test_linear_divides_every_frequency_by_a_whole_number():
+    torch.testing.assert_close(frequencies("linear", 160), FREQUENCIES / 3, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("num_tokens", [30, 64, 100, 160])
+def test_dynamic_scales_the_base_by_the_length_at_hand_beyond_the_original(num_tokens):
+    factor, grown = TARGET / ORIGINAL, max(num_tokens, ORIGINAL) / ORIGINAL
+    base = THETA * (factor * grown - (factor - 1)) ** (WIDTH / (WIDTH - 2))
+    expected = base ** -(torch.arange(0, WIDTH, 2, dtype=torch.float64) / WIDTH)
+    torch.testing.assert_close(frequencies("dynamic", num_tokens), expected, rtol=1e-5, atol=0)
+
+
+def test_yarn_keeps_high_frequencies_divides_low_ones_and_rescales_attention():
+    found, factor = frequencies("yarn", 160), TARGET / ORIGINAL
+    turns = ORIGINAL * FREQUENCIES / (2 * math.pi)  # in the original context; here the fastest has about 10
+    ratio = FREQUENCIES / found
+    assert ratio[0] == pytest.approx(1, rel=1e-5)
+    torch.testing.assert_close(ratio[turns < 0.5], torch.full_like(ratio[turns < 0.5], factor), rtol=1e-5, atol=0)
+    assert ((ratio > 1 - 1e-5) & (ratio < factor + 1e-5)).all()
+    assert (ratio.diff() > -1e-5).all()
+    rotary = LlamaRotaryEmbedding(config_of("yarn"))
+    assert rotary.attention_scaling == pytest.approx(0.1 * math.log(factor) + 1)
+
+
+def test_llama3_keeps_short_wavelengths_and_divides_long_ones():
+    found, factor = frequencies("llama3", 160), TARGET / ORIGINAL
+    turns = ORIGINAL * FREQUENCIES / (2 * math.pi)  # in the original context
+    smooth = ((turns - 1) / (4 - 1)).clamp(0, 1)  # 0 where a wavelength exceeds the context, 1 within a quarter of it
+    assert (smooth == 0).any()
+    assert (smooth == 1).any()
+    torch.testing.assert_close(found, FREQUENCIES * (smooth + (1 - smooth) / factor), rtol=1e-5, atol=0)
+
+
+def test_interpolated_positions_are_the_original_ones_divided(model_folder):
+    cpu = torch.device("cpu")
+    original = load_model(model_folder, device=cpu)
+    extended = load_model(model_folder, device=cpu, target_context=128)
+    hidden = torch.zeros(1, 1, 32)
+    even = torch.arange(0, 128, 2)[None]
+    for ours, reference in zip(
+        extended.model.rotary_emb(hidden, even), original.model.rotary_emb(hidden, torch.arange(64)[None]), strict=True
+    ):
+        torch.testing.assert_close(ours, reference)
+
+
+def test_within_the_original_context_a_dynamic_model_is_the_original_one(model_folder):
+    cpu, ids = torch.device("cpu"), torch.arange(3, 63)[None]
+    original, dynamic = (load_model(model_folder, device=cpu, target_context=n, rope_scaling="dynamic") for n in (None, 128))
+    with torch.no_grad():
+        torch.testing.assert_close(dynamic(ids).logits, original(ids).logits)
+        dynamic(torch.zeros(1, 128, dtype=torch.long))  # a long text in between changes nothing
+        torch.testing.assert_close(dynamic(ids).logits, original(ids).logits)
+
+
+def test_a_model_without_rope_or_scaled_already_is_refused():
+    with pytest.raises(ValueError, match="gpt2 has no rotary position embeddings"):
+        extend_context(GPT2Config(), 2048)
+    scaled = tiny_llama(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}).config
+    with pytest.raises(ValueError, match="scaled already"):
+        extend_context(scaled, 128)
+
+
+@pytest.mark.parametrize("rope_scaling", ROPE_SCALINGS)
+def test_a_record_is_stamped_with_the_scaling_its_factor_and_the_target(model_folder, tmp_path, rope_scaling):
+    assert rope_of(load_config(model_folder)) == {"rope_scaling": "none", "rope_factor": 1.0, "target_context": 64}
+    extended = load_config(model_folder, 160, rope_scaling)
+    factor = 3.0 if rope_scaling == "linear" else 2.5  # Position Interpolation's factors are whole
+    assert rope_of(extended) == {"rope_scaling": rope_scaling, "rope_factor": factor, "target_context": 160}
+    extended.save_pretrained(tmp_path / "merged")
+    assert rope_of(load_config(str(tmp_path / "merged"))) == rope_of(extended)

@@ -1,0 +1,142 @@
+import pytest
+import torch
+from conftest import SETTINGS, save_base, tiny_llama
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from longqlora.modeling.chunked_loss import use_chunked_loss
+from longqlora.modeling.loading import load_model
+from longqlora.training.adapters import BaseTypes, add_adapter, base_types
+
+CPU = torch.device("cpu")
+BFLOAT16 = BaseTypes(weights=torch.bfloat16, layers=torch.bfloat16)
+FLOAT16 = BaseTypes(weights=torch.float32, layers=torch.float16)
+FLOAT32 = BaseTypes(weights=torch.float32, layers=torch.float32)
+IDS = torch.arange(3, 60)[None]
+
+
+@pytest.fixture
+def llama(tmp_path, tokenizer) -> str:
+    return save_base(tmp_path / "llama", tokenizer, torch.bfloat16)
+
+
+@pytest.fixture
+def qwen3(tmp_path) -> str:
+    torch.manual_seed(0)
+    shape = tiny_llama().config.to_dict()
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    Qwen3ForCausalLM(Qwen3Config(**{key: shape[key] for key in keys}, head_dim=8)).save_pretrained(tmp_path / "qwen3")
+    return str(tmp_path / "qwen3")
+
+
+def adapted(base: str, types: BaseTypes | None, **settings):
+    """A model with an adapter that is not zero, ready to train."""
+    model = use_chunked_loss(load_model(base, device=CPU, precision="nf4"))
+    torch.manual_seed(1)
+    model = add_adapter(model, {**SETTINGS, **settings}, types=types)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    return model.train()
+
+
+def loss_and_gradients(model, autocast: torch.dtype | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    return loss, {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def activation_types(model, autocast: torch.dtype) -> dict[str, set[torch.dtype]]:
+    """The types that arrive in the decoder layers (``residual``) and in their linear layers, of which o_proj shows what
+    attention returns."""
+    seen = {"residual": set(), "linear": set()}
+
+    def note(kind):
+        return lambda module, inputs: seen[kind].add(inputs[0].dtype)
+
+    for layer in model.get_base_model().get_decoder().layers:
+        layer.register_forward_pre_hook(note("residual"))
+        for name, module in layer.named_modules():
+            if name.endswith("_proj"):
+                module.register_forward_pre_hook(note("linear"))
+    loss_and_gradients(model, autocast)
+    return seen
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("types", [BFLOAT16, FLOAT16], ids=["bfloat16", "float16"])
+def test_the_layers_work_in_16_bit_and_the_adapter_is_in_32(request, family, types):
+    model = adapted(request.getfixturevalue(family), types)
+    seen = activation_types(model, types.layers)
+    assert seen == {"residual": {types.weights}, "linear": {types.layers}}
+    kinds = {name: weight.dtype for name, weight in model.named_parameters()}
+    assert {kinds.pop(name) for name in list(kinds) if "lora_" in name} == {torch.float32}
+    assert {kinds.pop(name) for name in list(kinds) if "_proj" in name} == {torch.uint8}
+    assert set(kinds.values()) == {types.weights}
+    assert any("embed_tokens" in name for name in kinds)
+    assert any("input_layernorm" in name for name in kinds)
+    assert any("lm_head" in name for name in kinds) or model.config.tie_word_embeddings
+    assert {weight.requires_grad for name, weight in model.named_parameters() if "lora_" not in name} == {False}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("types", [BFLOAT16, FLOAT16], ids=["bfloat16", "float16"])
+def test_gradients_in_16_bit_are_close_to_those_in_32(request, family, types, checkpointing):
+    base = request.getfixturevalue(family)
+    expected_loss, expected = loss_and_gradients(adapted(base, FLOAT32))
+    model = adapted(base, types)
+    if checkpointing:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    loss, found = loss_and_gradients(model, types.layers)
+    assert loss.item() == pytest.approx(expected_loss.item(), abs=5e-3)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert gradient.dtype is torch.float32
+        assert gradient.isfinite().all()
+        assert torch.cosine_similarity(gradient.flatten(), expected[name].flatten(), dim=0) > 0.99, name
+        assert gradient.norm().item() == pytest.approx(expected[name].norm().item(), rel=0.05), name
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_on_a_cpu_the_base_is_what_peft_prepares_to_the_last_digit(tmp_path, tokenizer, stored):
+    base = save_base(tmp_path / "base", tokenizer, stored)
+    ours = adapted(base, types=None)
+    reference = prepare_model_for_kbit_training(
+        use_chunked_loss(load_model(base, device=CPU, precision="nf4")), use_gradient_checkpointing=False
+    )
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear")
+    reference = get_peft_model(reference, lora).train()
+    reference.load_state_dict(ours.state_dict(), strict=False)
+    assert [(name, p.dtype, p.requires_grad) for name, p in ours.named_parameters()] == [
+        (name, p.dtype, p.requires_grad) for name, p in reference.named_parameters()
+    ]
+    (loss, gradients), (expected_loss, expected) = loss_and_gradients(ours), loss_and_gradients(reference)
+    assert torch.equal(loss, expected_loss)
+    assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+    assert not any(module._forward_hooks for module in ours.modules())
+
+
+@pytest.mark.parametrize("types", [BFLOAT16, FLOAT16], ids=["bfloat16", "float16"])
+def test_modules_that_are_trained_whole_are_in_32_bit_and_their_layers_in_16(llama, types):
+    model = adapted(llama, types, modules_to_save=["embed_tokens", "input_layernorm", "norm"])
+    seen = activation_types(model, types.layers)
+    assert seen == {"residual": {torch.float32}, "linear": {types.layers}}
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    assert {weight.dtype for weight in trained.values()} == {torch.float32}
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in trained.values())
+
+
+@pytest.mark.parametrize(("capability", "types"), [((8, 0), BFLOAT16), ((7, 0), FLOAT16)])
+def test_the_types_follow_the_gpu(monkeypatch, capability, types):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert base_types(torch.device("cuda")) == types
+    assert base_types(CPU) == FLOAT32
+
+
+@pytest.mark.parametrize(("zero_stage", "weights"), [(0, torch.bfloat16), (2, torch.float32)])
+def test_deepspeed_gets_the_base_in_32_bit_and_casts_it_itself(llama, monkeypatch, zero_stage, weights):
+    monkeypatch.setattr("longqlora.training.adapters.base_types", lambda device: BFLOAT16)
+    model = adapted(llama, types=None, zero_stage=zero_stage)
+    assert model.get_input_embeddings().weight.dtype is weights

@@ -1,0 +1,400 @@
+import json
+import logging
+import subprocess
+import sys
+from hashlib import sha256
+from types import SimpleNamespace
+
+import pyarrow
+import pytest
+import torch
+from conftest import LONGLORA, SETTINGS, save_base, tiny_llama, train_tiny
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from longqlora.data.instruction_set import TOKENS
+from longqlora.data.packing import load_training_data, pad_at_right
+from longqlora.data.token_files import tokenize_documents
+from longqlora.modeling.chunked_loss import next_token_loss, use_chunked_loss
+from longqlora.modeling.devices import check_kernels, compute_dtype, name_of
+from longqlora.modeling.loading import load_model
+from longqlora.modeling.rope import ROPE_SCALINGS
+from longqlora.training import train as training
+from longqlora.training.adapters import add_adapter
+
+CPU = torch.device("cpu")
+
+
+def test_the_chunked_loss_and_its_gradients_are_the_plain_ones():
+    model = tiny_llama()
+    ids = torch.randint(512, (3, 40))
+    labels = ids.clone()
+    labels[0, :10] = -100
+    plain = model(input_ids=ids, labels=labels).loss
+    expected = torch.autograd.grad(plain, list(model.parameters()))
+    chunked = next_token_loss(model, ids, labels)
+    torch.testing.assert_close(chunked, plain)
+    for gradient, reference in zip(torch.autograd.grad(chunked, list(model.parameters())), expected, strict=True):
+        torch.testing.assert_close(gradient, reference, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(use_chunked_loss(model)(input_ids=ids, labels=labels).loss, plain)
+
+
+def test_training_learns_reproducibly_and_leaves_a_standard_adapter(model_folder, corpus, tmp_path):
+    card = train_tiny(model_folder, corpus, tmp_path / "a")
+    losses = [row["loss"] for row in card["trace"]]
+    assert len(losses) == card["steps"] == 30
+    assert sum(losses[-5:]) < sum(losses[:5]) - 0.1
+    assert card["tokens"] == 30 * 4 * 128
+    assert json.loads(json.dumps(card)) == card
+    weights = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    modules = {name.split(".")[-3] for name in weights}
+    assert modules == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert all(weights[name].abs().sum() > 0 for name in weights)
+    train_tiny(model_folder, corpus, tmp_path / "b")
+    again = load_file(tmp_path / "b" / "adapter_model.safetensors")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_accumulation": 4, "batch_size": 1},
+        {"activation_checkpointing": True},
+        {"activation_checkpointing": True, "offload_activations": True},
+    ],
+)
+def test_accumulation_and_checkpointing_change_no_loss(model_folder, corpus, tmp_path, settings):
+    reference = train_tiny(model_folder, corpus, tmp_path / "a", steps=3)
+    other = train_tiny(model_folder, corpus, tmp_path / "b", steps=3, **settings)
+    for row, expected in zip(other["trace"], reference["trace"], strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], abs=2e-2)  # bfloat16 where the CPU has it
+
+
+@pytest.fixture
+def lines(tmp_path, texts, tokenizer) -> str:
+    """A corpus whose documents are shorter than a window."""
+    tokenize_documents((line for text in texts for line in text.splitlines()), tokenizer, str(tmp_path / "lines.bin"))
+    return str(tmp_path / "lines.bin")
+
+
+def write_tokenized(path, rows: list[list[int]], labels: list[list[int]]) -> str:
+    with pyarrow.ipc.new_stream(str(path), TOKENS) as writer:
+        writer.write_table(pyarrow.table({"input_ids": rows, "labels": labels}, schema=TOKENS))
+    return str(path)
+
+
+@pytest.fixture
+def instructions(tmp_path, texts, tokenizer) -> str:
+    """Records of 10 to 60 tokens, the second half of each learned."""
+    ids = tokenizer(texts[0])["input_ids"]
+    rows = [ids[start : start + 10 + start % 51] for start in range(0, 1000, 7)]
+    labels = [[-100] * (len(row) // 2) + row[len(row) // 2 :] for row in rows]
+    return write_tokenized(tmp_path / "sft.arrow", rows, labels)
+
+
+@pytest.mark.parametrize("settings", [{"attention": "full"}, {"activation_checkpointing": True}])
+@pytest.mark.parametrize(("option", "data"), [("isolate_documents", "lines"), ("pack_records", "instructions")])
+def test_packed_documents_reach_the_model_and_are_learned(model_folder, tmp_path, monkeypatch, request, option, data, settings):
+    positions, rotate = [], LlamaRotaryEmbedding.forward
+
+    def spy(self, hidden, position_ids):
+        positions.append(position_ids)
+        return rotate(self, hidden, position_ids)
+
+    monkeypatch.setattr(LlamaRotaryEmbedding, "forward", spy)
+    card = train_tiny(model_folder, request.getfixturevalue(data), tmp_path / "a", **{option: True}, **settings, steps=12)
+    losses = [row["loss"] for row in card["trace"]]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert len(positions) == 12
+    assert all((rows == 0).sum() > 2 * 4 for rows in positions)  # beginnings in four windows
+
+
+def test_the_loss_of_packed_records_is_that_of_the_records_alone(instructions):
+    model = tiny_llama(max_position_embeddings=128).train()
+    packed, plain = (load_training_data(instructions, 128, pack_records=packed) for packed in (True, False))
+    alone = [next_token_loss(model, row["input_ids"][None], row["labels"][None], num_items_in_batch=1) for row in plain]
+    batch = pad_at_right([packed[index] for index in range(len(packed))])
+    together = next_token_loss(model, **batch, num_items_in_batch=1)
+    torch.testing.assert_close(together, sum(alone))
+
+
+@pytest.mark.parametrize("num_items_in_batch", [None, 0, torch.tensor(0)])
+def test_where_nothing_is_to_be_learned_loss_and_gradients_are_zero(num_items_in_batch):
+    model, ids = tiny_llama(), torch.randint(512, (2, 20))
+    loss = next_token_loss(model, ids, torch.full_like(ids, -100), num_items_in_batch)
+    assert loss.item() == 0
+    loss.backward()
+    assert all(weight.grad is None or not weight.grad.any() for weight in model.parameters())
+
+
+def test_a_batch_with_nothing_to_learn_leaves_the_adapter_finite(model_folder, tmp_path, texts, tokenizer):
+    ids = tokenizer(texts[0])["input_ids"]
+    rows = [ids[start : start + 40] for start in range(0, 160, 10)]
+    masked, half = [[-100] * 40] * 16, [[-100] * 20 + row[20:] for row in rows]
+    for name, labels, learns in [("nothing", masked, False), ("some", masked[:8] + half[:8], True)]:
+        data = write_tokenized(tmp_path / f"{name}.arrow", rows, labels)
+        card = train_tiny(model_folder, data, tmp_path / name, steps=32, batch_size=1, attention="full")
+        losses = [row["loss"] for row in card["trace"]]
+        assert losses.count(0) == (16 if learns else 32)  # two epochs of 16 rows
+        weights = load_file(tmp_path / name / "adapter_model.safetensors")
+        assert all(torch.isfinite(weight).all() for weight in weights.values())
+        assert any(weight.any() for key, weight in weights.items() if "lora_B" in key) == learns
+
+
+def test_options_of_packing_are_checked_before_weights_are_loaded(model_folder, corpus, instructions, tmp_path):
+    with pytest.raises(ValueError, match="pack_records is for an instruction set"):
+        train_tiny(model_folder, corpus, tmp_path / "a", pack_records=True)
+    with pytest.raises(ValueError, match="isolate_documents is for a corpus"):
+        train_tiny(model_folder, instructions, tmp_path / "a", isolate_documents=True)
+
+
+def test_impossible_trainings_are_refused_before_weights_are_loaded(tmp_path, corpus, model_folder):
+    AutoConfig.from_pretrained(model_folder).save_pretrained(tmp_path / "empty")  # a config.json and no weights
+    for settings, message in [
+        ({"target_context": 32}, "target_context 32 is below the model's own context of 64"),
+        ({"rank": 33}, "rank 33 is above the model's width, hidden_size 32"),
+        ({"target_modules": ["c_attn"]}, "target_modules: 'c_attn' matches no layer"),
+        ({"modules_to_save": ["wte"]}, "modules_to_save: 'wte' matches no layer"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            train_tiny(tmp_path / "empty", corpus, tmp_path / "a", **settings)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="torch sees no GPU"):
+            train_tiny(tmp_path / "empty", corpus, tmp_path / "a", device="cuda")
+    with pytest.raises(OSError, match="no file named"):
+        train_tiny(tmp_path / "empty", corpus, tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "message"),
+    [
+        ((7, 0), ["sm_75", "sm_90", "compute_90"], r"Card has compute capability 7\.0, .*build of torch 2\.13 for CUDA 12\.6"),
+        ((12, 1), ["sm_80", "sm_90a"], "a newer build of torch has them"),
+        ((9, 0), ["sm_80", "sm_100"], "a newer build"),
+        ((7, 0), ["sm_50", "sm_60", "sm_70"], None),
+        ((8, 6), ["sm_75", "sm_80"], None),  # runs what is built for an older one of the same kind
+        ((9, 0), ["sm_80", "sm_90a"], None),
+        ((10, 3), ["sm_90", "compute_90"], None),  # compiled by the driver
+    ],
+)
+def test_a_card_that_torch_has_no_kernels_for_is_told_before_weights(monkeypatch, capability, architectures, message):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: architectures)
+    if message is None:
+        check_kernels(torch.device("cuda", 0))
+        return
+    with pytest.raises(ValueError, match=message):
+        check_kernels(torch.device("cuda", 0))
+
+
+def test_data_of_another_tokenizer_are_refused(tmp_path, corpus, tokenizer):
+    small = save_base(tmp_path / "small", tokenizer, vocab_size=300)
+    with pytest.raises(ValueError, match="the tokenizer's vocabulary ends at 299"):
+        train_tiny(small, corpus, tmp_path / "a")
+
+
+# --- what each method trains, and what is written of it --------------------------------------------------------------------
+
+SYSTEMS = {
+    "qlora": ({"tie_word_embeddings": False}, {}),
+    "lora": ({"tie_word_embeddings": False}, LONGLORA),
+    "lora, tied": ({"tie_word_embeddings": True}, LONGLORA),
+    "full": ({"tie_word_embeddings": False}, {"method": "full"}),
+    "full, tied": ({"tie_word_embeddings": True}, {"method": "full"}),
+}
+ADAPTED = [name for name in SYSTEMS if "lora" in name]
+
+
+def keep_models(patch) -> list:
+    """A list that the models which are trained from now on are put into."""
+    models, make = [], training.make_trainable
+
+    def make_and_keep(*args, **kwargs):
+        models.append(make(*args, **kwargs))
+        return models[-1]
+
+    patch.setattr(training, "make_trainable", make_and_keep)
+    return models
+
+
+@pytest.fixture(scope="module")
+def systems(tmp_path_factory, texts, tokenizer) -> dict[str, SimpleNamespace]:
+    """Each system trained for a few steps: base, folder, card, the model in memory, and its logits on a text."""
+    root, trained = tmp_path_factory.mktemp("systems"), {}
+    tokenize_documents(texts, tokenizer, str(root / "corpus.bin"))
+    ids = torch.tensor([tokenizer("def train(model, corpus):")["input_ids"]])
+    for name, (shape, settings) in SYSTEMS.items():
+        base = save_base(root / f"{name} base", tokenizer, hidden_size=64, intermediate_size=128, **shape)
+        folder = root / name
+        with pytest.MonkeyPatch.context() as patch:
+            models = keep_models(patch)
+            card = train_tiny(base, root / "corpus.bin", folder, steps=12, **settings)
+        model = models[0].eval()
+        causal = model if settings.get("method") == "full" else model.base_model.model
+        with torch.no_grad():
+            hidden = causal.get_decoder()(input_ids=ids).last_hidden_state
+            logits = causal.get_output_embeddings()(hidden)
+        trained[name] = SimpleNamespace(
+            base=base, folder=folder, card=card, model=model, ids=ids, logits=logits, data=root / "corpus.bin"
+        )
+    return trained
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_method_learns(systems, name):
+    losses = [row["loss"] for row in systems[name].card["trace"]]
+    assert sum(losses[-3:]) < sum(losses[:3]) - 0.03  # the 4-bit base's adapter learns the slowest
+    trained = [weight for weight in systems[name].model.parameters() if weight.requires_grad]
+    assert systems[name].card["trainable_parameters"] == sum(weight.numel() for weight in trained)
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_what_an_adapter_trains_changes_and_nothing_else_does(systems, name):
+    system = systems[name]
+    lora = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    lora |= set() if system.card["settings"]["modules_to_save"] else {"gate_proj", "up_proj", "down_proj"}
+    whole = {"embed_tokens", "norm"} if system.card["settings"]["modules_to_save"] else set()
+    before = load_file(f"{system.base}/model.safetensors")
+    kinds = set()
+    for key, weight in load_file(system.folder / "adapter_model.safetensors").items():
+        layer = key.removeprefix("base_model.model.").removesuffix(".weight")
+        if ".lora_" in layer:
+            kinds.add(layer.split(".")[-2])
+            assert weight.any()
+        elif not layer.endswith("lm_head"):  # a tied one may be there under both names
+            kinds.add("norm" if layer.endswith("norm") else layer.split(".")[-1])
+            assert not torch.equal(weight, before[f"{layer}.weight"])
+        assert weight.dtype == torch.float32
+    assert kinds == lora | whole
+    for key, weight in system.model.named_parameters():
+        name_of_base = key.removeprefix("base_model.model.").replace(".base_layer", "").replace(".original_module", "")
+        if not weight.requires_grad and name_of_base in before and weight.is_floating_point():
+            torch.testing.assert_close(weight, before[name_of_base], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["full", "full, tied"])
+def test_all_weights_change_in_full_training_and_load_with_stock_transformers(systems, name):
+    system = systems[name]
+    before, after = (load_file(f"{folder}/model.safetensors") for folder in (system.base, system.folder))
+    assert set(before) == set(after)
+    assert not any(torch.equal(before[key], after[key]) for key in before)
+    model = AutoModelForCausalLM.from_pretrained(system.folder).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(system.ids).logits, system.logits, atol=1e-5, rtol=1e-4)
+
+
+def test_a_tied_head_stays_tied_to_the_trained_embeddings(systems):
+    causal = systems["lora, tied"].model.base_model.model
+    torch.testing.assert_close(causal.get_output_embeddings().weight, causal.get_input_embeddings().weight, atol=0, rtol=0)
+    assert systems["lora, tied"].card["trainable_parameters"] == systems["lora"].card["trainable_parameters"]
+
+
+def test_adapters_load_with_stock_peft_on_a_stock_base_with_scaled_positions(systems, tmp_path):
+    """In a process that cannot import this project."""
+    expected = {name: systems[name] for name in ADAPTED}
+    expected = {name: (system.base, str(system.folder), system.ids, system.logits) for name, system in expected.items()}
+    torch.save(expected, tmp_path / "expected.pt")
+    stock = (
+        "import sys; sys.modules['longqlora'] = None\n"  # an import of it would fail
+        "import torch\n"
+        "from peft import PeftModel\n"
+        "from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig\n"
+        "nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True,\n"
+        f"    bnb_4bit_compute_dtype=torch.{name_of(compute_dtype(CPU))})\n"
+        "for name, (base, adapter, ids, expected) in torch.load('expected.pt').items():\n"
+        "    config = AutoConfig.from_pretrained(base)\n"
+        "    config.rope_parameters = {'rope_type': 'linear', 'factor': 2.0, 'rope_theta': 500000.0}\n"
+        "    config.max_position_embeddings = 128\n"
+        "    quantised = {'quantization_config': nf4} if name == 'qlora' else {}\n"
+        "    model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=torch.float32, **quantised)\n"
+        "    model = PeftModel.from_pretrained(model, adapter).eval()\n"
+        "    with torch.no_grad():\n"
+        "        torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-3, msg=lambda m: name + m)\n"
+        "        with model.disable_adapter():\n"
+        "            assert not torch.allclose(model(ids).logits, expected, atol=1e-2), name\n"
+        "print('equal')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", stock], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "equal"
+
+
+@pytest.mark.parametrize("method", [{"method": "qlora", "modules_to_save": ["embed_tokens", "norm"]}, LONGLORA])
+@pytest.mark.parametrize("tied", [True, False])
+def test_trained_weights_are_32_bit_where_the_base_has_16(tmp_path, tokenizer, method, tied):
+    base = save_base(tmp_path / "base", tokenizer, torch.bfloat16, tie_word_embeddings=tied)
+    model = add_adapter(load_model(base, device=CPU, precision="bfloat16"), {**SETTINGS, **method})
+    trained = {name: weight.dtype for name, weight in model.named_parameters() if weight.requires_grad}
+    assert set(trained.values()) == {torch.float32}
+    assert {"lora_A", "modules_to_save"} <= {part for name in trained for part in name.split(".")}
+    if method["method"] == "lora":
+        assert {weight.dtype for weight in model.parameters() if not weight.requires_grad} == {torch.bfloat16}
+    with torch.autocast("cpu", torch.bfloat16):
+        use_chunked_loss(model.base_model.model)
+        ids = torch.arange(3, 40)[None]
+        model(input_ids=ids, labels=ids).loss.backward()
+    grads = [weight.grad for weight in model.parameters() if weight.requires_grad]
+    assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in grads)
+
+
+def test_full_training_writes_the_precision_of_the_base_and_its_new_context(tmp_path, corpus, tokenizer):
+    base = save_base(tmp_path / "base", tokenizer, torch.bfloat16)
+    card = train_tiny(base, corpus, tmp_path / "model", method="full", steps=2, learning_rate=1e-2, rope_scaling="yarn")
+    assert card["precision"]["base"] == "float32"
+    assert {weight.dtype for weight in load_file(tmp_path / "model" / "model.safetensors").values()} == {torch.bfloat16}
+    config = AutoConfig.from_pretrained(tmp_path / "model")
+    assert (config.dtype, config.rope_parameters["rope_type"], config.max_position_embeddings) == (torch.bfloat16, "yarn", 128)
+
+
+@pytest.mark.parametrize("rope_scaling", ROPE_SCALINGS)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_training_keeps_theta_whatever_the_scaling(model_folder, corpus, tmp_path, monkeypatch, rope_scaling, method):
+    made = keep_models(monkeypatch)
+    card = train_tiny(model_folder, corpus, tmp_path / "a", rope_scaling=rope_scaling, method=method, steps=1)
+    assert card["rope_scaling"] == rope_scaling
+    rope = made[0].config.rope_parameters
+    assert (rope["rope_type"], rope["rope_theta"], rope["factor"]) == (rope_scaling, 500000.0, 2.0)
+    if method == "full":
+        assert AutoConfig.from_pretrained(tmp_path / "a").rope_parameters == rope
+
+
+def test_the_card_says_what_was_trained_on_what_and_where(systems):
+    for system in systems.values():
+        card = system.card
+        data = {"path": str(system.data), "sha256": sha256(system.data.read_bytes()).hexdigest()}
+        assert card["data"] == data | {"windows": card["data"]["windows"]}
+        assert card["data"]["windows"] > 10
+        assert card["paged_optimizer_bytes"] == 0
+        assert {"python", "torch", "transformers", "peft"} <= set(card["versions"])
+        assert card["versions"]["torch"] == torch.__version__
+        assert card["machine"]["cores"] >= 1
+        assert card["machine"]["system"]
+        assert 2**20 < card["peak_memory_bytes"] < 2**40
+        assert (card["base_model"], card["base_model_revision"]) == (system.base, None)
+        assert card["tokens_per_second"] > 0
+        assert json.loads(json.dumps(card)) == card
+
+
+def test_events_and_the_trainers_state_hold_the_losses_of_the_trace(systems):
+    for system in systems.values():
+        events = EventAccumulator(f"{system.folder}-events")
+        events.Reload()
+        expected = [(row["step"], pytest.approx(row["loss"], rel=1e-5)) for row in system.card["trace"]]
+        assert [(event.step, event.value) for event in events.Scalars("train/loss")] == expected
+        state = json.loads((system.folder / "trainer_state.json").read_text())
+        assert [row["loss"] for row in state["log_history"] if "loss" in row] == [row["loss"] for row in system.card["trace"]]
+        assert state["global_step"] == 12
+
+
+def test_the_log_has_a_line_a_logged_step(model_folder, corpus, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="longqlora")
+    train_tiny(model_folder, corpus, tmp_path / "a", steps=4, logging_steps=2)
+    assert [line.split(":")[0] for line in caplog.messages if line.startswith("step")] == ["step 2 of 4", "step 4 of 4"]
+
+
+@pytest.mark.parametrize("name", ["full", "full, tied"])
+def test_a_model_trained_whole_has_its_cache_at_inference(systems, name):
+    assert AutoConfig.from_pretrained(systems[name].folder).use_cache
