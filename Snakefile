@@ -1,4 +1,4 @@
-# LongQLoRA: from raw texts to the table and the plot of perplexity per context length.
+# LongQLoRA: from raw texts to a table and a plot of perplexity by context length.
 #
 #   snakemake --cores all                                                the demo (config/config.yaml)
 #   snakemake --cores all --configfile config/llama2-7b-8k.yaml          the paper's run
@@ -8,21 +8,41 @@ from snakemake.utils import min_version
 min_version("9.0")
 
 
-if not workflow.overwrite_configfiles:  # a --configfile replaces the demo's, it is not merged into it
+if not workflow.overwrite_configfiles:  # a --configfile replaces the demo's configuration
 
     configfile: "config/config.yaml"
 
 
 include: "workflow/rules/common.smk"
-include: "workflow/rules/data.smk"
+include: "workflow/rules/evaluation_sets.smk"
+
+
+if CORPUS:
+
+    include: "workflow/rules/corpus.smk"
+
+
+if SFT:
+
+    include: "workflow/rules/sft.smk"
+
+
 include: "workflow/rules/train.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
 
 
-if "demo" in experiment:
+if DEMO:
 
     include: "workflow/rules/demo.smk"
+
+
+rule data:
+    input:
+        [rules.tokenize_corpus.output, rules.plot_text_lengths.output] if CORPUS else [],
+        [rules.tokenize_sft.output, rules.plot_sft_shares.output] if SFT else [],
+        expand(rules.prepare_evaluation_set.output, dataset=DATASETS),
+    localrule: True
 
 
 rule all:

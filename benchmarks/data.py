@@ -21,10 +21,11 @@ import orjson
 from backports.zstd import compress
 from transformers import AutoTokenizer
 
+from longqlora.config.settings import CorpusSource
 from longqlora.data.decontamination import EvaluationNgrams, index_evaluation_sets
 from longqlora.data.demo_texts import library_modules
-from longqlora.data.readers import Fields, open_binary, read_documents
-from longqlora.data.shards import SampleSettings, sample_shard
+from longqlora.data.readers import open_binary, read_documents
+from longqlora.data.shards import SampleSettings, ShardFiles, sample_shard
 from longqlora.data.token_files import batches, tokenize_documents
 from longqlora.training.pretraining import train_tokenizer
 
@@ -66,19 +67,15 @@ def parse(shard: Path) -> None:
             orjson.loads(line)
 
 
-def sample(shard: Path, tokenizer, ngrams: EvaluationNgrams, num_texts: int, examined_share: float) -> dict:
+def sample(shard: Path, tokenizer, ngrams: EvaluationNgrams, num_texts: int, examined_share: float) -> None:
     """One job of the sampling."""
-    return sample_shard(
+    sample_shard(
         settings=SampleSettings(num_texts, min_tokens=4096, max_tokens=32768, seed=1, examined_share=examined_share),
-        paths=[str(shard)],
+        source=CorpusSource(name="benchmark", paths=[str(shard)]),
         part=(0, 1),
-        fields=Fields(),
-        name="benchmark",
-        stratum=None,
         tokenizer=tokenizer,
         ngrams=ngrams,
-        output=str(shard.with_name("candidates.parquet")),
-        priorities=str(shard.with_name("priorities.parquet")),
+        output=ShardFiles(*(str(shard.with_name(name)) for name in ("candidates.parquet", "priorities.parquet", "card.json"))),
     )
 
 
@@ -88,7 +85,7 @@ def sample_alone(shard: Path, tokenizer: str, ngrams: str) -> None:
 
 
 def tokenize_alone(shard: Path, tokenizer: str, ngrams: str) -> None:
-    """The tokenising with all that it loads."""
+    """The tokenizing with all that it loads."""
     texts = (document.text for document in read_documents(str(shard)))
     tokenize_documents(texts, AutoTokenizer.from_pretrained(tokenizer), str(shard.with_suffix(".bin")))
 
@@ -138,7 +135,7 @@ def measure_sampling(folder: Path, lines: list[str], tokenizer, ngrams: Evaluati
 
 
 def measure_tokenizing(folder: Path, lines: list[str], tokenizer) -> None:
-    """Print the speed of the tokenising stage against the bare library's."""
+    """Print the speed of the tokenizing stage against the bare library's."""
     texts = make_texts(lines, 300, LONG, seed=3)
     backend = AutoTokenizer.from_pretrained(tokenizer.name_or_path).backend_tokenizer
 
@@ -152,7 +149,7 @@ def measure_tokenizing(folder: Path, lines: list[str], tokenizer) -> None:
         lambda: bare(backend.encode_batch_fast),
     )
     size = sum(map(len, texts)) / 1e6
-    print(f"\nTokenising: {size:.0f} MB of text.\n\n| | MB/s | the stage in ratio |\n|:--|--:|--:|")
+    print(f"\nTokenizing: {size:.0f} MB of text.\n\n| | MB/s | the stage in ratio |\n|:--|--:|--:|")
     print(f"| tokenize_corpus, its .bin written | {size / stage:.1f} | |")
     print(f"| tokenizers, encode_batch | {size / plain:.1f} | {plain / stage:.0%} |")
     print(f"| tokenizers, encode_batch_fast (no offsets) | {size / fast:.1f} | {fast / stage:.0%} |")

@@ -25,10 +25,16 @@ from longqlora.evaluation.retrieval_tasks import Prompt
 from longqlora.jobs.machine import machine, versions
 from longqlora.modeling.attention import shifted_sparse_attention
 from longqlora.modeling.chunked_loss import summed_nll
-from longqlora.modeling.devices import compute_dtype, find_device, name_of, weight_dtype
+from longqlora.modeling.devices import compute_dtype, dtype_name, find_device, keep_freed_memory, weight_dtype
 from longqlora.publishing.merging import nf4_round_trip
 
-AUTOCAST_TYPES = ("longqlora.modeling.loading", "longqlora.training.adapters", "longqlora.training.train", "training_cases")
+AUTOCAST_TYPES = (
+    "longqlora.modeling.loading",
+    "longqlora.training.adapters",
+    "longqlora.training.arguments",
+    "longqlora.training.train",
+    "training_cases",
+)
 LARGEST_ERROR = 0.02  # of a 16-bit result against float64, relative to the norm
 LOSS_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 MICRO_STEPS = 2  # of a step, so that gradients are there during the second one, as in a training and in the trace
@@ -67,7 +73,7 @@ def probe(device: str) -> Iterator[dict]:
     yield {"versions": versions() | installed("triton", "numpy"), "machine": machine()}
     from bitsandbytes.cextension import lib
 
-    yield {"bitsandbytes_library": type(lib).__name__, "compute_type": name_of(compute_dtype(where))}
+    yield {"bitsandbytes_library": type(lib).__name__, "compute_type": dtype_name(compute_dtype(where))}
     if where.type == "cuda":
         yield describe_card()
     ceiling, _ = set_up_ceiling(device)
@@ -173,7 +179,7 @@ def nf4_errors(device: torch.device) -> dict[str, float]:
     from bitsandbytes.functional import dequantize_4bit
 
     weight = (torch.randn(512, 1024) * 0.02).to(torch.float16)
-    layer = training_cases.quantised_layer(weight.to(device, weight_dtype(device)), compute_dtype(device))
+    layer = training_cases.quantized_layer(weight.to(device, weight_dtype(device)), compute_dtype(device))
     kept = dequantize_4bit(layer.weight.data, layer.weight.quant_state)  # [512, 1024]
     if not torch.equal(nf4_round_trip(weight, device), kept.to("cpu", weight.dtype)):
         raise TooFar("the round trip through NF4 does not give the weights of the 4-bit layer")
@@ -210,7 +216,7 @@ def compare_with_float64(device: str) -> Iterator[dict]:
         "attention, 1000 tokens": lambda: attention_errors(1000, False, where),
         "attention, documents": lambda: attention_errors(1000, True, where),
         "4-bit layer": lambda: nf4_errors(where),
-        **{f"loss in {name_of(dtype)}": partial(loss_errors, dtype, where) for dtype in LOSS_TYPES},
+        **{f"loss in {dtype_name(dtype)}": partial(loss_errors, dtype, where) for dtype in LOSS_TYPES},
     }
     too_far = []
     for name, part in parts.items():
@@ -238,6 +244,7 @@ def take_steps(
         profile: report the kernels that take longest as well.
     """
     where, kind, started = find_device(device), CASES[case], time.perf_counter()
+    keep_freed_memory(where)
     with compute_in(dtype):
         model = prepare_case(kind, shape, "nf4", tokens, where)
         if offload and where.type == "cuda":
@@ -246,7 +253,7 @@ def take_steps(
             parts = torch.arange(tokens).tensor_split(documents)
             positions = torch.cat([torch.arange(len(part)) for part in parts])[None].to(where)  # [1, n]
             model.forward = partial(model.forward, position_ids=positions)
-        loaded, compute_type = held_memory(where), name_of(compute_dtype(where) if dtype is None else getattr(torch, dtype))
+        loaded, compute_type = held_memory(where), dtype_name(compute_dtype(where) if dtype is None else getattr(torch, dtype))
         loading = round(time.perf_counter() - started, 1)
         yield {"loading_s": loading, "loaded_gib": round(loaded / GIB, 3), "compute_type": compute_type}
         micro_steps = MICRO_STEPS if kind.is_training else 1

@@ -4,7 +4,7 @@
     python benchmarks/gpu_check.py --cases probe 7b_8192 --deadline 200
     python benchmarks/gpu_check.py --device cpu --toy                  # does the check itself work? Minutes, no GPU
 
-On a GPU machine that has torch, but neither this environment nor a network, ``gpu_check.sh`` brings along what is missing.
+On a GPU machine that has torch, but neither this environment nor a network, ``gpu_check.sh`` brings the missing parts along.
 
 The most important cases come first, and the check ends at its deadline, so a run that is cut off counts as far as it came. A
 case that fails or takes too long leaves a line that says so. While a case works, the process of the next one imports what it
@@ -167,7 +167,7 @@ def trace_cases() -> dict[str, dict]:
     def peak_gib(shape: str, tokens: int, form: str, dtype: str, attention: str) -> float:
         compute_dtype = memory.COMPUTE_TYPES[dtype]
         options = {"attention": attention, "offload": form == "offloaded"}
-        return memory.trace_step(shape, tokens, memory.types_of(form, compute_dtype), compute_dtype, **options)["peak"] / GIB
+        return memory.trace_step(shape, tokens, memory.dtypes_of(form, compute_dtype), compute_dtype, **options)["peak"] / GIB
 
     traced = {}
     for name, case in CASES.items():

@@ -31,7 +31,7 @@ def deviation(row: dict, traced: dict) -> str:
 
 
 def speed_table(rows: list[dict], rates: dict[str, float], traced: dict[str, dict]) -> list[str]:
-    """A line for each case with a speed: memory, beside it the traced peak, and the share of the measured matrix product.
+    """A line for each case with a speed: memory, the traced peak, and the share of the measured matrix product.
 
     Args:
         rates: TFLOP/s of a matrix product by type.

@@ -20,30 +20,37 @@ import training_cases  # first: it lets longqlora be imported where something is
 from gpu_cases import compute_in, memory_of
 from measuring import GIB
 from safetensors.torch import load_file
-from training_cases import ADAPTER, GROUP_RATIO, LEARNING_RATE, MAX_GRAD_NORM, SHAPES, build_model
+from training_cases import GROUP_RATIO, LEARNING_RATE, MAX_GRAD_NORM, SHAPES, build_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from longqlora.config.settings import (
+    EvaluatedModel,
+    MergeSettings,
+    ProgressSettings,
+    Protocol,
+    RetrievalSettings,
+    RopeExtension,
+    TrainingSettings,
+)
 from longqlora.data.token_files import tokenize_documents
 from longqlora.evaluation.perplexity import evaluate_perplexity
 from longqlora.evaluation.retrieval import evaluate_retrieval
 from longqlora.modeling.devices import find_device
-from longqlora.publishing.merge_report import merge_adapter
+from longqlora.publishing.merge_report import MergeFiles, merge_adapter
 from longqlora.training.pretraining import train_tokenizer
-from longqlora.training.train import train
+from longqlora.training.train import TrainingFiles, train
 from longqlora.training.trainer import Interrupted
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 1024  # of the small model
 EVALUATION_SET, EVALUATED_TEXTS = "evaluation.bin", 4  # file in the folder, and how many texts it has
-SETTINGS = {
-    **ADAPTER, "method": "qlora", "data": "corpus", "attention": "shifted_sparse", "group_ratio": GROUP_RATIO, "steps": 6,
-    "batch_size": 1, "gradient_accumulation": 2, "learning_rate": LEARNING_RATE, "warmup_steps": 2,
-    "max_grad_norm": MAX_GRAD_NORM, "weight_decay": 0.0, "optimizer": "paged_adamw_32bit", "activation_checkpointing": True,
-    "isolate_documents": False, "pack_records": False, "num_processes": 1, "offload": False, "offload_activations": False,
-}  # fmt: skip
+SETTINGS = TrainingSettings(
+    group_ratio=GROUP_RATIO, steps=6, gradient_accumulation=2, learning_rate=LEARNING_RATE, warmup_steps=2,
+    max_grad_norm=MAX_GRAD_NORM,
+)  # fmt: skip
 INTERRUPTED_AFTER = 3  # steps
 MERGE_FIGURES = ("perplexity", "kl_divergence", "top_1_agreement")
-MAX_PERPLEXITY_RATIO = 2  # of the merge; a few steps leave nothing to lose
+MAX_PERPLEXITY_RATIO = 2.0  # of the merge; a few steps leave nothing to lose
 VARIANTS = {
     "isolate_documents": {"isolate_documents": True},
     "lora, embeddings trained whole": {"method": "lora", "modules_to_save": ["embed_tokens", "norm"]},
@@ -70,7 +77,7 @@ class StepWatcher(logging.Handler):
 @contextmanager
 def watched_steps(interrupt_after: int | None = None) -> Iterator[StepWatcher]:
     """Watch the trainings of this process, see :class:`StepWatcher`."""
-    logger, watcher = logging.getLogger("longqlora.training.train"), StepWatcher(interrupt_after)
+    logger, watcher = logging.getLogger("longqlora.training.progress"), StepWatcher(interrupt_after)
     logger.setLevel(logging.INFO)
     logger.addHandler(watcher)
     try:
@@ -84,7 +91,7 @@ class Trainings:
 
     Args:
         device: ``cuda`` or ``cpu``.
-        folder: gets what is trained.
+        folder: for the trained adapters.
         base: folder of the base model.
         data: a ``.bin`` file.
         tokens: of a window.
@@ -93,20 +100,21 @@ class Trainings:
 
     def __init__(self, device: str, folder: Path, base: str, data: str, tokens: int, **settings):
         self.device, self.folder, self.base, self.data, self.tokens = device, folder, base, data, tokens
-        self.settings = SETTINGS | settings
+        self.settings = SETTINGS.model_copy(update=settings)
 
     def train(self, name: str, **settings) -> dict:
         """Train under a name; return the training card."""
         return train(
-            base_model=self.base,
-            data=self.data,
-            output=str(self.folder / name),
-            events=str(self.folder / f"{name}-events"),
-            checkpoint_dir=str(self.folder / f"{name}-checkpoints"),
-            target_context=self.tokens,
-            rope_scaling="linear",
-            settings=self.settings | settings,
-            progress={"logging_steps": 1, "checkpoint_steps": 2, "checkpoints_kept": 2},
+            files=TrainingFiles(
+                base_model=self.base,
+                data=self.data,
+                output=str(self.folder / name),
+                tensorboard_dir=str(self.folder / f"{name}-events"),
+                checkpoint_dir=str(self.folder / f"{name}-checkpoints"),
+            ),
+            extension=RopeExtension(target_context=self.tokens),
+            settings=self.settings.model_copy(update=settings),
+            progress=ProgressSettings(logging_steps=1, checkpoint_steps=2),
             seed=1,
             device=self.device,
         )
@@ -159,9 +167,11 @@ def end_to_end(device: str, width: int, tokens: int, rank: int, paged: bool) -> 
             raise RuntimeError("a paged optimizer has no state in paged memory")
         yield {"resumed": interrupt_and_resume(trainings, card)}
         report = merge_adapter(
-            base_model=trainings.base, adapter=str(folder / "whole"), output=str(folder / "merged"), card=card,
-            data=trainings.data, max_perplexity_ratio=MAX_PERPLEXITY_RATIO, device=device,
-        )  # fmt: skip
+            files=MergeFiles(trainings.base, str(folder / "whole"), trainings.data, str(folder / "merged")),
+            card=card,
+            settings=MergeSettings(max_perplexity_ratio=MAX_PERPLEXITY_RATIO),
+            device=device,
+        )
         measured = {name: {key: float(f"{row[key]:.5g}") for key in MERGE_FIGURES} for name, row in report["models"].items()}
         yield {"merge": {"published": report["published"], "precision": report["precision"]["others"], **measured}}
         yield from attempts(evaluations(trainings))
@@ -202,22 +212,24 @@ def interrupt_and_resume(trainings: Trainings, whole: dict) -> dict:
 def evaluations(trainings: Trainings) -> dict[str, Callable[[], float]]:
     """Perplexity of the trained model in each precision, and what the merged one answers."""
     merged, evaluation_set = str(trainings.folder / "merged"), str(trainings.folder / EVALUATION_SET)
-    adapter = {"path": trainings.base, "adapter": str(trainings.folder / "whole"), "target_context": trainings.tokens}
-    models = {"nf4 with adapter": adapter | {"precision": "nf4"}}
-    models |= {f"merged, {name}": {"path": merged, "precision": name} for name in ("auto", "nf4", "int8", "float32")}
+    extension = RopeExtension(target_context=trainings.tokens)
+    adapter = {"path": trainings.base, "adapter": str(trainings.folder / "whole"), "extension": extension}
+    models = {"nf4 with adapter": EvaluatedModel(**adapter, precision="nf4", group_ratio=GROUP_RATIO)}
+    for name in ("auto", "nf4", "int8", "float32"):
+        models[f"merged, {name}"] = EvaluatedModel(path=merged, precision=name, group_ratio=GROUP_RATIO)
 
-    def perplexity(model: dict) -> float:
+    def perplexity(model: EvaluatedModel) -> float:
         result = evaluate_perplexity(
-            system="small", dataset="sources", model=model, tokens_path=evaluation_set, protocol="longqlora",
-            window=trainings.tokens, stride=trainings.tokens, windows_path=str(trainings.folder / "windows.parquet"),
-            device=trainings.device,
+            system="small", dataset="sources", model=model, tokens_path=evaluation_set,
+            protocol=Protocol(name="longqlora", window=trainings.tokens, stride=trainings.tokens), device=trainings.device,
+            windows_path=str(trainings.folder / "windows.parquet"),
         )  # fmt: skip
         return round(result["perplexity"], 3)
 
     def accuracy(task: str) -> float:
         return evaluate_retrieval(
-            model=models["merged, nf4"], tokenizer=trainings.base, filler=evaluation_set, tasks=[task], length=trainings.tokens,
-            depths=[0.5], samples=2, seed=1, device=trainings.device,
+            model=models["merged, nf4"], tokenizer=trainings.base, filler=evaluation_set, length=trainings.tokens,
+            settings=RetrievalSettings(tasks=[task], depths=[0.5], samples=2, seed=1), device=trainings.device,
         )["accuracy"]  # fmt: skip
 
     parts = {f"perplexity, {name}": lambda model=model: perplexity(model) for name, model in models.items()}
@@ -246,12 +258,13 @@ def train_variants(device: str, width: int, tokens: int, rank: int, paged: bool)
 def train_7b(device: str, shape: str, tokens: int, paged: bool, steps: int = 3) -> Iterator[dict]:
     """``longqlora.training.train`` on a large base, whose random weights are built where a checkpoint would be loaded."""
 
-    def build(path, *, device, precision, target_context, rope_scaling, attn_implementation):
-        return build_model(shape, precision, target_context, device, attn_implementation)
+    def build(path, *, device, precision, extension, attn_implementation):
+        return build_model(shape, precision, extension.target_context, device, attn_implementation)
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         LlamaConfig(**SHAPES[shape], bos_token_id=1, eos_token_id=2).save_pretrained(folder / "base")
+        (folder / "base" / "model.safetensors").touch()  # a training records the digest of the weights
         ids = numpy.random.default_rng(1).integers(3, SHAPES[shape]["vocab_size"], 2 * steps * tokens)
         ids.astype("<u2").tofile(folder / "data.bin")
         optimizer = "paged_adamw_32bit" if paged else "adamw_torch"

@@ -40,14 +40,14 @@ from training_cases import ADAPTER, GROUP_RATIO, SHAPES, build_model
 from longqlora.jobs.machine import versions
 from longqlora.modeling.attention import register_shifted_sparse_attention
 from longqlora.modeling.chunked_loss import use_chunked_loss
-from longqlora.modeling.devices import name_of
-from longqlora.training.adapters import BaseTypes, add_adapter, base_types
+from longqlora.modeling.devices import dtype_name
+from longqlora.training.adapters import FLOAT32, BaseDtypes, add_adapter, base_dtypes
 
 CPU = torch.device("cpu")
 STEPS = ("7b/8192", "13b/12288", "7b/32768")
 FORMS = {
     "float32": "embeddings, norms and output layer in float32, as peft prepares them",
-    "current": "the types of longqlora.training.adapters.base_types",
+    "current": "the dtypes of longqlora.training.adapters.base_dtypes",
     "offloaded": "the same, the layers' inputs in CPU memory until the backward pass",
 }
 PARTS = ("weights and adapter", "gradients", "saved by the forward pass", "backward pass")
@@ -94,14 +94,14 @@ class MemoryTrace(TorchDispatchMode):
 
 
 class KeptOnHost(saved_tensors_hooks):
-    """Stands for torch's ``save_on_cpu``: what is saved leaves the device, and a new tensor is there when it is needed."""
+    """Replaces torch's ``save_on_cpu``: a saved tensor leaves the device, and a new one is made when it is needed."""
 
     def __init__(self, **options):
         super().__init__(lambda tensor: (tensor.shape, tensor.dtype), lambda saved: torch.empty(saved[0], dtype=saved[1]))
 
 
 def fake_quantized_layer(weight: torch.Tensor, compute_dtype: torch.dtype) -> Linear4bit:
-    """:func:`training_cases.quantised_layer` of a fake weight ``[out, in]``, which the class of 4-bit weights does not take."""
+    """:func:`training_cases.quantized_layer` of a fake weight ``[out, in]``, which the class of 4-bit weights does not take."""
     rows, columns = weight.shape
     with _disable_current_modes():
         layer = Linear4bit(columns, rows, bias=False, compute_dtype=compute_dtype, quant_type="nf4", device="meta")
@@ -140,7 +140,7 @@ def fake_tensors():
         torch.ones(1, 64), compress_statistics=True, quant_type="nf4"
     )  # keeps its table, which fake numbers would not give
     replaced = [
-        ("training_cases.quantised_layer", fake_quantized_layer),
+        ("training_cases.quantized_layer", fake_quantized_layer),
         ("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None),  # a window is one document
         ("transformers.modeling_utils.save_on_cpu", KeptOnHost),
         # peft moves new weights to where they are already
@@ -153,11 +153,11 @@ def fake_tensors():
         yield
 
 
-def build_step(trace: MemoryTrace, shape: str, tokens: int, types: BaseTypes, *, attention: str, offload: bool):
+def build_step(trace: MemoryTrace, shape: str, tokens: int, dtypes: BaseDtypes, *, attention: str, offload: bool):
     """The model of a step, with its adapter, ready to train."""
     name = register_shifted_sparse_attention(GROUP_RATIO, tokens) if attention == "shifted_sparse" else attention
     model = use_chunked_loss(build_model(shape, "nf4", tokens, CPU, name))
-    model = add_adapter(model, {**ADAPTER, "method": "qlora"}, types=types)
+    model = add_adapter(model, ADAPTER, base=dtypes)
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False}, offload=offload)
     return model.train()
 
@@ -175,12 +175,14 @@ def take_micro_steps(trace: MemoryTrace, model, tokens: int, compute_dtype: torc
         del loss
 
 
-def trace_step(shape: str, tokens: int, types: BaseTypes, compute_dtype: torch.dtype, *, attention: str, offload: bool) -> dict:
+def trace_step(
+    shape: str, tokens: int, dtypes: BaseDtypes, compute_dtype: torch.dtype, *, attention: str, offload: bool
+) -> dict:
     """Trace a step.
 
     Args:
         shape: of ``training_cases.SHAPES``.
-        types: of the base.
+        dtypes: of the base.
         compute_dtype: of autocast.
         attention: ``shifted_sparse`` or ``sdpa``.
         offload: keep the layers' inputs in CPU memory.
@@ -190,7 +192,7 @@ def trace_step(shape: str, tokens: int, types: BaseTypes, compute_dtype: torch.d
     """
     gc.collect()  # cycles of a former step would be freed during this one
     with pretend_gpu(compute_dtype), fake_tensors(), MemoryTrace() as trace:
-        model = build_step(trace, shape, tokens, types, attention=attention, offload=offload)
+        model = build_step(trace, shape, tokens, dtypes, attention=attention, offload=offload)
         gc.collect()  # of loading, the largest 16-bit weight
         trace.peak = 0
         take_micro_steps(trace, model, tokens, compute_dtype)
@@ -198,12 +200,12 @@ def trace_step(shape: str, tokens: int, types: BaseTypes, compute_dtype: torch.d
     return {"peak": trace.peak, "parts": trace.at_peak, "operation": trace.operation, "adam_state": 2 * 4 * trainable}
 
 
-def types_of(form: str, compute_dtype: torch.dtype) -> BaseTypes:
-    """The types of a base in a form, on a GPU that computes in ``compute_dtype``."""
+def dtypes_of(form: str, compute_dtype: torch.dtype) -> BaseDtypes:
+    """The dtypes of a base in a form, on a GPU that computes in ``compute_dtype``."""
     if form == "float32":
-        return BaseTypes(torch.float32, torch.float32)
+        return FLOAT32
     with patch("longqlora.training.adapters.compute_dtype", lambda device: compute_dtype):
-        return base_types(torch.device("cuda"))
+        return base_dtypes(torch.device("cuda"))
 
 
 def table_row(step: str, form: str, found: dict) -> str:
@@ -227,17 +229,19 @@ def main() -> None:
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     print(f"## Memory of a training step, traced, {date.today().isoformat()}\n")
     print(f"`{shlex.join([os.path.basename(sys.executable), *sys.argv])}`; {packages}. Sizes in GiB.\n")
-    print(f"| step | base | peak | {' | '.join(PARTS)} | beside it: paged Adam state | peak at |")
+    print(f"| step | base | peak | {' | '.join(PARTS)} | in addition: paged Adam state | peak at |")
     print(f"|:--|:--|{'--:|' * (len(PARTS) + 2)}:--|")
     for step in arguments.steps:
         shape, tokens = step.split("/")
         for form in arguments.forms:
             found = trace_step(
-                shape, int(tokens), types_of(form, compute_dtype), compute_dtype,
+                shape, int(tokens), dtypes_of(form, compute_dtype), compute_dtype,
                 attention=arguments.attention, offload=form == "offloaded",
             )  # fmt: skip
-            types = types_of(form, compute_dtype)
-            label = f"{name_of(types.weights)}, layers {name_of(types.layers)}" + (", offloaded" if form == "offloaded" else "")
+            dtypes = dtypes_of(form, compute_dtype)
+            label = f"{dtype_name(dtypes.weights)}, layers {dtype_name(dtypes.layers)}" + (
+                ", offloaded" if form == "offloaded" else ""
+            )
             print(table_row(step, label, found), flush=True)
 
 

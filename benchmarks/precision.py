@@ -26,36 +26,28 @@ from bitsandbytes.nn import Linear4bit
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoConfig
 
+from longqlora.config.settings import RopeExtension, TrainingSettings
 from longqlora.data.packing import load_training_data
 from longqlora.jobs.machine import machine, versions
 from longqlora.modeling.attention import register_shifted_sparse_attention
 from longqlora.modeling.chunked_loss import use_chunked_loss
 from longqlora.modeling.loading import load_model
 from longqlora.modeling.rope import context_of
-from longqlora.training.adapters import BaseTypes, add_adapter
+from longqlora.training.adapters import FLOAT32, BaseDtypes, add_adapter
 
 CPU = torch.device("cpu")
 SHOWN_STEPS = (1, 10, 25, 50)
-ADAPTER = {
-    "method": "qlora",
-    "alpha": 16,
-    "dropout": 0.05,
-    "target_modules": "all-linear",
-    "modules_to_save": [],
-    "zero_stage": 0,
-}
-FLOAT32 = BaseTypes(torch.float32, torch.float32)
 
 
 class Run(NamedTuple):
-    types: BaseTypes
+    dtypes: BaseDtypes
     autocast: torch.dtype
 
 
 RUNS = {
     "base in float32, autocast bfloat16": Run(FLOAT32, torch.bfloat16),
-    "base in bfloat16 (A100 and newer)": Run(BaseTypes(torch.bfloat16, torch.bfloat16), torch.bfloat16),
-    "residual stream in float32, layers in float16 (V100)": Run(BaseTypes(torch.float32, torch.float16), torch.float16),
+    "base in bfloat16 (A100 and newer)": Run(BaseDtypes(torch.bfloat16, torch.bfloat16), torch.bfloat16),
+    "residual stream in float32, layers in float16 (V100)": Run(BaseDtypes(torch.float32, torch.float16), torch.float16),
     "base in float32, autocast float16": Run(FLOAT32, torch.float16),
 }
 NUMBERED = [f"{number} {name}" for number, name in enumerate(RUNS, start=1)]
@@ -67,12 +59,12 @@ def load_base(arguments: argparse.Namespace, compute_dtype: torch.dtype):
     if attention == "shifted_sparse":
         attention = register_shifted_sparse_attention(0.25, arguments.tokens)
     is_short = context_of(AutoConfig.from_pretrained(arguments.base)) < arguments.tokens
-    with patch("longqlora.modeling.devices.compute_dtype", lambda device: compute_dtype):
+    with patch("longqlora.modeling.loading.compute_dtype", lambda device: compute_dtype):
         model = load_model(
             arguments.base,
             device=CPU,
             precision="nf4",
-            target_context=arguments.tokens if is_short else None,
+            extension=RopeExtension(target_context=arguments.tokens) if is_short else None,
             attn_implementation=attention,
         )
     return use_chunked_loss(model)
@@ -92,7 +84,7 @@ def train(arguments: argparse.Namespace, run: Run, seed: int, windows: list[torc
     """Train, and return the model and the loss of each step."""
     model = load_base(arguments, run.autocast)
     torch.manual_seed(seed)
-    model = add_adapter(model, {**ADAPTER, "rank": arguments.rank}, types=run.types).train()
+    model = add_adapter(model, TrainingSettings(rank=arguments.rank), base=run.dtypes).train()
     weights = trainable(model)
     optimizer = torch.optim.AdamW(weights, lr=arguments.learning_rate, weight_decay=0.0)
     scaler = torch.amp.GradScaler("cpu", enabled=run.autocast is torch.float16)
@@ -121,7 +113,7 @@ def score(model, windows: list[torch.Tensor], autocast: torch.dtype = torch.floa
     """The loss of each window in evaluation mode: no dropout, full attention.
 
     The 4-bit layers stay in training mode, which changes nothing that they compute. In evaluation mode bitsandbytes (0.49 and
-    newer) repacks their weights on some CPUs, and what is trained after that gets wrong gradients.
+    newer) repacks their weights on some CPUs, and a training after that gets wrong gradients.
     """
     model.eval()
     for module in model.modules():
@@ -163,7 +155,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--attention", choices=["shifted_sparse", "sdpa"], default="shifted_sparse")
     parser.add_argument("--held-out", type=int, default=32, help="windows to score the adapters on, two or more (32)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="of the adapter and the dropout (1 2)")
-    parser.add_argument("--runs", type=int, nargs="*", default=range(2, len(RUNS) + 1), help=f"beside 1: {', '.join(NUMBERED)}")
+    parser.add_argument(
+        "--runs", type=int, nargs="*", default=range(2, len(RUNS) + 1), help=f"in addition to 1: {', '.join(NUMBERED)}"
+    )
     return parser.parse_args()
 
 
@@ -178,7 +172,7 @@ def main() -> None:
     print(f"| | {' | '.join(f'step {step}' for step in SHOWN_STEPS)} | mean distance | largest | mean difference |")
     print(f"|:--|{'--:|' * (len(SHOWN_STEPS) + 3)}")
     windows, held_out = load_windows(arguments)
-    scorer = add_adapter(load_base(arguments, torch.float32), {**ADAPTER, "rank": arguments.rank}, types=FLOAT32)
+    scorer = add_adapter(load_base(arguments, torch.float32), TrainingSettings(rank=arguments.rank), base=FLOAT32)
     float32_base = score(scorer, held_out)  # the adapter is still zero
     rows, bases, reference = [], {}, None
     for seed in arguments.seeds:

@@ -176,7 +176,7 @@ def describe_run(results: dict) -> list[str]:
         f"## Training step, {results['date']}",
         "",
         f"`{results['command']}`, {where['cores']} cores of {where['processor']}, {where['system']}{gpu}; {packages}.",
-        f"Base in {base}, LoRA of rank {ADAPTER['rank']} on all linear layers, dropout {ADAPTER['dropout']}; b = 1; median of "
+        f"Base in {base}, LoRA of rank {ADAPTER.rank} on all linear layers, dropout {ADAPTER.dropout}; b = 1; median of "
         f"{results['repetitions']} steps.",
     ]
     if "matmul_flops" in ceiling:

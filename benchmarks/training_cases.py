@@ -17,12 +17,13 @@ from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_outputs import CausalLMOutput
 
+from longqlora.config.settings import RopeExtension, TrainingSettings
 from longqlora.evaluation.perplexity import nll_of_batch
 from longqlora.modeling.attention import register_shifted_sparse_attention
 from longqlora.modeling.chunked_loss import use_chunked_loss
-from longqlora.modeling.devices import compute_dtype, find_device, name_of, weight_dtype
+from longqlora.modeling.devices import compute_dtype, dtype_name, find_device, keep_freed_memory, weight_dtype
 from longqlora.modeling.rope import extend_context
-from longqlora.training.adapters import BaseTypes, add_adapter
+from longqlora.training.adapters import FLOAT32, add_adapter, base_dtypes
 
 
 def llama(hidden_size: int, intermediate_size: int, layers: int, heads: int, context: int, vocab_size: int = 32000) -> dict:
@@ -45,14 +46,7 @@ SHAPES = {
     "13b": llama(5120, 13824, 40, 40, context=4096),
 }
 GROUP_RATIO = 0.25
-ADAPTER = {  # the paper's
-    "rank": 64,
-    "alpha": 16,
-    "dropout": 0.05,
-    "target_modules": "all-linear",
-    "modules_to_save": [],
-    "zero_stage": 0,
-}
+ADAPTER = TrainingSettings()  # the defaults are the paper's adapter: rank 64 on all linear layers
 LEARNING_RATE, MAX_GRAD_NORM = 2e-4, 0.3
 
 
@@ -151,7 +145,7 @@ def use_whole_window_loss(model):
 def build_model(shape: str, precision: str, length: int, device: torch.device, attention: str):
     """A LLaMA with random weights, extended to ``length`` tokens if its own context is shorter.
 
-    The model begins without storage and gets one weight after the other, quantised at once, so that at no time there is a
+    The model begins without storage and gets one weight after the other, quantized at once, so that at no time there is a
     16-bit copy of it.
 
     Args:
@@ -159,7 +153,7 @@ def build_model(shape: str, precision: str, length: int, device: torch.device, a
     """
     config = LlamaConfig(**SHAPES[shape], use_cache=False, bos_token_id=1, eos_token_id=2)
     if length > config.max_position_embeddings:
-        extend_context(config, length)
+        extend_context(config, RopeExtension(target_context=length))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     torch.manual_seed(1)
@@ -168,7 +162,7 @@ def build_model(shape: str, precision: str, length: int, device: torch.device, a
             new = torch.empty(weight.shape, dtype=weight_dtype(device), device=device)
             new = new.normal_(std=0.02) if new.ndim == 2 else new.fill_(1)
             if precision == "nf4" and isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
-                model.set_submodule(name, quantised_layer(new, compute_dtype(device)))
+                model.set_submodule(name, quantized_layer(new, compute_dtype(device)))
             else:
                 setattr(module, key, torch.nn.Parameter(new, requires_grad=False))
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)  # its frequencies are no parameters
@@ -176,8 +170,8 @@ def build_model(shape: str, precision: str, length: int, device: torch.device, a
     return model
 
 
-def quantised_layer(weight: torch.Tensor, compute_dtype: torch.dtype):
-    """A linear layer in NF4 with double quantisation.
+def quantized_layer(weight: torch.Tensor, compute_dtype: torch.dtype):
+    """A linear layer in NF4 with double quantization.
 
     Args:
         weight: ``[out, in]``
@@ -203,9 +197,9 @@ def prepare_case(case: Case, shape: str, precision: str, length: int, device: to
     if case.loss != "plain":
         {"chunked": use_chunked_loss, "whole": use_whole_window_loss}[case.loss](model)
     torch.manual_seed(2)
-    # the others train as peft prepares a 4-bit base; ours in the types of the device
-    types = None if case.is_ours else BaseTypes(torch.float32, torch.float32)
-    model = add_adapter(model, {**ADAPTER, "method": "qlora" if precision == "nf4" else "lora"}, types=types)
+    # ours trains in the dtypes of the device, the others in float32, as peft prepares a 4-bit base
+    dtypes = base_dtypes(device) if case.is_ours else FLOAT32
+    model = add_adapter(model, ADAPTER, base=dtypes if precision == "nf4" else None)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": case.reentrant})
     if case.reentrant:
         model.enable_input_require_grads()
@@ -286,7 +280,9 @@ def step_of(case: Case, model, shape: str, length: int, device: torch.device, **
 def set_up_case(name: str, shape: str, precision: str, length: int, device_name: str) -> tuple[dict, Callable[[], dict]]:
     """Load the model of a case; return what it holds, and a function that takes a step and reports it."""
     case = CASES[name]
-    device = find_device(device_name) if case.is_ours else torch.device(device_name)
+    device = find_device(device_name)
+    if case.is_ours:
+        keep_freed_memory(device)
     model = prepare_case(case, shape, precision, length, device)
     loaded = held_memory(device)
     step = step_of(case, model, shape, length, device)
@@ -310,7 +306,7 @@ def set_up_ceiling(device_name: str) -> tuple[dict, None]:
     return {
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "matmul_size": size,
-        "matmul_dtype": name_of(dtype),
+        "matmul_dtype": dtype_name(dtype),
         "matmul_flops": matmul_rate(size, dtype, device),
         "copy_bytes_per_second": 2 * num_bytes / best_seconds(lambda: target.copy_(source), on_gpu),
         "stand_ins": stand_ins.STOOD_IN_FOR,
@@ -327,7 +323,7 @@ def step_flops(shape: str, name: str, tokens: int) -> float:
     config, case = SHAPES[shape], CASES[name]
     width, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     linear, head = layers * width * (4 * width + 3 * inner), config["vocab_size"] * width
-    adapter = layers * ADAPTER["rank"] * (8 * width + 3 * (width + inner))
+    adapter = layers * ADAPTER.rank * (8 * width + 3 * (width + inner))
     seen = tokens if case.attention == "sdpa" else tokens * GROUP_RATIO
     attention = layers * 2 * tokens * seen * width
     if not case.is_training:

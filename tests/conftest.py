@@ -4,34 +4,64 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import subprocess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from longqlora.config.settings import EvaluatedModel, ProgressSettings, RopeExtension, TrainingSettings
 from longqlora.data.token_files import tokenize_documents
 from longqlora.training.pretraining import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+TIERS = {"process", "workflow", "distributed"}
+TIER_OF_MODULE = {"test_workflow": "workflow", "test_launch": "distributed"}
 
-SETTINGS = {
-    "method": "qlora", "data": "corpus", "attention": "shifted_sparse", "group_ratio": 0.25, "rank": 4, "alpha": 16,
-    "dropout": 0.0, "target_modules": "all-linear", "modules_to_save": [], "steps": 30, "batch_size": 4,
-    "gradient_accumulation": 1, "learning_rate": 5e-3, "warmup_steps": 2, "max_grad_norm": 1.0, "weight_decay": 0.0,
-    "optimizer": "adamw_torch", "activation_checkpointing": False, "isolate_documents": False, "pack_records": False,
-    "num_processes": 1, "zero_stage": 0, "offload": False,
-    "offload_activations": False,
-}  # fmt: skip
-PROGRESS = {"logging_steps": 1, "checkpoint_steps": 100, "checkpoints_kept": 2}
+SETTINGS = TrainingSettings(
+    rank=4, dropout=0.0, steps=30, batch_size=4, gradient_accumulation=1, learning_rate=5e-3, warmup_steps=2, max_grad_norm=1.0,
+    optimizer="adamw_torch", activation_checkpointing=False,
+)  # fmt: skip
+PROGRESS = ProgressSettings(logging_steps=1, checkpoint_steps=100)
 LONGLORA = {
     "method": "lora", "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "modules_to_save": ["embed_tokens", "norm"],
 }  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
+def pytest_collection_modifyitems(items) -> None:
+    """Mark each test with its tier: that of its module or its own mark, otherwise unit."""
+    for item in items:
+        if item.path.stem in TIER_OF_MODULE:
+            item.add_marker(TIER_OF_MODULE[item.path.stem])
+        elif not TIERS & {mark.name for mark in item.iter_markers()}:
+            item.add_marker("unit")
+
+
+@pytest.fixture(autouse=True)
+def _no_processes_in_unit_tests(request, monkeypatch) -> None:
+    """Let a unit test fail that starts a process: it needs another mark."""
+
+    def refuse(*_, **__):
+        raise PermissionError("a unit test must not start processes; mark it with @pytest.mark.process")
+
+    if request.node.get_closest_marker("unit"):
+        monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+        monkeypatch.setattr(BaseProcess, "start", refuse)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT
+
+
+@pytest.fixture
+def demo(root) -> dict:
+    """The demo's configuration, as parsed from YAML."""
+    return yaml.safe_load((root / "config/config.yaml").read_text())
 
 
 @pytest.fixture(scope="session")
@@ -75,6 +105,11 @@ def save_base(folder, tokenizer, dtype: torch.dtype = torch.float32, **overrides
     return str(folder)
 
 
+def evaluated_model(path, **fields) -> EvaluatedModel:
+    """A model to evaluate in float32, unless the fields say otherwise."""
+    return EvaluatedModel(path=str(path), **{"precision": "float32", "group_ratio": 0.25, **fields})
+
+
 @pytest.fixture
 def model_folder(tmp_path, tokenizer) -> str:
     return save_base(tmp_path / "base", tokenizer)
@@ -87,20 +122,17 @@ def corpus(tmp_path, texts, tokenizer) -> str:
     return str(path)
 
 
-def train_tiny(base_model, data, output, /, *, target_context=128, rope_scaling="linear", device="cpu", **settings) -> dict:
-    """Train a system from the base; its TensorBoard events and its checkpoints lie beside the output."""
-    from longqlora.training.train import train  # slow to import, and few tests train
+def train_tiny(base_model, data, output, /, *, target_context=128, rope_scaling="linear", device="cpu", **changes) -> dict:
+    """Train a system with :data:`SETTINGS` and :data:`PROGRESS`, some of them changed. TensorBoard events and checkpoints are
+    written to folders named after the output."""
+    from longqlora.training.train import TrainingFiles, train  # slow to import, and few tests train
 
+    progress = {key: changes.pop(key) for key in list(changes) if key in ProgressSettings.model_fields}
     return train(
-        base_model=str(base_model),
-        data=str(data),
-        output=str(output),
-        events=f"{output}-events",
-        checkpoint_dir=f"{output}-checkpoints",
-        target_context=target_context,
-        rope_scaling=rope_scaling,
-        settings={**SETTINGS, **{key: value for key, value in settings.items() if key not in PROGRESS}},
-        progress={key: settings.get(key, value) for key, value in PROGRESS.items()},
+        files=TrainingFiles(str(base_model), str(data), str(output), f"{output}-events", f"{output}-checkpoints"),
+        extension=RopeExtension(scaling=rope_scaling, target_context=target_context),
+        settings=SETTINGS.model_copy(update=changes),
+        progress=PROGRESS.model_copy(update=progress),
         seed=1,
         device=device,
     )

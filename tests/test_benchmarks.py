@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from longqlora.training.adapters import BaseDtypes
+
 CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*checkpointing:FutureWarning")  # older transformers know the old name alone
@@ -34,6 +36,7 @@ def measuring(benchmark):
     return importlib.import_module("measuring")
 
 
+@pytest.mark.process
 def test_the_script_measures_every_case_and_writes_json_and_markdown(root, tmp_path):
     output = tmp_path / "results.json"
     options = ["--shape", "toy", "--lengths", "64", "128", "--repetitions", "1", "--cases", "ours", "published"]
@@ -121,11 +124,11 @@ def test_the_published_loss_is_the_plain_one_under_its_own_attention(cases, ids)
     assert cases.training_step(model, ids)() == pytest.approx(cases.training_step(plain, ids)(), abs=1e-4)
 
 
-def test_the_base_is_quantised_and_its_embeddings_are_not(cases):
+def test_the_base_is_quantized_and_its_embeddings_are_not(cases):
     model = cases.build_model("toy", "nf4", 128, CPU, "sdpa")
     kinds = {name: type(weight).__name__ for name, weight in model.named_parameters()}
-    quantised = {name for name, kind in kinds.items() if kind == "Params4bit"}
-    assert quantised == {name for name in kinds if "_proj" in name}
+    quantized = {name for name, kind in kinds.items() if kind == "Params4bit"}
+    assert quantized == {name for name in kinds if "_proj" in name}
     assert not any(weight.is_meta for weight in [*model.parameters(), *model.buffers()])
     assert model.config.rope_parameters["factor"] == 2  # 128 tokens on a context of 64
 
@@ -134,8 +137,7 @@ def test_the_base_is_quantised_and_its_embeddings_are_not(cases):
     ("name", "embeddings"), [("ours", torch.bfloat16), ("plain", torch.float32), ("published", torch.float32)]
 )
 def test_only_ours_trains_with_the_base_in_16_bit(cases, monkeypatch, name, embeddings):
-    types = cases.BaseTypes(torch.bfloat16, torch.bfloat16)
-    monkeypatch.setattr("longqlora.training.adapters.base_types", lambda device: types)  # of a GPU
+    monkeypatch.setattr(cases, "base_dtypes", lambda device: BaseDtypes(torch.bfloat16, torch.bfloat16))  # of a GPU
     model = cases.prepare_case(cases.CASES[name], "toy", "nf4", 128, CPU)
     assert model.get_input_embeddings().weight.dtype is embeddings
 
@@ -162,6 +164,7 @@ def test_the_stand_in_for_the_chunked_loss_gives_its_values_and_gradients(cases,
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.process
 def test_a_process_over_its_time_limit_is_ended(measuring):
     child = measuring.Child(time.sleep, 600, time_limit=0.2)
     assert child.answer() == {"failure": "over the time limit of 0.2 s"}
@@ -247,7 +250,7 @@ def allocated_at_most(function) -> int:
 
 @pytest.mark.parametrize("form", ["float32", "current"])
 def test_the_traced_peak_is_that_of_a_real_step(memory, form):
-    step = {"shape": "toy", "tokens": 512, "types": memory.types_of(form, torch.bfloat16)}
+    step = {"shape": "toy", "tokens": 512, "dtypes": memory.dtypes_of(form, torch.bfloat16)}
     options = {"attention": "shifted_sparse", "offload": False}
     traced = memory.trace_step(**step, compute_dtype=torch.bfloat16, **options)
     with memory.pretend_gpu(torch.bfloat16):
@@ -262,9 +265,9 @@ def test_the_traced_peak_is_that_of_a_real_step(memory, form):
 
 def test_16_bit_halves_what_a_forward_pass_saves_and_offloading_takes_it_away(memory):
     width, layers, tokens = 64, 2, 512
-    types = {form: memory.types_of(form, torch.bfloat16) for form in memory.FORMS}
+    dtypes = {form: memory.dtypes_of(form, torch.bfloat16) for form in memory.FORMS}
     found = {
-        form: memory.trace_step("toy", tokens, types[form], torch.bfloat16, attention="sdpa", offload=form == "offloaded")
+        form: memory.trace_step("toy", tokens, dtypes[form], torch.bfloat16, attention="sdpa", offload=form == "offloaded")
         for form in memory.FORMS
     }
     saved = {form: result["parts"]["saved by the forward pass"] for form, result in found.items()}
@@ -274,10 +277,10 @@ def test_16_bit_halves_what_a_forward_pass_saves_and_offloading_takes_it_away(me
     assert found["float32"]["peak"] > found["current"]["peak"] >= found["offloaded"]["peak"]
 
 
-def test_the_types_that_are_traced_are_those_of_the_gpu(memory):
-    assert memory.types_of("current", torch.bfloat16) == (torch.bfloat16, torch.bfloat16)
-    assert memory.types_of("offloaded", torch.float16) == (torch.float32, torch.float16)
-    assert memory.types_of("float32", torch.bfloat16) == (torch.float32, torch.float32)
+def test_the_dtypes_that_are_traced_are_those_of_the_gpu(memory):
+    assert memory.dtypes_of("current", torch.bfloat16) == (torch.bfloat16, torch.bfloat16)
+    assert memory.dtypes_of("offloaded", torch.float16) == (torch.float32, torch.float16)
+    assert memory.dtypes_of("float32", torch.bfloat16) == (torch.float32, torch.float32)
 
 
 def test_the_script_of_memory_prints_a_row_for_each_form(memory, monkeypatch, capsys):

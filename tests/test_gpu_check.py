@@ -95,6 +95,7 @@ def run_python(root, folder, *arguments) -> str:
     return done.stdout
 
 
+@pytest.mark.process
 def test_every_case_works_at_toy_size(root, gpu_check, tmp_path):
     run_python(root, tmp_path, "-c", RUN_ALL)  # one process, as the imports take longer than the cases
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
@@ -111,6 +112,7 @@ def test_every_case_works_at_toy_size(root, gpu_check, tmp_path):
     assert found["end_to_end"]["resumed"]["losses"] == found["end_to_end"]["losses"]
 
 
+@pytest.mark.process
 def test_a_case_that_fails_leaves_a_line_that_says_so_and_the_others_run(gpu_check, monkeypatch, tmp_path):
     (tmp_path / "gpu_check_stubs.py").write_text(STUBS)
     monkeypatch.syspath_prepend(tmp_path)
@@ -142,6 +144,7 @@ def test_no_case_begins_after_the_deadline(gpu_check):
     assert rows == [{"case": name, "failure": "no time left"} for name in gpu_check.CASES]
 
 
+@pytest.mark.process
 def test_the_script_writes_a_line_for_each_case_and_prints_the_tables(root, tmp_path):
     output = tmp_path / "lines.jsonl"
     options = ["--device", "cpu", "--toy", "--cases", "gpus", "--output", output]
@@ -189,6 +192,7 @@ def test_a_peak_is_traced_for_the_type_and_the_form_of_its_case(gpu_check, monke
     assert traced["offloaded"]["peak_gib"] <= traced["current"]["peak_gib"] < traced["float16"]["peak_gib"]
 
 
+@pytest.mark.process
 def test_an_older_torch_gets_the_chunked_loss_from_its_two_files(root, tmp_path):
     modules = Path(importlib.util.find_spec("torch").origin).parent / "nn/modules"
     for name in ("linear_cross_entropy.py", "linear_cross_entropy_options.py"):

@@ -25,9 +25,14 @@ TRAINING = {"train_adapter", "train_model", "merge_adapter", "publish_model"}
 SHOWN = {"plot_loss", "answer_held_out"}
 
 
+def environment() -> dict[str, str]:
+    """This process's environment without PYTHONPATH, from which another package would be imported than the copy's."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+
+
 def snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "snakemake", "--cores", "2", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment())
 
 
 def planned(folder: Path, *arguments: str) -> dict[str, int]:
@@ -182,7 +187,7 @@ def test_nothing_is_left_to_do(project):
 EDITS = {
     "longqlora/evaluation/perplexity.py": {"evaluate_perplexity": 8, "evaluate_retrieval": 8, **REPORTS},
     "longqlora/evaluation/retrieval_tasks.py": {"evaluate_retrieval": 8, "render_table": 1, "report_retrieval": 1},
-    "longqlora/reporting/plots.py": {"plot_perplexity": 1, "plot_loss_by_position": 1, "report_retrieval": 1},
+    "longqlora/reporting/plots.py": {"plot_perplexity": 1, "plot_loss_by_position": 1},
     "longqlora/publishing/model_card.py": {"publish_model": 3, "answer_held_out": 1},
     "longqlora/publishing/model_folder.py": {"publish_model": 3, "answer_held_out": 1},
     "longqlora/evaluation/answers.py": {"answer_held_out": 1},
@@ -190,8 +195,12 @@ EDITS = {
         "merge_adapter": 2, "publish_model": 2, "answer_held_out": 1, "evaluate_perplexity": 4, "evaluate_retrieval": 4,
         **REPORTS,
     },
-    "longqlora/reporting/tables.py": REPORTS,
+    "longqlora/reporting/records.py": REPORTS,
+    "longqlora/reporting/tables.py": {"render_table": 1},
     "longqlora/modeling/compatibility.py": {},
+    "longqlora/config/settings.py": {},
+    "longqlora/config/systems.py": {},
+    "longqlora/preflight.py": {},
     "longqlora/jobs/log.py": {},
     "longqlora/jobs/gpus.py": {},
     "longqlora/jobs/machine.py": {},
@@ -234,7 +243,7 @@ def test_another_label_renders_and_publishes_anew_and_measures_nothing(project, 
 
 
 def test_how_often_a_training_logs_and_saves_reruns_nothing(project, config_file):
-    edit(config_file, lambda config: config["training"].update(logging_steps=7, checkpoint_steps=9, checkpoints_kept=5))
+    edit(config_file, lambda config: config["training"].update(logging_steps=7, checkpoint_steps=9))
     assert planned(project) == {}
 
 
@@ -288,7 +297,7 @@ def test_an_ablation_is_made_by_its_target_from_weights_that_are_there(project):
     assert (project / "results/demo/plots/ablations/attention.svg").exists()
 
 
-def test_an_edit_of_the_contamination_module_makes_the_data_anew(project, module):
+def test_an_edit_of_decontamination_makes_the_data_anew(project, module):
     module("longqlora/data/decontamination.py")
     assert {"index_evaluation_sets", "sample_shard", "sample_corpus", "build_sft_set"} <= set(planned(project))
 
@@ -314,7 +323,7 @@ def test_a_damaged_shard_stops_the_run_and_names_the_file(project, tmp_path):
     run = snakemake(folder, "results/demo/corpus/sample.parquet")
     output = run.stdout + run.stderr
     assert run.returncode != 0
-    assert "torn.jsonl.gz: the file is damaged, breaks off or cannot be read (Compressed file ended" in output
+    assert "torn.jsonl.gz: the file is damaged, truncated or cannot be read (Compressed file ended" in output
 
 
 def test_a_changed_rank_retrains_that_system_only(project, config_file):
@@ -356,13 +365,6 @@ def test_targets_run_their_part_alone(project, module, config_file):
     assert planned(project, "train") == {"train_adapter": 1, "merge_adapter": 1, "publish_model": 1}
     assert set(planned(project, "evaluate")) == {"train_adapter", "merge_adapter", "evaluate_perplexity", "evaluate_retrieval"}
     assert set(planned(project, "perplexity_report")) == {"train_adapter", "merge_adapter"} | EVALUATION
-
-
-@pytest.mark.parametrize("name", ["llama2-7b-8k", "llama2-7b-12k", "llama2-13b-8k", "vicuna-13b-8k", "vicuna-13b-8k-mixture"])
-def test_the_papers_runs_are_planned_without_network_gpu_or_models(root, name):
-    run = snakemake(root, "-n", "--configfile", f"config/{name}.yaml")
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert re.search(r"train_adapter +[12]", run.stdout)
 
 
 def test_a_wrong_config_fails_before_any_job_with_a_short_message(project, config_file):
@@ -435,9 +437,12 @@ def test_a_driver_needs_snakemake_and_the_checks_alone(root, tmp_path):
     for name in PROJECT:
         copy = shutil.copytree if (root / name).is_dir() else shutil.copy
         copy(root / name, tmp_path / name)
-    for name in ("corpus/a.jsonl", "books/a.txt", "proofs/a.txt", "models/tinystories-656k/model.safetensors"):
+    for name in ("corpus/a.jsonl", "books/a.txt", "proofs/a.txt"):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name).write_text("x")
+    for name in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / "data/models/tinystories-656k").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data/models/tinystories-656k" / name).write_text("x")
     made = {
         "model_type": "llama",
         "hidden_size": 128,
@@ -554,9 +559,8 @@ def test_other_texts_in_a_large_file_of_the_same_size_are_noticed(restored):
 def run_and_kill(folder: Path, target: str, checkpoints: Path, moment: float) -> None:
     """Start the workflow, and kill it with all its jobs ``moment`` seconds after it has written a new checkpoint."""
     command = [sys.executable, "-m", "snakemake", "--cores", "2", target]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     before, silent = set(checkpoints.glob("checkpoint-*")), subprocess.DEVNULL
-    process = subprocess.Popen(command, cwd=folder, stdout=silent, stderr=silent, env=environment, start_new_session=True)
+    process = subprocess.Popen(command, cwd=folder, stdout=silent, stderr=silent, env=environment(), start_new_session=True)
     while process.poll() is None and set(checkpoints.glob("checkpoint-*")) <= before:
         time.sleep(0.02)
     time.sleep(moment)
@@ -570,8 +574,8 @@ def test_a_workflow_that_is_killed_twice_ends_in_the_very_same_adapter(root, tmp
     folder, target = copy_project(root, tmp_path), "results/demo/adapters/longqlora"
     edit(folder / "config/config.yaml", lambda config: config["training"].update(steps=300, checkpoint_steps=25))
     checkpoints = folder / "results/demo/checkpoints/longqlora"
-    for _ in range(2):
-        run_and_kill(folder, target, checkpoints, moment=random.uniform(0, 1))
+    for moment in random.Random(7).sample([0.0, 0.2, 0.4, 0.6, 0.8], 2):
+        run_and_kill(folder, target, checkpoints, moment=moment)
         assert not (folder / target / "adapter_model.safetensors").exists()
 
     def finish() -> tuple[bytes, dict]:

@@ -1,84 +1,74 @@
-"""Grids of settings as ordinary systems: each cell is one, what two cells have in common is trained and evaluated once."""
+"""Grids of settings as ordinary systems: each cell is one, and what two cells share is trained and evaluated once."""
 
 import json
 from itertools import product
 
-AXES = {
-    "rank": "LoRA rank",
-    "steps": "training steps",
-    "rope_scaling": "RoPE scaling",
-    "evaluation_attention": "attention at inference",
-}
-"""What can be varied, and its name in tables and plots."""
+from longqlora.config.settings import Ablation, AblationSection, System
+
+TRAINING_AXES = ("rank", "steps")  # settings of the training; the others are the system's own
 
 
-def name_of_cell(changes: dict) -> str:
-    """Values by axis as tables and plots name them: ``LoRA rank 16, training steps 25``."""
-    return ", ".join(f"{AXES[axis]} {value}".replace("_", " ") for axis, value in changes.items())
-
-
-def with_changes(system: dict, changes: dict) -> dict:
+def with_changes(system: System, changes: dict) -> System:
     """A system with other settings; an adapter is evaluated on the base, so that nothing has to be merged."""
-    varied = system | {"training": dict(system["training"]), "merged": system["training"]["method"] == "full"}
-    for axis, value in changes.items():
-        if axis in ("rank", "steps"):
-            varied["training"][axis] = value
-        else:
-            varied[axis] = value
-    if "steps" in changes:
-        varied["training"].pop("epochs", None)
-    varied["label"] = name_of_cell(changes)
-    return varied
+    assert system.training is not None
+    training = {axis: value for axis, value in changes.items() if axis in TRAINING_AXES}
+    if "steps" in training:
+        training["epochs"] = None
+    own = {axis: value for axis, value in changes.items() if axis not in TRAINING_AXES}
+    merged = system.training.method == "full"
+    return system.model_copy(update={**own, "training": system.training.model_copy(update=training), "merged": merged})
 
 
-def fingerprint(system: dict, keys: tuple[str, ...]) -> str:
-    """What two systems that are the same agree in."""
-    return json.dumps([system.get(key) for key in keys], sort_keys=True)
+def fingerprint(system: System, keys: tuple[str, ...]) -> str:
+    """Some settings of a system, equal for two systems that agree in them."""
+    return json.dumps(system.model_dump(include=set(keys)), sort_keys=True)
 
 
-def training_of(system: dict) -> str:
-    """What two systems with the same weights agree in."""
+def training_of(system: System) -> str:
+    """The settings that decide a system's weights."""
     return fingerprint(system, ("model", "target_context", "rope_scaling", "training"))
 
 
-def evaluation_of(system: dict) -> str:
-    """What two systems with the same weights agree in that give the same figures."""
+def evaluation_of(system: System) -> str:
+    """The settings that decide a system's figures, given its weights."""
     return fingerprint(system, ("merged", "precision", "evaluation_attention"))
 
 
-def add_ablations(systems: dict[str, dict], ablations: dict[str, dict]) -> dict[str, dict]:
-    """Add the cells of all grids to the systems, as far as they are not there yet.
+def add_ablations(
+    systems: dict[str, System], ablations: dict[str, AblationSection]
+) -> tuple[dict[str, System], dict[str, Ablation]]:
+    """Add the cells of all grids to the systems, unless a system is that cell already.
 
     Args:
-        systems: by name, complete; they grow by the cells.
-        ablations: by name: label, system (that is varied) and grid (values by axis).
+        systems: by name.
+        ablations: by name.
 
     Returns:
-        By name: label, axes, and rows, the values of the axes by the name of the system that is this cell.
+        The systems with the cells among them, and the ablations, by name.
     """
-    complete = {}
+    systems, complete = dict(systems), {}
     for name, ablation in ablations.items():
-        varied, rows = ablation["system"], {}
-        if "training" in systems.get(varied, {}):  # else it is reported with the other mistakes
-            for values in product(*ablation["grid"].values()):
-                changes = dict(zip(ablation["grid"], values, strict=True))
-                rows[find_or_add_cell(systems, varied, changes)] = changes
-        complete[name] = {"label": name, **ablation, "axes": list(ablation["grid"]), "rows": rows}
-    return complete
+        grid = ablation.grid.model_dump(exclude_none=True)
+        varied, rows = systems.get(ablation.system), {}
+        if varied is not None and varied.training is not None:  # otherwise it is reported with the other mistakes
+            for values in product(*grid.values()):
+                changes = dict(zip(grid, values, strict=True))
+                rows[find_or_add_cell(systems, ablation.system, changes)] = changes
+        complete[name] = Ablation(label=ablation.label or name, axes=list(grid), rows=rows)
+    return systems, complete
 
 
-def find_or_add_cell(systems: dict[str, dict], varied: str, changes: dict) -> str:
+def find_or_add_cell(systems: dict[str, System], varied: str, changes: dict) -> str:
     """Name of the system that is this cell, added if there is none."""
     system = with_changes(systems[varied], changes)
     owners = [name for name, other in systems.items() if training_of(other) == training_of(system)]
     for name, other in systems.items():
-        if other.get("weights_of", name) in owners and evaluation_of(other) == evaluation_of(system):
+        if (other.weights_of or name) in owners and evaluation_of(other) == evaluation_of(system):
             return name
     name = ".".join([varied, *(f"{axis}-{value}" for axis, value in changes.items())]).replace("_", "-")
-    while name in systems:  # a row that happens to be called so, with other settings
+    while name in systems:  # a row that happens to have this name, with other settings
         name += ".cell"
     if owners:
-        del system["training"]
-        system["weights_of"] = owners[0]
-    systems[name] = system
+        system = system.model_copy(update={"training": None, "progress": None, "weights_of": owners[0]})
+    systems[name] = system.model_copy(update={"label": name})
     return name

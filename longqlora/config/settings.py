@@ -20,6 +20,7 @@ TrainingData = Literal["corpus", "sft"]
 Optimizer = Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch"]
 ProtocolName = Literal["exact", "longqlora", "longlora"]
 RetrievalTask = Literal["passkey", "single_needle", "multi_key", "multi_value", "induction"]
+DEFAULT_ROPE_SCALING: RopeScaling = "linear"  # Position Interpolation
 InstructionSchema = Literal[
     "natural_questions",
     "natural_questions_hub",
@@ -47,21 +48,22 @@ def without_repetition(values: list) -> list:
     return values
 
 
-Distinct = AfterValidator(without_repetition)
+DISTINCT = AfterValidator(without_repetition)
+AT_LEAST_ONE = Field(min_length=1, json_schema_extra={"uniqueItems": True})
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
-Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=100)]
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Tokens = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Paths = Annotated[list[Text], Field(min_length=1)]
-EvalLengths = Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=1), Distinct]
+EvalLengths = Annotated[list[Annotated[int, Field(ge=2)]], AT_LEAST_ONE, DISTINCT]
 
 
 class Section(BaseModel):
-    """A part of a configuration: immutable, with no keys but its own, and values of exactly the right type."""
+    """A group of settings: immutable, with no keys but its own, and values of exactly the right type."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 # --- where the base model and the texts come from --------------------------------------------------------------------------
@@ -150,7 +152,7 @@ class CorpusSource(Section):
     source_field: Text = Field(
         default="meta.source", description="Field that names the subset of the corpus that a text belongs to."
     )
-    metadata_fields: list[Text] = Field(default=[], description="Further fields to keep beside the text.")
+    metadata_fields: list[Text] = Field(default=[], description="Other fields to keep in addition to the text.")
     share: Share | None = Field(
         default=None, description="Share of the sample taken from this source; give one to every source or to none."
     )
@@ -162,7 +164,7 @@ class CorpusSource(Section):
 
 
 class CorpusSettings(Section):
-    """The texts that adapters are trained on: a sample by length in tokens."""
+    """The texts that systems are trained on: a random sample of the texts of suitable length."""
 
     sources: list[CorpusSource] = Field(min_length=1, description="Where the texts come from.")
     shares: dict[Text, Share] | None = Field(
@@ -180,8 +182,8 @@ class CorpusSettings(Section):
     )
     near_duplicates: Share | None = Field(
         default=None,
-        description="Similarity (Jaccard, of 5-word shingles) from which one of two texts is removed; by default only equal "
-        "texts are.",
+        description="Similarity (Jaccard, of 5-word shingles) at or above which one of two texts is removed; by default only "
+        "equal texts are.",
     )
     allow_fewer: bool = Field(default=False, description="Accept a sample smaller than num_texts.")
 
@@ -190,7 +192,7 @@ class SftSource(Section):
     """Files of instruction records with one schema."""
 
     name: Text = Field(description="Name of the source in the data card and the plot.")
-    schema_: InstructionSchema = Field(alias="schema", description="Format of its records.")
+    record_schema: InstructionSchema = Field(alias="schema", description="Format of its records.")
     paths: Paths = Field(
         description="Local files (wildcards allowed) or addresses that fsspec opens, such as hf://datasets/owner/name/*.parquet."
     )
@@ -242,7 +244,7 @@ class TrainingSettings(Section):
     rank: Count = Field(default=64, description="Rank of the adapter.")
     alpha: float = Field(default=16.0, gt=0, description="The adapter's update is scaled by alpha / rank.")
     dropout: float = Field(default=0.05, ge=0, lt=1, description="Dropout probability at the adapter's input.")
-    target_modules: Literal["all-linear"] | list[Text] = Field(
+    target_modules: Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)] = Field(
         default="all-linear",
         description="Layers that get an adapter: all-linear (all linear layers but the output layer), or a list of names.",
     )
@@ -265,7 +267,7 @@ class TrainingSettings(Section):
     )
     offload_activations: bool = Field(
         default=False,
-        description="Keep the layer inputs that activation checkpointing stores in CPU memory; for very long windows on a GPU.",
+        description="Keep in CPU memory the layer inputs that activation checkpointing stores; for very long windows on a GPU.",
     )
     num_processes: Count = Field(default=1, description="Processes that train together on this machine, one per GPU.")
     zero_stage: Literal[0, 2, 3] = Field(
@@ -277,7 +279,7 @@ class TrainingSettings(Section):
 
 
 class TrainingSection(TrainingSettings, ProgressSettings):
-    """How systems are trained, as a configuration says it: for all of them, or for one."""
+    """How systems are trained. The same keys under a system's own ``training`` override these for that system."""
 
 
 class MergeSettings(Section):
@@ -295,7 +297,7 @@ class MergeSettings(Section):
 
 
 class SystemSection(Section):
-    """One row of the table, as a configuration says it."""
+    """One row of the table: the base model as it is, extended or trained, or another model."""
 
     label: Text | None = Field(default=None, description="Name in tables and plots; by default the system's name.")
     model: Text | None = Field(
@@ -309,7 +311,8 @@ class SystemSection(Section):
     )
     rope_scaling: RopeScaling | None = Field(
         default=None,
-        description="How positions are scaled: linear (Position Interpolation, the default), dynamic (NTK), yarn or llama3.",
+        description="How positions are scaled: linear (Position Interpolation, the default), dynamic (NTK-aware), yarn (YaRN), "
+        "llama3 (as in Llama 3.1).",
     )
     training: TrainingSection | None = Field(
         default=None, description="Train this system; the settings given here override the experiment's training settings."
@@ -349,7 +352,7 @@ class EvaluationSettings(Section):
     )
     stride: Tokens | None = Field(
         default=None,
-        description="Tokens from one window to the next; by default the window, with the protocol longlora 256.",
+        description="Tokens from one window to the next; by default the window; 256 with the protocol longlora.",
     )
     precision: Precision = Field(
         default="auto",
@@ -360,9 +363,9 @@ class EvaluationSettings(Section):
 
 
 class RetrievalSection(Section):
-    """What each system finds again in a long text, as a configuration says it."""
+    """How much of what is hidden in a long text each system finds."""
 
-    tasks: Annotated[list[RetrievalTask], Distinct] = Field(
+    tasks: Annotated[list[RetrievalTask], Field(json_schema_extra={"uniqueItems": True}), DISTINCT] = Field(
         default=["passkey", "single_needle", "multi_key", "multi_value"],
         description="Tasks: passkey and the needles hide numbers in a text and ask for them; induction repeats a passage, for "
         "models of a few million parameters; an empty list measures no retrieval.",
@@ -370,7 +373,7 @@ class RetrievalSection(Section):
     lengths: EvalLengths | None = Field(
         default=None, description="Context lengths in tokens, out of evaluation.lengths; by default all of them."
     )
-    depths: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1), Distinct] = Field(
+    depths: Annotated[list[Annotated[float, Field(ge=0, le=1)]], AT_LEAST_ONE, DISTINCT] = Field(
         default=[0.0, 0.25, 0.5, 0.75, 1.0], description="Where in the text something is hidden: 0 is the beginning, 1 the end."
     )
     samples: Count = Field(default=10, description="Prompts per task, length and depth.")
@@ -382,16 +385,14 @@ class RetrievalSection(Section):
 class AblationGrid(Section):
     """Values by setting; every combination is a cell of the grid."""
 
-    rank: Annotated[list[Count], Field(min_length=1), Distinct] | None = Field(
-        default=None, description="Ranks of the adapter."
-    )
-    steps: Annotated[list[Count], Field(min_length=1), Distinct] | None = Field(
+    rank: Annotated[list[Count], AT_LEAST_ONE, DISTINCT] | None = Field(default=None, description="Ranks of the adapter.")
+    steps: Annotated[list[Count], AT_LEAST_ONE, DISTINCT] | None = Field(
         default=None, description="Numbers of optimizer steps."
     )
-    rope_scaling: Annotated[list[RopeScaling], Field(min_length=1), Distinct] | None = Field(
+    rope_scaling: Annotated[list[RopeScaling], AT_LEAST_ONE, DISTINCT] | None = Field(
         default=None, description="Ways to scale positions."
     )
-    evaluation_attention: Annotated[list[Attention], Field(min_length=1), Distinct] | None = Field(
+    evaluation_attention: Annotated[list[Attention], AT_LEAST_ONE, DISTINCT] | None = Field(
         default=None, description="Attention in evaluation."
     )
 
@@ -409,14 +410,16 @@ class PublishedRow(Section):
 
     label: Text = Field(description="Name in tables and plots.")
     dataset: Text = Field(description="Label of the evaluation set.")
-    perplexity: dict[int, float] = Field(description="Perplexity by context length in tokens.")
+    perplexity: dict[Annotated[int, Field(strict=False)], float] = Field(description="Perplexity by context length in tokens.")
 
 
 class Configuration(Section):
     """One experiment of longqlora. Every length is in tokens."""
 
     experiment: Name = Field(description="Name of the experiment; everything it makes lies under results/<experiment>/.")
-    seed: int = Field(default=1, description="Seed of the samples, the initial weights and the order of the data.")
+    seed: int = Field(
+        default=1, ge=0, lt=2**32, description="Seed of the samples, the initial weights and the order of the data."
+    )
     device: Device = Field(description="Where models run.")
     base_model: BaseModelSection = Field(description="The model whose context is extended.")
     demo: DemoSettings | None = Field(
@@ -428,7 +431,7 @@ class Configuration(Section):
     decontamination: DecontaminationSettings = Field(
         default=DecontaminationSettings(), description="Removes training texts that share passages with an evaluation set."
     )
-    corpus: CorpusSettings | None = Field(default=None, description="The texts that adapters are trained on.")
+    corpus: CorpusSettings | None = Field(default=None, description="The texts that systems are trained on.")
     sft: SftSettings | None = Field(default=None, description="The instruction set for supervised fine-tuning.")
     training: TrainingSection = Field(default=TrainingSection(), description="Settings that all trained systems share.")
     systems: dict[Name, SystemSection] = Field(min_length=1, description="The rows of the table, by name.")
@@ -450,7 +453,7 @@ class RopeExtension(Section):
         target_context: context length to reach, in tokens.
     """
 
-    scaling: RopeScaling = "linear"
+    scaling: RopeScaling = DEFAULT_ROPE_SCALING
     target_context: int
 
 
@@ -488,7 +491,7 @@ class EvaluatedModel(Section):
     Attributes:
         path: directory or hub id.
         adapter: folder of an adapter in peft's format that is put on the model without merging; None: there is none.
-        extension: how the context is extended; None: it is as it is.
+        extension: how the context is extended; None: it is unchanged.
         precision: of the weights.
         attention: in evaluation.
         group_ratio: of the shifted sparse attention.
@@ -499,11 +502,12 @@ class EvaluatedModel(Section):
     extension: RopeExtension | None = None
     precision: Precision = "auto"
     attention: Attention = "full"
-    group_ratio: float = 0.25
+    group_ratio: float
 
 
 class System(Section):
-    """One row of the table with everything filled in; the fields are those of :class:`SystemSection`.
+    """One row of the table, or one cell of an ablation, with everything filled in; the fields are those of
+    :class:`SystemSection`.
 
     Attributes:
         training: None if the system is not trained.
@@ -521,3 +525,68 @@ class System(Section):
     evaluation_attention: Attention
     training: TrainingSettings | None
     progress: ProgressSettings | None
+
+
+class Ablation(Section):
+    """A grid of settings whose cells are systems.
+
+    Attributes:
+        label: title of the table.
+        axes: the settings that are varied.
+        rows: values by setting, by the name of the system that is this cell.
+    """
+
+    label: str
+    axes: list[str]
+    rows: dict[str, dict[str, int | str]]
+
+
+class Shard(Section):
+    """What one job reads of a corpus.
+
+    Attributes:
+        source: with the files of this job alone.
+        part: (index, count): of the files that a remote pattern matches, this job reads every count-th one.
+    """
+
+    source: CorpusSource
+    part: tuple[int, int]
+
+
+class Experiment(Section):
+    """An experiment with everything filled in: wildcards expanded, each system with its own training.
+
+    Attributes:
+        name: everything it makes lies under ``results/<name>/``.
+        systems: rows of the table and cells of the ablations, by name.
+        rows: names of the systems that are rows of the table.
+        retrieval_lengths: context lengths in tokens.
+        filler: name of the evaluation set that retrieval takes its text from.
+
+    The other fields are those of :class:`Configuration`.
+    """
+
+    name: str
+    seed: int
+    device: Device
+    base_model: str
+    tokenizer: str
+    demo: DemoSettings | None
+    max_malformed_share: float
+    decontamination: DecontaminationSettings
+    corpus: CorpusSettings | None
+    sft: SftSettings | None
+    systems: dict[str, System]
+    rows: list[str]
+    evaluation: EvaluationSettings
+    retrieval: RetrievalSettings
+    retrieval_lengths: list[int]
+    filler: str
+    merge: MergeSettings
+    ablations: dict[str, Ablation]
+    published: list[PublishedRow]
+
+    @property
+    def results(self) -> str:
+        """Folder of everything that the experiment makes."""
+        return f"results/{self.name}"

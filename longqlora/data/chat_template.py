@@ -1,4 +1,4 @@
-"""Vicuna's prompt as a chat template, and conversations as tokens of which only the answers are learned."""
+"""Vicuna's prompt format as a chat template, and conversations as token ids with labels for the answers only."""
 
 from longqlora.data.token_files import IGNORED
 
@@ -15,25 +15,30 @@ CHAT_TEMPLATE = (
     "{% else %}{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}{% endif %}"
     "{% endfor %}"
 )
-"""Vicuna v1.1's prompt (``SYSTEM USER: … ASSISTANT: …</s>``); the generation block marks what the loss covers."""
+"""Vicuna v1.1's prompt format (``SYSTEM USER: … ASSISTANT: …</s>``); the generation block marks what the loss covers."""
 
 
 def with_chat_template(tokenizer):
-    """Give a tokenizer the template that its conversations are trained with, in place; one of its own stays if it marks the
-    answers with a generation block."""
+    """Give a tokenizer the chat template for training, in place, and return it.
+
+    A template of its own is kept if it marks the answers with a generation block.
+    """
     if "{% generation" not in (tokenizer.chat_template or ""):
         tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
 def tokenize_conversation(tokenizer, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
-    """Token ids of a conversation and its labels: the id where an answer (its end-of-text token included) is learned, -100
-    elsewhere.
+    """Encode a conversation with the chat template.
 
     Args:
         tokenizer: of transformers, see :func:`with_chat_template`.
         messages: role (system, user, assistant) and content of each.
+
+    Returns:
+        Token ids and labels, of equal length. The labels are the ids in the answers, with the end-of-text token of each, and
+        -100 elsewhere.
     """
     encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    ids, learned = encoded["input_ids"], encoded["assistant_masks"]
-    return ids, [token if is_learned else IGNORED for token, is_learned in zip(ids, learned, strict=True)]
+    ids, mask = encoded["input_ids"], encoded["assistant_masks"]
+    return ids, [token if is_answer else IGNORED for token, is_answer in zip(ids, mask, strict=True)]

@@ -1,13 +1,14 @@
-"""The gate between training texts and evaluation sets: a text that shares n-grams of words with an evaluation set is not
-trained on (after Brown et al. 2020, arXiv 2005.14165, appendix C, who look for 13-grams).
+"""Decontamination: training texts that share word n-grams with an evaluation set are removed.
 
-Words are runs of letters, digits and underscores in lower case, so that layout and punctuation do not hide a copy. An n-gram is
-known by a 64-bit hash; two different ones of 10⁷ and 10¹⁰ share a hash with a probability of 0.5 %, and what that costs is one
-clean text.
+After Brown et al. 2020 (arXiv 2005.14165, appendix C), who look for 13-grams. Words are runs of letters, digits and underscores
+in lower case, so a copy is found whatever its layout and punctuation.
+
+N-grams are compared by 64-bit hashes. With 10⁷ n-grams in evaluation sets and 10¹⁰ in training texts, the probability that two
+different n-grams have the same hash is 0.5 %; this would remove one clean text.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy
@@ -15,13 +16,13 @@ import pandas
 import pyarrow
 import pyarrow.parquet
 
-from longqlora.data.token_descriptions import read_description
+from longqlora.data.token_descriptions import document_spans, read_description
 from longqlora.data.token_files import read_tokens
 
 WORD = re.compile(r"\w+")
 MULTIPLIER = numpy.uint64(0x9E3779B97F4A7C15)  # odd, its bits well mixed (2⁶⁴ / golden ratio)
-TOKENS_PER_PIECE = 2**18  # of a stream decoded at once
-TOKENS_OF_OVERLAP = 2**10  # between two pieces: more than n words have
+TOKENS_PER_PIECE = 2**18  # decoded at once
+TOKENS_OF_OVERLAP = 2**10  # shared by two neighboring pieces: more tokens than n words have
 SCHEMA = pyarrow.schema(
     [("evaluation_set", pyarrow.dictionary(pyarrow.int32(), pyarrow.string())), ("ngram", pyarrow.uint64())]
 )
@@ -35,7 +36,7 @@ class Overlap:
         evaluation_set: name of the set.
         shared_ngrams: how many different n-grams of the text are in the set.
         num_ngrams: how many different n-grams the text has.
-        example: the first shared n-gram, as words.
+        example: words of the first shared n-gram.
     """
 
     evaluation_set: str
@@ -50,7 +51,10 @@ def words_of(text: str) -> list[str]:
 
 
 def hash_ngrams(words: list[str], n: int) -> numpy.ndarray:
-    """Hashes of the n-grams of consecutive words, ``[max(0, words - n + 1)]``: polynomials in the words' hashes, mod 2⁶⁴."""
+    """Hashes of the n-grams of consecutive words, as uint64 ``[max(0, len(words) - n + 1)]``.
+
+    The hash of an n-gram is a polynomial in the hashes of its words, modulo 2⁶⁴.
+    """
     hashes = pandas.util.hash_array(numpy.array(words, dtype=object), categorize=False)  # [words], the same on every machine
     ngrams = numpy.zeros(max(0, len(words) - n + 1), dtype=numpy.uint64)
     for offset in range(n if len(ngrams) else 0):
@@ -59,11 +63,11 @@ def hash_ngrams(words: list[str], n: int) -> numpy.ndarray:
 
 
 class EvaluationNgrams:
-    """The n-grams of an experiment's evaluation sets, to hold texts against.
+    """The n-grams of an experiment's evaluation sets, which training texts are compared with.
 
     Args:
-        path: file of :func:`index_evaluation_sets`.
-        threshold: number of shared n-grams from which on a text counts as contaminated.
+        path: file that :func:`index_evaluation_sets` wrote.
+        threshold: a text that shares this number of different n-grams with an evaluation set is contaminated.
     """
 
     def __init__(self, path: str, threshold: int):
@@ -75,41 +79,40 @@ class EvaluationNgrams:
     def overlaps(self, text: str) -> list[Overlap]:
         """The evaluation sets with which a text shares ``threshold`` n-grams or more."""
         words = words_of(text)
-        ngrams, first_places = numpy.unique(hash_ngrams(words, self.n), return_index=True)
+        ngrams, first_positions = numpy.unique(hash_ngrams(words, self.n), return_index=True)
         found = []
         for name, known in self.sets.items():
-            places = numpy.searchsorted(known, ngrams)
-            shared = known[numpy.minimum(places, len(known) - 1)] == ngrams
+            positions = numpy.searchsorted(known, ngrams)
+            shared = known[numpy.minimum(positions, len(known) - 1)] == ngrams
             if shared.sum() >= self.threshold:
-                start = first_places[shared].min()
+                start = first_positions[shared].min()
                 found.append(Overlap(name, int(shared.sum()), len(ngrams), " ".join(words[start : start + self.n])))
         return found
 
 
 def decoded_pieces(path: str, tokenizer) -> Iterator[str]:
-    """Yield the text of a token stream in pieces: its documents where they are known, and long ones in pieces that overlap."""
+    """Yield the text of a token stream, document by document; long documents come in pieces that overlap."""
     tokens = read_tokens(path)
-    ends = read_description(path)["document_ends"]
-    for start, end in zip([0, *ends[:-1]], ends, strict=True):
-        for first in range(start, end, TOKENS_PER_PIECE):
+    for begin, end in document_spans(read_description(path)["document_ends"]):
+        for first in range(begin, end, TOKENS_PER_PIECE):
             piece = tokens[first : min(end, first + TOKENS_PER_PIECE + TOKENS_OF_OVERLAP)]
             yield tokenizer.decode(piece, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def index_evaluation_sets(evaluation_sets: dict[str, str], tokenizer, n: int, output: str) -> dict[str, int]:
-    """Write the hashes of all n-grams of the evaluation sets, sorted within each set (Parquet: evaluation_set, ngram).
+    """Write the hashes of all n-grams of the evaluation sets (Parquet: evaluation_set, ngram), sorted within each set.
 
     Args:
-        evaluation_sets: ``.bin`` file by name, its description beside it.
-        tokenizer: that the files were made with; it turns them back into text.
-        n: words of an n-gram.
+        evaluation_sets: ``.bin`` file of each set, by name; its description is next to it.
+        tokenizer: that made the token files; it decodes them.
+        n: number of words in an n-gram.
         output: path of the Parquet file.
 
     Returns:
         Number of different n-grams by evaluation set.
 
     Raises:
-        ValueError: if an evaluation set has fewer than n words in a row, so that nothing could be held against it.
+        ValueError: if no document of an evaluation set has n words, so that no text could be found to overlap it.
     """
     counts = {}
     with pyarrow.parquet.ParquetWriter(output, SCHEMA.with_metadata({"n": str(n)})) as writer:
@@ -124,19 +127,20 @@ def index_evaluation_sets(evaluation_sets: dict[str, str], tokenizer, n: int, ou
     return counts
 
 
-def check_clean(texts: Iterator[tuple[str, str]], ngrams: EvaluationNgrams, what: str) -> None:
-    """Make sure that no text that is to be trained on shares n-grams with an evaluation set: the last look at the result.
+def check_clean(texts: Iterable[tuple[str, str]], ngrams: EvaluationNgrams, description: str) -> None:
+    """Check finished training data: no text may overlap an evaluation set.
 
     Args:
-        texts: (name, text) of each.
-        what: is checked, for the message.
+        texts: (id, text) of each.
+        ngrams: of the evaluation sets.
+        description: of the data, for the message.
 
     Raises:
-        ValueError: on the first that does.
+        ValueError: on the first text that overlaps an evaluation set.
     """
     for name, text in texts:
         for overlap in ngrams.overlaps(text):
             raise ValueError(
-                f"{what}: {name} shares {overlap.shared_ngrams} {ngrams.n}-grams with the evaluation set "
+                f"{description}: {name} shares {overlap.shared_ngrams} {ngrams.n}-grams with the evaluation set "
                 f"{overlap.evaluation_set!r}, such as “{overlap.example}”"
             )

@@ -1,4 +1,4 @@
-"""Evaluation sets from wherever they are published into the project's format."""
+"""Evaluation sets: from the files in which they are published to token files."""
 
 import json
 import logging
@@ -9,54 +9,66 @@ import fsspec
 import numpy
 
 from longqlora.data.readers import read_documents
-from longqlora.data.token_descriptions import description_path, read_description
+from longqlora.data.token_descriptions import description_path, document_spans, read_description
 from longqlora.data.token_files import check_vocabulary, read_tokens, tokenize_documents
 
 log = logging.getLogger(__name__)
 
-HEAD_TOKENS = 2000  # of a stream, that are decoded and encoded again
-SAME_TOKENIZER = 0.95  # of them that come back at least; those of another tokenizer came back by 54 to 89 % in trials
+CHECKED_TOKENS = 2000  # at the beginning of a stream, decoded and encoded again
+MIN_SHARE_RECOVERED = 0.95  # of them, if the tokenizer is the right one; with other tokenizers 54 to 89 % came back in trials
 
 
-def foreign_tokens_warning(tokens: numpy.ndarray, tokenizer) -> str | None:
-    """Whether a stream looks as if another tokenizer had made it, which the format cannot tell: text that is decoded with the
-    wrong pieces is encoded to other ids than it was decoded from.
+def wrong_tokenizer_warning(tokens: numpy.ndarray, tokenizer) -> str | None:
+    """Warning if a token stream was probably made with another tokenizer, which the file format does not record.
+
+    Text that is decoded with the wrong tokenizer and encoded again gives other ids.
 
     Args:
         tokens: ``[num_tokens]``
-        tokenizer: that ought to have made them.
+        tokenizer: with which the stream should have been made.
 
     Returns:
-        A sentence with the share of ids that come back, that of unknown ones, and the text's beginning; None if all is well.
+        A sentence with the share of ids that come back, the share of unknown tokens, and the beginning of the text; None if
+        the tokenizer seems to be right.
     """
-    ids = [int(index) for index in tokens[:HEAD_TOKENS]]
+    ids = [int(index) for index in tokens[:CHECKED_TOKENS]]
     text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     again = tokenizer(text, add_special_tokens=False)["input_ids"]
-    came_back = sum((Counter(ids) & Counter(again)).values()) / max(len(ids), len(again))
+    recovered = sum((Counter(ids) & Counter(again)).values()) / max(len(ids), len(again))
     unknown = sum(index == tokenizer.unk_token_id for index in ids) / len(ids)
-    log.info("it begins with %r; %.1f %% of the ids come back, %.1f %% are unknown", text[:200], 100 * came_back, 100 * unknown)
-    if came_back >= SAME_TOKENIZER and unknown < 1 - SAME_TOKENIZER:
+    log.info("the text begins with %r", text[:200])
+    log.info("encoded again, %.1f %% of the ids come back; %.1f %% are unknown tokens", 100 * recovered, 100 * unknown)
+    if recovered >= MIN_SHARE_RECOVERED and unknown < 1 - MIN_SHARE_RECOVERED:
         return None
     return (
-        f"the ids seem to be those of another tokenizer: decoded and encoded again, {came_back:.0%} of the first {len(ids)} "
-        f"come back, {unknown:.0%} are unknown, and the text begins with {text[:60]!r}"
+        f"the token ids seem to be those of another tokenizer: decoded and encoded again, {recovered:.0%} of the first "
+        f"{len(ids)} ids come back, {unknown:.0%} are unknown tokens, and the text begins with {text[:60]!r}"
     )
 
 
 def fetch_tokens(source: str, tokenizer, output: str) -> dict:
-    """Copy a ``.bin`` file from wherever ``fsspec`` finds it, with a description, and check it against the tokenizer; what
-    looks wrong but may be right is a ``warning`` in the description.
+    """Copy a ``.bin`` file from wherever ``fsspec`` finds it, check it, and write its description.
+
+    A local file may have a description, with the type of its ids and the ends of its documents. Without one, the file is read
+    like LongLoRA's: one document of uint16 ids.
+
+    Returns:
+        The description. It has a ``warning`` if the file was probably made with another tokenizer.
 
     Raises:
-        ValueError: if it is no stream of uint16 ids, or holds an id that the tokenizer does not have.
+        ValueError: if the file is not a stream of token ids, or holds an id that is not in the tokenizer's vocabulary.
     """
     with fsspec.open(source, "rb") as remote, open(output, "wb") as local:
         shutil.copyfileobj(remote, local)
-    tokens = read_tokens(output)
-    num_tokens = len(tokens)
-    description = {"dtype": "uint16", "vocab_size": len(tokenizer), "num_tokens": num_tokens, "document_ends": [num_tokens]}
-    check_vocabulary(output, len(tokenizer))
-    if warning := foreign_tokens_warning(tokens, tokenizer):
+    if description_path(source).is_file():
+        shutil.copyfile(description_path(source), description_path(output))
+    max_token_id, tokens = check_vocabulary(output, len(tokenizer)), read_tokens(output)
+    description = read_description(output) | {
+        "vocab_size": len(tokenizer),
+        "num_tokens": len(tokens),
+        "max_token_id": max_token_id,
+    }
+    if warning := wrong_tokenizer_warning(tokens, tokenizer):
         description["warning"] = f"{source}: {warning}"
         log.warning("%s", description["warning"])
     description_path(output).write_text(json.dumps(description))
@@ -64,15 +76,18 @@ def fetch_tokens(source: str, tokenizer, output: str) -> dict:
 
 
 def prepare_evaluation_set(sources: list[str], tokenizer, output: str) -> dict:
-    """Bring an evaluation set into the project's format: one ``.bin`` of token ids, or texts to tokenise.
+    """Write an evaluation set as a token file, from one ``.bin`` file of token ids or from texts.
 
     Args:
-        sources: a single ``.bin`` file, or files of :func:`longqlora.data.readers.read_documents`.
+        sources: a single ``.bin`` file, or files that :func:`longqlora.data.readers.read_documents` reads.
         tokenizer: of the base model.
-        output: path of the ``.bin`` to write, its description beside it.
+        output: path of the ``.bin`` file to write; its description is written next to it.
+
+    Returns:
+        The description.
 
     Raises:
-        ValueError: if a ``.bin`` stands beside other files, was made with another tokenizer, or there is no text.
+        ValueError: if a ``.bin`` file is not the only source or was made with another tokenizer, or there is no text.
     """
     streams = [path for path in sources if path.endswith(".bin")]
     if streams and len(sources) > 1:
@@ -82,17 +97,19 @@ def prepare_evaluation_set(sources: list[str], tokenizer, output: str) -> dict:
     return tokenize_documents((document.text for path in sources for document in read_documents(path)), tokenizer, output)
 
 
-def retokenize(*, tokens: str, tokenizer, new_tokenizer, output: str) -> dict:
-    """Encode an evaluation set anew with the tokenizer of another model, document for document.
+def retokenize_evaluation_set(*, tokens: str, tokenizer, new_tokenizer, output: str) -> dict:
+    """Decode an evaluation set and encode it with another model's tokenizer, document by document.
 
     Args:
-        tokens: ``.bin`` file of the set, its description beside it.
-        tokenizer: that it was encoded with.
+        tokens: ``.bin`` file of the set; its description is next to it.
+        tokenizer: that made the file.
         new_tokenizer: of the other model.
-        output: path of the ``.bin`` to write, its description beside it.
+        output: path of the ``.bin`` file to write; its description is written next to it.
+
+    Returns:
+        The description.
     """
     stream = read_tokens(tokens)
-    ends = read_description(tokens)["document_ends"]
-    documents = (stream[begin:end] for begin, end in zip([0, *ends], ends, strict=False))
+    documents = (stream[begin:end] for begin, end in document_spans(read_description(tokens)["document_ends"]))
     texts = (tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in documents)
     return tokenize_documents(texts, new_tokenizer, output)

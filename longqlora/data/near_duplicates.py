@@ -1,33 +1,38 @@
-"""Texts that are nearly the same: MinHash (Broder 1997, "On the resemblance and containment of documents") by datasketch."""
+"""Near-duplicates: MinHash (Broder 1997, "On the resemblance and containment of documents"), with datasketch."""
 
 from datasketch import MinHash, MinHashLSH
 
 from longqlora.data.decontamination import hash_ngrams, words_of
 
 SHINGLE_WORDS = 5
-PERMUTATIONS = 128  # of a MinHash: the standard error of a similarity is at most 0.044
+NUM_PERMUTATIONS = 128  # of a MinHash: the standard error of an estimated similarity is at most 0.044
 
 
 class NearDuplicates:
-    """Finds among texts those that are nearly the same as one before: MinHash (Broder 1997) over shingles of words.
+    """Finds texts that are nearly the same as an earlier one.
 
     Args:
-        similarity: Jaccard similarity of two texts' shingles from which on they count as the same, 0 to 1.
+        similarity: Jaccard similarity of the word shingles of two near-duplicates, at least; 0 to 1.
     """
 
     def __init__(self, similarity: float):
-        self.similarity, self.signatures = similarity, {}
-        weights = (0.1, 0.9)  # of what the index finds in vain and what it misses: what it finds is compared afterwards
-        self.index = MinHashLSH(threshold=similarity, num_perm=PERMUTATIONS, weights=weights)
-        self.empty = MinHash(num_perm=PERMUTATIONS, hashfunc=int)
+        self.similarity = similarity
+        self.signatures: dict[str, MinHash] = {}
+        weights = (0.1, 0.9)  # of false positives and false negatives: what the index finds is compared afterwards
+        self.index = MinHashLSH(threshold=similarity, num_perm=NUM_PERMUTATIONS, weights=weights)
+        self.empty = MinHash(num_perm=NUM_PERMUTATIONS, hashfunc=int)
 
     def find_or_add(self, key: str, text: str) -> tuple[str, float] | None:
-        """The key of an earlier text that is nearly the same and their estimated similarity; None after adding the text."""
+        """Look for a near-duplicate among the earlier texts, and add the text if there is none.
+
+        Returns:
+            Key of the near-duplicate and the estimated similarity; None if there is none.
+        """
         shingles = hash_ngrams(words_of(text), SHINGLE_WORDS)
-        if not len(shingles):  # too few words: nothing can be said, and all such texts have the same signature
+        if not len(shingles):  # too few words to compare: all such texts have the same signature
             return None
         signature = self.empty.copy()
-        signature.update_batch(shingles >> 32)  # of 64 bits the upper ones, as MinHash wants 32
+        signature.update_batch(shingles >> 32)  # the upper half of the 64 bits, because MinHash takes 32
         for other in sorted(self.index.query(signature)):
             similarity = signature.jaccard(self.signatures[other])
             if similarity >= self.similarity:

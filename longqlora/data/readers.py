@@ -1,12 +1,14 @@
-"""Documents in the formats that corpora are published in, read one at a time.
+"""Readers of the formats in which corpora are published; records are read one at a time.
 
-JSON lines (``.jsonl``, plain or compressed: ``.gz``, ``.zst``, ``.bz2``, ``.xz``), Parquet, and plain text (one document a
-file). Paths are whatever ``fsspec`` opens: local files, ``hf://datasets/…``, ``s3://…``, with wildcards or without.
+Formats: JSON lines (``.jsonl``), a JSON list (``.json``), Parquet, and plain text (``.txt``, one document per file). All but
+Parquet may be compressed (``.gz``, ``.zst``, ``.bz2``, ``.xz``). A path is whatever ``fsspec`` opens: a local file,
+``hf://datasets/…``, ``s3://…``.
 
-A record that cannot be used is *malformed*: it is handed to the caller with its place and the reason, never skipped. A file
-that breaks off or cannot be opened is an error at once, because nobody can say how much of it is missing.
+A record that cannot be used is *malformed*: the reader reports its place and the reason to the caller, and skips none silently.
+A file that is truncated or cannot be opened is an error at once, because nobody knows how much of it is missing.
 """
 
+import glob
 import io
 import lzma
 import sys
@@ -15,31 +17,30 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple, NoReturn
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import fsspec
 import orjson
 import pyarrow
 import pyarrow.parquet
-import xxhash
 from fsspec.compression import compr
 from fsspec.utils import infer_compression
 
 if sys.version_info >= (3, 14):
     from compression.zstd import ZstdError
 else:
-    from backports.zstd import ZstdError  # fsspec reads .zst with it too; the package zstandard takes a torn file for whole
+    from backports.zstd import ZstdError  # fsspec reads .zst with it too; the package zstandard accepts a truncated file
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 FORMATS = (".jsonl", ".json", ".parquet", ".txt")
-DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError, ZstdError, pyarrow.ArrowInvalid)
-SHOWN = 20  # malformed records of a file that are remembered
-BUFFER_BYTES = 2**20  # a line of a long text takes one read, not dozens
-ROWS_PER_GROUP = 64  # of a Parquet file; what is in memory when it is written or read
+READ_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError, ZstdError, pyarrow.ArrowInvalid)
+BUFFER_BYTES = 2**20  # large, so that a line with a long text takes one read instead of dozens
+ROWS_PER_GROUP = 64  # of a Parquet file; that many rows are in memory when it is written or read
 
 
 class Document(NamedTuple):
-    """A text, the name of where it came from, what else is kept of its record, and its place: file, and line or row."""
+    """A text with its source, the metadata kept of its record, and its place: the file, and the line or row in it."""
 
     text: str
     source: str
@@ -49,7 +50,7 @@ class Document(NamedTuple):
 
 
 class Malformed(NamedTuple):
-    """A record that cannot be used: file, line (or row), and why."""
+    """A record that cannot be used: its file, its line or row, and the reason."""
 
     path: str
     line: int
@@ -59,13 +60,17 @@ class Malformed(NamedTuple):
         return f"{self.path}, line {self.line}: {self.reason}"
 
 
+OnMalformed = Callable[[Malformed], None]
+NumberedRecords = Iterator[tuple[int, dict]]  # (line or row, record)
+
+
 @dataclass(frozen=True)
 class Fields:
-    """The names of a record's fields; dots lead into nested objects (``meta.source``).
+    """Names of a record's fields; dots lead into nested objects (``meta.source``). The defaults are RedPajama's.
 
     Attributes:
-        text: holds the text.
-        source: names the subset that the text is of.
+        text: field of the text.
+        source: field that names the subset of the corpus that a text belongs to.
         metadata: further fields to keep.
     """
 
@@ -74,61 +79,20 @@ class Fields:
     metadata: tuple[str, ...] = ()
 
 
-def refuse(malformed: Malformed) -> NoReturn:
-    """What is done with a malformed record where none is tolerated.
+def raise_malformed(malformed: Malformed) -> NoReturn:
+    """Do not tolerate a malformed record.
 
     Raises:
-        ValueError: always; the message names file and line.
+        ValueError: always; the message names the file and the line.
     """
     raise ValueError(str(malformed))
 
 
-class MalformedRecords:
-    """Counts malformed records beside those that are read, and remembers the first ones."""
-
-    def __init__(self):
-        self.read, self.count, self.examples = 0, 0, []
-
-    def __call__(self, malformed: Malformed) -> None:
-        self.count += 1
-        if len(self.examples) < SHOWN:
-            self.examples.append(str(malformed))
-        if self.count >= 100:
-            self.check_form()
-
-    def check_form(self) -> None:
-        """Stop early where records are not damaged but of another form than expected.
-
-        Raises:
-            ValueError: if more records are malformed than not.
-        """
-        if self.count > self.read:
-            raise ValueError(
-                f"{self.count} of {self.read + self.count} records are malformed: is the file of another form, or text_field "
-                f"another? The first: {self.examples[0]}"
-            )
-
-
-def check_malformed(count: int, documents: int, examples: list[str], max_share: float) -> None:
-    """Make sure that no more than a tolerated share of all records is malformed.
-
-    Raises:
-        ValueError: if there are more; the message shows the first ones.
-    """
-    share = count / max(1, count + documents)
-    if share > max_share:
-        shown = "\n".join(f"  {example}" for example in examples[:5])
-        raise ValueError(
-            f"{count} of {count + documents} records are malformed ({share:.2%}), max_malformed_share allows "
-            f"{max_share:.2%}:\n{shown}"
-        )
-
-
 def file_format(path: str) -> str:
-    """The format of a file by its name, its compression taken off.
+    """Format of a file, from the ending of its name without the compression.
 
     Raises:
-        ValueError: if the name ends in no known format.
+        ValueError: if the name has no known ending.
     """
     name = path
     for compression in COMPRESSIONS:
@@ -140,15 +104,16 @@ def file_format(path: str) -> str:
 
 
 def find_files(path: str, part: tuple[int, int] = (0, 1)) -> list[str]:
-    """The files that a path names: itself, or what its wildcards match, sorted by name, wherever they lie.
+    """Files that a path names: the path itself, or the matches of its wildcards, sorted by name.
 
     Args:
-        part: (number, of how many): of the matches, which share is asked for.
+        path: with or without wildcards, local or remote.
+        part: (number, count): with wildcards, every ``count``-th match from match ``number`` on.
 
     Raises:
         ValueError: if nothing matches.
     """
-    if not any(character in path for character in "*?["):
+    if not glob.has_magic(path) or Path(path).is_file():  # a name may have brackets
         return [path]
     filesystem, pattern = fsspec.url_to_fs(path)
     found = [filesystem.unstrip_protocol(name) for name in sorted(filesystem.glob(pattern))]
@@ -157,8 +122,13 @@ def find_files(path: str, part: tuple[int, int] = (0, 1)) -> list[str]:
     return found[part[0] :: part[1]]
 
 
-class Digesting(io.RawIOBase):
-    """A file that feeds all that is read of it to a digest, if there is one."""
+class HashingReader(io.RawIOBase):
+    """File that updates a hash with every byte that is read from it.
+
+    Args:
+        file: opened in binary mode.
+        digest: hash object of ``hashlib``, or None.
+    """
 
     def __init__(self, file, digest):
         self.file, self.digest = file, digest
@@ -174,47 +144,51 @@ class Digesting(io.RawIOBase):
 
 
 @contextmanager
-def open_binary(path: str, digest=None):
-    """Open a file for reading in bytes, decompressed by its name; ``digest`` (of ``hashlib``) gets the bytes as stored.
+def open_binary(path: str, digest=None) -> Iterator[BinaryIO]:
+    """Open a file for reading bytes, decompressed according to its name.
+
+    Args:
+        path: whatever ``fsspec`` opens.
+        digest: hash object of ``hashlib`` that is updated with the bytes as stored.
 
     Raises:
-        ValueError: where the file cannot be opened or breaks off.
+        ValueError: if the file cannot be opened or is truncated.
     """
     compression = infer_compression(path)
     try:
         with fsspec.open(path, "rb") as stored:
-            stored = io.BufferedReader(Digesting(stored, digest), BUFFER_BYTES)
-            if compression and not stored.peek(1):  # gzip takes it for a whole file with nothing in it
+            raw = io.BufferedReader(HashingReader(stored, digest), BUFFER_BYTES)
+            if compression and not raw.peek(1):  # gzip would accept it as a complete file without content
                 raise EOFError("it has no bytes")
-            with compr[compression](stored, mode="rb") as file, io.BufferedReader(file, BUFFER_BYTES) as buffered:
+            with compr[compression](raw, mode="rb") as file, io.BufferedReader(file, BUFFER_BYTES) as buffered:
                 yield buffered
-    except DAMAGED as error:
+    except READ_ERRORS as error:
         raise ValueError(
-            f"{path}: the file is damaged, breaks off or cannot be read ({error or type(error).__name__})"
+            f"{path}: the file is damaged, truncated or cannot be read ({error or type(error).__name__})"
         ) from None
 
 
-def read_json_lines(path: str, reject: Callable[[Malformed], None], digest=None) -> Iterator[tuple[int, dict]]:
-    """Yield (line, object) of a JSON-lines file; blank lines hold nothing and are passed over."""
+def read_json_lines(path: str, on_malformed: OnMalformed, digest=None) -> NumberedRecords:
+    """Yield (line, object) of a JSON-lines file; blank lines are skipped, but count as lines."""
     with open_binary(path, digest) as file:
         for number, line in enumerate(file, start=1):
             try:
                 record = orjson.loads(line)
             except orjson.JSONDecodeError as error:
                 if line.strip():
-                    reject(Malformed(path, number, f"not valid JSON ({error})"))
+                    on_malformed(Malformed(path, number, f"not valid JSON ({error})"))
                 continue
             if isinstance(record, dict):
                 yield number, record
             else:
-                reject(Malformed(path, number, f"expected a JSON object, found {type(record).__name__}"))
+                on_malformed(Malformed(path, number, f"expected a JSON object, found {type(record).__name__}"))
 
 
-def read_json_list(path: str, reject: Callable[[Malformed], None], digest=None) -> Iterator[tuple[int, dict]]:
-    """Yield (number, object) of a JSON file that holds one list; the file is in memory as a whole.
+def read_json_list(path: str, on_malformed: OnMalformed, digest=None) -> NumberedRecords:
+    """Yield (number, object) of a JSON file that holds one list; the whole file is in memory.
 
     Raises:
-        ValueError: if it is something else than a list.
+        ValueError: if the file does not hold a list.
     """
     with open_binary(path, digest) as file:
         try:
@@ -229,19 +203,19 @@ def read_json_list(path: str, reject: Callable[[Malformed], None], digest=None) 
         if isinstance(record, dict):
             yield number, record
         else:
-            reject(Malformed(path, number, f"expected a JSON object, found {type(record).__name__}"))
+            on_malformed(Malformed(path, number, f"expected a JSON object, found {type(record).__name__}"))
 
 
-def read_parquet(path: str, reject: Callable[[Malformed], None] = refuse, digest=None) -> Iterator[tuple[int, dict]]:
-    """Yield (row, record) of a Parquet file, a batch of rows in memory at a time.
+def read_parquet(path: str, on_malformed: OnMalformed = raise_malformed, digest=None) -> NumberedRecords:
+    """Yield (row, record) of a Parquet file; one batch of rows is in memory at a time.
 
     Raises:
-        ValueError: if the file is damaged or no Parquet file.
+        ValueError: if the file is damaged or not a Parquet file.
     """
     number = 0
     try:
         with fsspec.open(path, "rb") as file:
-            if digest is not None:  # the reader jumps about in the file, so it is read once more for this
+            if digest is not None:  # Parquet is not read from begin to end, so this takes a pass of its own
                 while data := file.read(BUFFER_BYTES):
                     digest.update(data)
             for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=ROWS_PER_GROUP):
@@ -250,50 +224,56 @@ def read_parquet(path: str, reject: Callable[[Malformed], None] = refuse, digest
                     try:
                         (record,) = batch.slice(row, 1).to_pylist()
                     except UnicodeDecodeError as error:
-                        reject(Malformed(path, number, f"not valid UTF-8 ({error.reason} at byte {error.start})"))
+                        on_malformed(Malformed(path, number, f"not valid UTF-8 ({error.reason} at byte {error.start})"))
                     else:
                         yield number, record
-    except DAMAGED as error:
-        raise ValueError(f"{path}: damaged, broken off or not readable ({error})") from None
+    except READ_ERRORS as error:
+        raise ValueError(f"{path}: the file is damaged, truncated or cannot be read ({error})") from None
 
 
-def read_text(path: str, reject: Callable[[Malformed], None], digest=None) -> Iterator[tuple[int, dict]]:
-    """Yield a plain text file as one record, its text under ``text``."""
+def read_text(path: str, on_malformed: OnMalformed, digest=None) -> NumberedRecords:
+    """Yield a plain text file as one record with its text in the field ``text``."""
     with open_binary(path, digest) as file:
         data = file.read()
     try:
         yield 1, {"text": data.decode("utf-8")}
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        reject(Malformed(path, line, f"not valid UTF-8 ({error.reason} at byte {error.start})"))
+        on_malformed(Malformed(path, line, f"not valid UTF-8 ({error.reason} at byte {error.start})"))
 
 
-READERS = {".jsonl": read_json_lines, ".json": read_json_list, ".parquet": read_parquet, ".txt": read_text}
+READERS: dict[str, Callable[..., NumberedRecords]] = {
+    ".jsonl": read_json_lines,
+    ".json": read_json_list,
+    ".parquet": read_parquet,
+    ".txt": read_text,
+}
 
 
-def read_records(path: str, reject: Callable[[Malformed], None] = refuse, digest=None) -> Iterator[tuple[int, dict]]:
-    """Yield (line or row, record) of one file in its order.
+def read_records(path: str, on_malformed: OnMalformed = raise_malformed, digest=None) -> NumberedRecords:
+    """Yield (line or row, record) of one file, in the order of the file.
 
     Args:
         path: a file of a known format, without wildcards.
-        reject: is called with each malformed record; by default it is an error.
-        digest: of ``hashlib``; gets all bytes of the file.
+        on_malformed: called with each malformed record; by default it raises an error.
+        digest: hash object of ``hashlib`` that is updated with all bytes of the file.
 
     Raises:
-        ValueError: if the format is unknown, or the file is damaged.
+        ValueError: if the format is unknown or the file is damaged.
     """
-    return READERS[file_format(path)](path, reject, digest)
+    return READERS[file_format(path)](path, on_malformed, digest)
 
 
-def getter(field: str) -> Callable[[dict], object]:
-    """A function from a record to what stands under a field, dots leading into nested objects; None where nothing does."""
+def field_getter(field: str) -> Callable[[dict], Any]:
+    """Function from a record to the value of a field, with dots for nested objects; None if the record lacks the field."""
     *outer, last = field.split(".")
 
-    def get(record: dict) -> object:
+    def get(record: dict) -> Any:
         for key in outer:
-            record = record.get(key)
-            if not isinstance(record, dict):
+            nested = record.get(key)
+            if not isinstance(nested, dict):
                 return None
+            record = nested
         return record.get(last)
 
     return get
@@ -303,45 +283,41 @@ def read_documents(
     path: str,
     fields: Fields = Fields(),
     name: str | None = None,
-    reject: Callable[[Malformed], None] = refuse,
+    on_malformed: OnMalformed = raise_malformed,
     digest=None,
 ) -> Iterator[Document]:
-    """Yield the documents of one file in its order.
+    """Yield the documents of one file, in the order of the file.
 
     Args:
         path: see :func:`read_records`.
-        fields: where a record holds its text, its source and what else is kept; a plain text file has the text alone.
-        name: the source of documents that name none; by default the file.
-        reject: is called with each malformed record (also without a text, empty, or with a NUL character).
-        digest: of ``hashlib``; gets all bytes of the file.
+        fields: names of a record's fields; a plain text file has its text only.
+        name: source of the documents whose record names none; by default the path.
+        on_malformed: called with each malformed record, which includes those whose text is missing, empty, or has a NUL
+            character.
+        digest: hash object of ``hashlib`` that is updated with all bytes of the file.
 
     Raises:
         ValueError: see :func:`read_records`.
     """
     plain = file_format(path) == ".txt"
-    text_of, source_of, usual = getter("text" if plain else fields.text), getter(fields.source), name or path
-    metadata = {field: getter(field) for field in fields.metadata}
-    for line, record in read_records(path, reject, digest):
+    text_of, source_of = field_getter("text" if plain else fields.text), field_getter(fields.source)
+    metadata = {field: field_getter(field) for field in fields.metadata}
+    for line, record in read_records(path, on_malformed, digest):
         text = text_of(record)
         if not isinstance(text, str):
-            reason = f"no text under {fields.text!r}; the record's fields are {', '.join(record) or 'none'}"
-            reject(Malformed(path, line, reason))
+            reason = f"no text in the field {fields.text!r}; the record's fields are {', '.join(record) or 'none'}"
+            on_malformed(Malformed(path, line, reason))
         elif not text or text.isspace():
-            reject(Malformed(path, line, "empty text"))
+            on_malformed(Malformed(path, line, "empty text"))
         elif "\0" in text:
-            reject(Malformed(path, line, f"NUL character in the text, at character {text.index(chr(0))}"))
+            on_malformed(Malformed(path, line, f"NUL character in the text, at character {text.index(chr(0))}"))
         else:
             kept = {field: get(record) for field, get in metadata.items()} if metadata else {}
-            yield Document(text, str(source_of(record) or usual), kept, path, line)
-
-
-def text_id(text: str) -> str:
-    """Identity of a text: 128 bits of a hash of it, in hexadecimal; equal texts have equal ids."""
-    return xxhash.xxh3_128_hexdigest(text.encode())  # every text of a possible length is hashed: ten times as fast as SHA
+            yield Document(text, str(source_of(record) or name or path), kept, path, line)
 
 
 def write_parquet(path: str, schema: pyarrow.Schema, rows: Iterable[dict], rows_per_group: int = ROWS_PER_GROUP) -> None:
-    """Write rows as they come, ``rows_per_group`` in memory at a time."""
+    """Write the columns of a schema as a Parquet file; ``rows_per_group`` rows are in memory at a time."""
     rows = iter(rows)
     with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
         while group := list(islice(rows, rows_per_group)):

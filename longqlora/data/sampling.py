@@ -1,8 +1,9 @@
-"""Seeded uniform samples: bottom-k by a hash.
+"""Seeded uniform samples: bottom-k by hash.
 
-Every item gets a priority from a hash of the seed and its own key; the k smallest priorities are the sample. It depends on the
-set of items alone, not on their order or on how they lie in files: each part keeps its k smallest, and the k smallest of those
-are the k smallest of all. A larger k gives a superset, and items of equal keys count once.
+Every item gets a priority, a hash of the seed and the item's key; the k items of the smallest priorities are the sample. The
+sample depends on the set of items only, neither on their order nor on the files that they are in: each part of the data keeps
+its k smallest, and the k smallest of these are the k smallest of all. A larger k gives a superset, and items with equal keys
+count once.
 """
 
 import hashlib
@@ -12,22 +13,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import orjson
+import xxhash
 
 NUM_PRIORITIES = 2**64
 
 
+def text_id(text: str) -> str:
+    """Id of a text: a 128-bit hash (XXH3) of it, in hexadecimal. Equal texts have equal ids."""
+    return xxhash.xxh3_128_hexdigest(text.encode())  # every text that may be in range is hashed: ten times as fast as SHA
+
+
 def priority(key: str, seed: int) -> int:
-    """64 uniform bits from the seed and the key of an item."""
+    """Priority of an item: 64 uniform bits from the seed and the item's key."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest(), "big")
 
 
 def apportion(total: int, shares: dict[str, float]) -> dict[str, int]:
-    """Divide ``total`` by shares into whole numbers that add up to it, by the method of Sainte-Laguë.
+    """Divide ``total`` into whole numbers in proportion to shares (Sainte-Laguë method); they add up to ``total``.
 
-    It grows one by one: each further item goes to the part that is furthest behind, so no part of a larger total is smaller.
+    Units are assigned one by one, each to the part that is furthest below its share, so a larger total makes no part smaller.
 
     Args:
-        total: what is divided.
+        total: number to divide.
         shares: of each part, not negative.
     """
     parts = dict.fromkeys(shares, 0)
@@ -41,51 +48,52 @@ def apportion(total: int, shares: dict[str, float]) -> dict[str, int]:
 
 
 class BottomK:
-    """The k items of the smallest priorities, one a key, in memory that grows with k alone: their values lie in a temporary
-    file. Where two values come under one key, the smaller one stays (field by field), whichever came first.
+    """The k items of the smallest priorities, each key once. Values are in a temporary file, so memory grows with k only.
+
+    If two values have the same key, the smaller one (compared field by field) is kept, whatever their order.
 
     Args:
-        k: how many items are kept.
-        folder: for the temporary file; some k · (1 + ln(n / k)) values of n items pass through it.
+        k: number of items to keep.
+        folder: for the temporary file; of n items about k · (1 + ln(n / k)) values are written to it.
     """
 
     def __init__(self, k: int, folder: str | Path):
         self.k = k
-        self.heap: list[tuple[int, str]] = []  # of negated priorities: the largest one kept is at the top
-        self.places: dict[str, tuple[int, int]] = {}  # key → offset and number of bytes of the value
+        self.heap: list[tuple[int, str]] = []  # (negated priority, key): the item of the largest priority is on top
+        self.locations: dict[str, tuple[int, int]] = {}  # key → offset and number of bytes of its value
         self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it lives as long as the object
 
     @property
     def threshold(self) -> int:
-        """Items of this priority or a larger one are no longer taken."""
+        """Items of this or a larger priority are not kept."""
         if len(self.heap) < self.k:
             return NUM_PRIORITIES
-        return -self.heap[0][0] + 1 if self.k else 0  # + 1: another value may come under the key of the last one kept
+        return -self.heap[0][0] + 1 if self.k else 0  # + 1: the last key kept may come again with a smaller value
 
-    def add(self, order: int, key: str, value: dict) -> None:
-        """Offer an item; ``order`` is its priority."""
-        if order >= self.threshold:
+    def add(self, item_priority: int, key: str, value: dict) -> None:
+        """Offer an item; it is kept if its priority is among the k smallest so far."""
+        if item_priority >= self.threshold:
             return
-        if key in self.places:
+        if key in self.locations:
             if [*value.values()] < [*self.read(key).values()]:
-                self.places[key] = self.write(value)
+                self.locations[key] = self.write(value)
             return
-        self.places[key] = self.write(value)
-        heapq.heappush(self.heap, (-order, key))
+        self.locations[key] = self.write(value)
+        heapq.heappush(self.heap, (-item_priority, key))
         if len(self.heap) > self.k:
-            del self.places[heapq.heappop(self.heap)[1]]
+            del self.locations[heapq.heappop(self.heap)[1]]
 
     def write(self, value: dict) -> tuple[int, int]:
-        """Put a value at the end of the file; return where it lies."""
+        """Append a value to the file; return its offset and its number of bytes."""
         return self.file.seek(0, 2), self.file.write(orjson.dumps(value))
 
     def read(self, key: str) -> dict:
-        """The value of an item that is kept."""
-        offset, size = self.places[key]
+        """Value of an item that is kept."""
+        offset, size = self.locations[key]
         self.file.seek(offset)
         return orjson.loads(self.file.read(size))
 
     def __iter__(self) -> Iterator[tuple[int, str, dict]]:
-        """Yield (priority, key, value) by priority."""
+        """Yield (priority, key, value) in the order of priorities."""
         for negated, key in sorted(self.heap, key=lambda item: (-item[0], item[1])):
             yield -negated, key, self.read(key)

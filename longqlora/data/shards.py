@@ -1,16 +1,16 @@
-"""One pass over a part of a corpus: which texts the sample could need.
+"""One pass over a shard of the corpus, which keeps the texts that the sample may need.
 
-A text is looked at as little as will do: most are rejected by their number of characters; of the others those outside the
-examined share are passed over by their hash; only the rest are tokenised and held against the evaluation sets. What became of
-each text is counted, by its source.
+As little work as possible is done per text. Most texts are rejected by their number of characters; of the others, those
+outside the examined share are skipped by their hash; only the rest are tokenized and compared with the evaluation sets. The
+outcome of every text is counted by source.
 """
 
 import heapq
-import logging
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from hashlib import sha256
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -18,35 +18,37 @@ from typing import NamedTuple
 import orjson
 import pyarrow
 
+from longqlora.config.settings import CorpusSource
 from longqlora.data.decontamination import EvaluationNgrams
 from longqlora.data.length_bounds import length_bounds
-from longqlora.data.readers import Document, Fields, MalformedRecords, find_files, read_documents, text_id, write_parquet
-from longqlora.data.sampling import NUM_PRIORITIES, BottomK, apportion, priority
+from longqlora.data.readers import Document, Fields, find_files, read_documents, write_parquet
+from longqlora.data.sampling import NUM_PRIORITIES, BottomK, apportion
+from longqlora.data.source_pass import SourcePass
 from longqlora.data.token_files import batches, encode_batch
 
-log = logging.getLogger(__name__)
-
-ALL = "all"  # name of the one stratum where no shares are given
+ALL = "all"  # name of the only stratum if no shares are given
 SAMPLE = pyarrow.schema(
     [("id", "string"), ("source", "string"), ("num_tokens", "int64"), ("metadata", "string"), ("text", "string")]
 )
 CANDIDATES = pyarrow.schema([("priority", "uint64"), ("stratum", "string"), *SAMPLE])
-PLACE_IN_ORDER = itemgetter("priority", "id", "stratum", "source", "metadata")
 PRIORITIES = pyarrow.schema([("priority", "uint64"), ("source", "string")])
+PRIORITIES_PER_GROUP = 2**14  # of the Parquet file
+candidate_order = itemgetter("priority", "id", "stratum", "source", "metadata")
 
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """What is sampled.
+    """Which texts are sampled.
 
     Attributes:
         num_texts: size of the sample.
-        min_tokens, max_tokens: range of a text's length, both ends included.
+        min_tokens, max_tokens: smallest and largest length of a text, in tokens.
         seed: of the sample.
-        examined_share: share of the texts, drawn by priority, that are tokenised and checked at all: less than 1 where a
-            corpus has far more texts than the sample.
-        shares: of the sample, by stratum; None: each text is equally likely.
-        spare: whether the join may drop texts, so that a shard keeps twice what the sample holds.
+        examined_share: share of the texts, chosen by priority, that are tokenized and checked; below 1 if the corpus has far
+            more texts than the sample.
+        shares: share of the sample by stratum; None: every text is equally likely.
+        keep_reserve: whether each shard keeps twice as many texts as the sample has, because joining the shards may remove
+            some (near-duplicates, and texts that are in two strata).
     """
 
     num_texts: int
@@ -55,15 +57,34 @@ class SampleSettings:
     seed: int
     examined_share: float = 1.0
     shares: dict[str, float] | None = None
-    spare: bool = False
+    keep_reserve: bool = False
 
     def quotas(self) -> dict[str, int]:
-        """Size of the sample by stratum."""
+        """Number of texts in the sample, by stratum."""
         return apportion(self.num_texts, self.shares or {ALL: 1.0})
+
+    def num_kept(self) -> dict[str, int]:
+        """Number of texts that each shard keeps, by stratum."""
+        return {stratum: (2 if self.keep_reserve else 1) * quota for stratum, quota in self.quotas().items()}
+
+
+@dataclass(frozen=True)
+class ShardFiles:
+    """Files that are made of one shard.
+
+    Attributes:
+        candidates: Parquet file of the texts that are kept, in the order of their priorities.
+        priorities: Parquet file of priority and source of every text that could be sampled; it shows which are duplicates.
+        card: JSON file: counts by source, files, malformed and removed records, extremes of characters per token.
+    """
+
+    candidates: str
+    priorities: str
+    card: str
 
 
 class Candidate(NamedTuple):
-    """A document that may be sampled: its identity, its priority, and its number of tokens once they are counted."""
+    """A document that may be sampled, with its id, its priority, and its number of tokens (0: not counted yet)."""
 
     document: Document
     id: str
@@ -71,32 +92,37 @@ class Candidate(NamedTuple):
     num_tokens: int = 0
 
 
-class Shard:
-    """One pass over a part of the corpus: what becomes of each text is counted, by source."""
+class ShardPass(SourcePass):
+    """One pass over a shard of the corpus. It is a chain of generators; each step counts the texts that it rejects.
 
-    def __init__(self, settings: SampleSettings, tokenizer, ngrams: EvaluationNgrams):
-        self.settings, self.tokenizer, self.ngrams = settings, tokenizer, ngrams
+    Args:
+        settings: of the sample.
+        source: of the texts.
+        tokenizer: of transformers; it counts tokens.
+        ngrams: of the evaluation sets.
+        folder: for temporary files.
+    """
+
+    def __init__(self, settings: SampleSettings, source: CorpusSource, tokenizer, ngrams: EvaluationNgrams, folder: Path):
+        super().__init__(settings.seed, ngrams)
+        self.settings, self.tokenizer = settings, tokenizer
+        self.fields = Fields(source.text_field, source.source_field, tuple(source.metadata_fields))
+        self.name = source.name or source.paths[0]
+        self.stratum = self.name if source.share is not None else None  # without: each text is of the stratum of its source
         self.bounds = length_bounds(tokenizer)
-        self.counts, self.malformed = defaultdict(Counter), MalformedRecords()
-        self.files, self.removed = [], []
-        self.densest, self.sparsest = float("inf"), 0.0  # fewest and most characters per token of what was tokenised
+        self.counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self.removed: list[dict] = []
+        self.min_density, self.max_density = float("inf"), 0.0  # characters per token of the tokenized texts
+        self.kept = {stratum: BottomK(number, folder) for stratum, number in settings.num_kept().items()}
 
-    def read(self, paths: list[str], fields: Fields, name: str) -> Iterator[Document]:
-        """Yield the documents of the files, and note the digest of each file and how many it has."""
-        for path in paths:
-            digest, documents, malformed = sha256(), self.malformed.read, self.malformed.count
-            for document in read_documents(path, fields, name, self.malformed, digest):
-                self.malformed.read += 1
-                yield document
-            documents, malformed = self.malformed.read - documents, self.malformed.count - malformed
-            self.files.append({"path": path, "sha256": digest.hexdigest(), "documents": documents, "malformed": malformed})
-            if malformed:
-                self.counts[name]["malformed"] += malformed
-            log.info("%s: %d documents, %d malformed records", path, documents, malformed)
-        self.malformed.check_form()
+    def read(self, paths: list[str]) -> Iterator[Document]:
+        """Yield the documents of the files."""
+        yield from self.read_files(paths, partial(read_documents, fields=self.fields, name=self.name))
+        if self.counter.malformed:
+            self.counts[self.name]["malformed"] = self.counter.malformed
 
-    def examined(self, documents: Iterable[Document]) -> Iterator[Candidate]:
-        """Yield what must be looked at closely: neither proved to be of the wrong length, nor outside the examined share."""
+    def examine(self, documents: Iterable[Document]) -> Iterator[Candidate]:
+        """Yield the documents to examine: of a length that may be in range, and inside the examined share."""
         settings, bounds, end = self.settings, self.bounds, int(self.settings.examined_share * NUM_PRIORITIES)
         for document in documents:
             text, tally = document.text, self.counts[document.source]
@@ -106,20 +132,19 @@ class Shard:
             elif bounds.is_too_long(text, settings.max_tokens):
                 tally["too long by characters"] += 1
             else:
-                identity = text_id(text)
-                order = priority(identity, settings.seed)
-                if order < end:
-                    yield Candidate(document, identity, order)
+                text_priority, key = self.identify(text)
+                if text_priority < end:
+                    yield Candidate(document, key, text_priority)
                 else:
                     tally["not examined"] += 1
 
-    def in_range(self, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
-        """Yield those whose number of tokens is in the range, with that number."""
+    def count_tokens(self, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
+        """Yield the candidates whose number of tokens is in range, with this number."""
         for batch in batches(candidates, text_of=lambda candidate: candidate.document.text):
             encodings = encode_batch(self.tokenizer, [candidate.document.text for candidate in batch])
             for candidate, num_tokens in zip(batch, map(len, encodings), strict=True):
                 tally, density = self.counts[candidate.document.source], len(candidate.document.text) / max(1, num_tokens)
-                self.sparsest, self.densest = max(self.sparsest, density), min(self.densest, density)
+                self.max_density, self.min_density = max(self.max_density, density), min(self.min_density, density)
                 if num_tokens < self.settings.min_tokens:
                     tally["too short"] += 1
                 elif num_tokens > self.settings.max_tokens:
@@ -128,80 +153,78 @@ class Shard:
                     tally["in range"] += 1
                     yield candidate._replace(num_tokens=num_tokens)
 
-    def clean(self, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
-        """Yield those that share nothing with an evaluation set, and note the others."""
+    def decontaminate(self, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
+        """Yield the candidates that share nothing with an evaluation set."""
         for candidate in candidates:
-            document, overlaps = candidate.document, self.ngrams.overlaps(candidate.document.text)
-            if overlaps:
+            document = candidate.document
+            origin = {"source": document.source, "id": candidate.id, "path": document.path, "line": document.line}
+            if rows := self.overlap_rows(document.text, origin):
                 self.counts[document.source]["contaminated"] += 1
-                origin = {"source": document.source, "id": candidate.id, "path": document.path, "line": document.line}
-                self.removed.extend({**origin, **vars(overlap)} for overlap in overlaps)
+                self.removed.extend(rows)
             else:
                 yield candidate
 
-    def keep(self, candidates: Iterable[Candidate], stratum: str | None, kept: dict[str, BottomK]) -> Iterator[dict]:
-        """Offer the candidates to their strata; yield the priority and source of each that could be sampled."""
-        for document, identity, order, num_tokens in candidates:
-            place = (stratum or document.source) if self.settings.shares else ALL
-            if place in kept:
-                metadata = orjson.dumps(document.metadata, default=str).decode()  # Parquet has decimals and bytes
+    def keep(self, candidates: Iterable[Candidate]) -> Iterator[dict]:
+        """Offer the candidates to their strata; yield the priority and the source of each that could be sampled."""
+        for document, key, text_priority, num_tokens in candidates:
+            stratum = (self.stratum or document.source) if self.settings.shares else ALL
+            if stratum in self.kept:
+                metadata = orjson.dumps(document.metadata, default=str).decode()  # str: Parquet has decimals and bytes
                 value = {"source": document.source, "num_tokens": num_tokens, "metadata": metadata, "text": document.text}
-                kept[place].add(order, identity, value)
-                yield {"priority": order, "source": document.source}
+                self.kept[stratum].add(text_priority, key, value)
+                yield {"priority": text_priority, "source": document.source}
             else:
-                self.counts[document.source]["of no share"] += 1
+                self.counts[document.source]["without a share"] += 1
 
+    def rows(self) -> Iterator[dict]:
+        """Yield the texts that are kept, in the order of their priorities."""
 
-def candidates_of(stratum: str, best: BottomK) -> Iterator[dict]:
-    """The rows of a stratum, by priority."""
-    for order, key, value in best:
-        yield {"priority": order, "id": key, "stratum": stratum, **value}
+        def of_stratum(stratum: str) -> Iterator[dict]:
+            for text_priority, key, value in self.kept[stratum]:
+                yield {"priority": text_priority, "id": key, "stratum": stratum, **value}
+
+        return heapq.merge(*map(of_stratum, self.kept), key=candidate_order)
+
+    def card(self) -> dict:
+        """Part of the data card: counts by source, files, malformed and removed records, and density of the texts."""
+        return {
+            "counts": self.counts,
+            "files": [
+                {"path": file.path, "sha256": file.sha256, "documents": file.usable, "malformed": file.malformed}
+                for file in self.files
+            ],
+            "malformed": self.counter.examples,
+            "removed": self.removed,
+            "characters_per_token": [self.min_density, self.max_density] if self.max_density else [],
+            "length_bounds": str(self.bounds),
+        }
 
 
 def sample_shard(
     *,
     settings: SampleSettings,
-    paths: list[str],
+    source: CorpusSource,
     part: tuple[int, int],
-    fields: Fields,
-    name: str,
-    stratum: str | None,
     tokenizer,
     ngrams: EvaluationNgrams,
-    output: str,
-    priorities: str,
-) -> dict:
-    """Read a part of the corpus and keep of it what the sample could need: the texts of the smallest priorities.
+    output: ShardFiles,
+) -> None:
+    """Read a shard of the corpus and keep the texts that the sample may need: those of the smallest priorities.
 
     Args:
-        settings: what is sampled.
-        paths, part: see :func:`longqlora.data.readers.find_files`.
-        fields, name: see :func:`longqlora.data.readers.read_documents`.
-        stratum: that all texts belong to; None: each to that of its source.
-        tokenizer: of transformers; it counts the tokens.
+        settings: of the sample.
+        source: with the paths of this shard only.
+        part: of the files that match a wildcard, see :func:`longqlora.data.readers.find_files`.
+        tokenizer: of transformers; it counts tokens.
         ngrams: of the evaluation sets.
-        output: Parquet file of the candidates, by priority.
-        priorities: Parquet file of the priority and the source of every text that could be sampled.
-
-    Returns:
-        For the data card: counts by source, files, malformed and removed records, extremes of characters per token.
+        output: files to write.
 
     Raises:
-        ValueError: if a file is damaged, or most records are malformed.
+        ValueError: if a file is damaged, or more records are malformed than usable.
     """
-    shard = Shard(settings, tokenizer, ngrams)
-    files = [file for path in paths for file in find_files(path, part)]
-    copies = 2 if settings.spare else 1
-    kept = {place: BottomK(copies * quota, Path(output).parent) for place, quota in settings.quotas().items()}
-    usable = shard.clean(shard.in_range(shard.examined(shard.read(files, fields, name))))
-    write_parquet(priorities, PRIORITIES, shard.keep(usable, stratum, kept), rows_per_group=2**14)
-    rows = heapq.merge(*(candidates_of(place, best) for place, best in kept.items()), key=PLACE_IN_ORDER)
-    write_parquet(output, CANDIDATES, rows)
-    return {
-        "counts": shard.counts,
-        "files": shard.files,
-        "malformed": shard.malformed.examples,
-        "removed": shard.removed,
-        "characters_per_token": [shard.densest, shard.sparsest] if shard.sparsest else [],
-        "length_bounds": str(shard.bounds),
-    }
+    shard = ShardPass(settings, source, tokenizer, ngrams, Path(output.candidates).parent)
+    files = [file for path in source.paths for file in find_files(path, part)]
+    clean = shard.decontaminate(shard.count_tokens(shard.examine(shard.read(files))))
+    write_parquet(output.priorities, PRIORITIES, shard.keep(clean), rows_per_group=PRIORITIES_PER_GROUP)
+    write_parquet(output.candidates, CANDIDATES, shard.rows())
+    Path(output.card).write_text(json.dumps(shard.card(), indent=2, ensure_ascii=False))

@@ -1,25 +1,30 @@
-"""Token ids on disk: a flat little-endian stream in a ``.bin`` file, what is known of it in a ``.json`` beside it.
+"""Token files: a flat little-endian stream of token ids in a ``.bin`` file, and its description in a ``.json`` file next to it.
 
-LongLoRA's evaluation files are the ``.bin`` alone, in uint16. The file beside it adds what the stream cannot say: the type
-of the ids, the size of the vocabulary, and where each document ends.
+LongLoRA publishes its evaluation sets as ``.bin`` files of uint16 ids without a description. The description adds the type of
+the ids, the size of the vocabulary, the largest id, and where each document ends.
 """
 
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy
+from tokenizers import Encoding, Tokenizer
 
-from longqlora.data.token_descriptions import check_size, description_path
+from longqlora.data.token_descriptions import description_path, largest_token, read_checked_description
 
-DTYPES = {"uint16": numpy.dtype("<u2"), "uint32": numpy.dtype("<u4")}
-IGNORED = -100  # label of a token that is not learned
-CHARACTERS_PER_BATCH = 500_000  # encoded at once: some texts for every core, and tens of megabytes of memory meanwhile
+DTYPES: dict[str, numpy.dtype] = {"uint16": numpy.dtype("<u2"), "uint32": numpy.dtype("<u4")}
+IGNORED = -100  # label of a token that the loss does not cover
+CHARACTERS_PER_BATCH = 500_000  # encoded at once: enough texts for every core, and only tens of megabytes of memory
+
+Item = TypeVar("Item")
 
 
-def batches(items: Iterable, text_of: Callable[[object], str] = lambda item: item) -> Iterator[list]:
-    """Cut a stream of items into lists whose texts have about ``CHARACTERS_PER_BATCH`` together."""
-    batch, characters = [], 0
+def batches(items: Iterable[Item], text_of: Callable[[Item], str] = str) -> Iterator[list[Item]]:
+    """Yield the items in batches whose texts have about ``CHARACTERS_PER_BATCH`` characters together."""
+    batch: list[Item] = []
+    characters = 0
     for item in items:
         batch.append(item)
         characters += len(text_of(item))
@@ -30,24 +35,24 @@ def batches(items: Iterable, text_of: Callable[[object], str] = lambda item: ite
         yield batch
 
 
-def backend_of(tokenizer):
-    """The ``tokenizers.Tokenizer`` behind a tokenizer of transformers.
+def backend_of(tokenizer) -> Tokenizer:
+    """The ``tokenizers.Tokenizer`` inside a tokenizer of transformers.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if it is a slow tokenizer, implemented in Python.
     """
     if not tokenizer.is_fast:
         raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has no tokenizer.json, only a slow implementation in Python")
     return tokenizer.backend_tokenizer
 
 
-def encode_batch(tokenizer, texts: list[str]) -> list:
-    """Encode texts at once on all cores, without special tokens: the end-of-text token spelt out in a text is text as well.
+def encode_batch(tokenizer, texts: list[str]) -> list[Encoding]:
+    """Encode texts together on all cores. Special tokens are not added, and those that a text spells out are encoded as text.
 
     Returns:
-        For each text something that has its ids as ``ids`` and their number as its length.
+        An encoding per text, with its token ids in ``ids`` and their number as its length.
     """
-    backend = backend_of(tokenizer)  # transformers' own call would copy all ids into Python lists, and more
+    backend = backend_of(tokenizer)  # calling transformers' tokenizer would copy all ids into Python lists, and more
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
@@ -55,62 +60,77 @@ def encode_batch(tokenizer, texts: list[str]) -> list:
 
 
 def encode(tokenizer, texts: Iterable[str]) -> Iterator[list[int]]:
-    """Yield the token ids of each text, without special tokens, a batch of texts at a time."""
+    """Yield the token ids of each text, without special tokens; one batch of texts is in memory at a time."""
     for batch in batches(texts):
         for encoding in encode_batch(tokenizer, batch):
             yield encoding.ids
 
 
 def write_tokens(path: str | Path, documents: Iterable[list[int]], *, vocab_size: int, eos_token_id: int) -> dict:
-    """Write documents as one stream, each followed by the end-of-text token, and the description beside it.
+    """Write documents as one stream with the end-of-text token after each, and the description next to it.
 
     Args:
         path: of the ``.bin`` file.
         documents: token ids of each document.
-        vocab_size: of the tokenizer; ids are uint16 where they fit, else uint32.
-        eos_token_id: ends every document.
+        vocab_size: of the tokenizer; ids are stored as uint16 if they fit, else as uint32.
+        eos_token_id: id of the end-of-text token.
 
     Returns:
-        The description: dtype, vocab_size, num_tokens, document_ends (index after each document's end-of-text token).
+        The description: dtype, vocab_size, num_tokens, max_token_id, document_ends (index after the end-of-text token of each
+        document).
 
     Raises:
-        ValueError: if there is no document at all.
+        ValueError: if there is no document.
     """
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
-    num_tokens, document_ends = 0, []
+    num_tokens, max_token_id, document_ends = 0, 0, []
     with open(path, "wb") as file:
         for ids in documents:
-            file.write(numpy.asarray([*ids, eos_token_id], dtype=DTYPES[dtype]))
-            num_tokens += len(ids) + 1
+            tokens = numpy.asarray([*ids, eos_token_id], dtype=DTYPES[dtype])
+            file.write(tokens.tobytes())
+            num_tokens += len(tokens)
+            max_token_id = max(max_token_id, int(tokens.max()))
             document_ends.append(num_tokens)
     if not document_ends:
-        raise ValueError(f"{path}: no document to write")
-    description = {"dtype": dtype, "vocab_size": vocab_size, "num_tokens": num_tokens, "document_ends": document_ends}
+        raise ValueError(f"{path}: there is no document to write")
+    description = {
+        "dtype": dtype,
+        "vocab_size": vocab_size,
+        "num_tokens": num_tokens,
+        "max_token_id": max_token_id,
+        "document_ends": document_ends,
+    }
     description_path(path).write_text(json.dumps(description))
     return description
 
 
 def read_tokens(path: str | Path) -> numpy.ndarray:
-    """Map a token file into memory: ``[num_tokens]``, read-only.
-
-    The type of the ids is that of the description beside the file; a file without one is taken for LongLoRA's uint16.
+    """Map a token file into memory: ``[num_tokens]``, read-only, of the type that its description says (uint16 without one).
 
     Raises:
-        ValueError: if the file is empty, no whole number of ids, or not as long as its description says.
+        ValueError: see :func:`longqlora.data.token_descriptions.read_checked_description`.
     """
-    return numpy.memmap(path, dtype=DTYPES[check_size(path)], mode="r")
+    return numpy.memmap(path, dtype=DTYPES[read_checked_description(path)["dtype"]], mode="r")
 
 
-def check_vocabulary(path: str | Path, vocab_size: int) -> None:
-    """Raise ValueError if the token file holds an id that the model's vocabulary of ``vocab_size`` does not have."""
-    largest = int(read_tokens(path).max())
+def check_vocabulary(path: str | Path, vocab_size: int) -> int:
+    """Check that a token file holds only ids below ``vocab_size``.
+
+    Returns:
+        The largest id.
+
+    Raises:
+        ValueError: if it holds a larger id.
+    """
+    largest = largest_token(path)
     if largest >= vocab_size:
         raise ValueError(
             f"{path}: holds token id {largest}, but the tokenizer's vocabulary ends at {vocab_size - 1}; "
             "the file was made with another tokenizer"
         )
+    return largest
 
 
 def tokenize_documents(texts: Iterable[str], tokenizer, output: str) -> dict:
-    """Encode texts one after the other and write them by :func:`write_tokens`; return the description."""
+    """Encode texts one after the other, write them with :func:`write_tokens`, and return the description."""
     return write_tokens(output, encode(tokenizer, texts), vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)

@@ -1,12 +1,13 @@
-"""Perplexity of a system on an evaluation set at a context length, under a protocol of :mod:`longqlora.evaluation.protocols`.
+"""Perplexity of a system on an evaluation set at one context length, by a protocol of :mod:`longqlora.evaluation.protocols`.
 
-Several processes share the batches out and send their sums to the first; a batch is the same for any number of them, and so
-is every sum, bit for bit.
+Several processes may share the batches. Which windows form a batch does not depend on the number of processes, so the results
+do not either, bit for bit.
 """
 
 import logging
 import math
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy
@@ -16,35 +17,36 @@ import torch.distributed as distributed
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from longqlora.config.settings import Device, EvaluatedModel, Protocol
 from longqlora.data.token_descriptions import read_description
 from longqlora.data.token_files import check_vocabulary, read_tokens
-from longqlora.evaluation.evaluated_model import EvaluatedModel
+from longqlora.evaluation.evaluated_model import is_within_context, load_evaluated_model, memory_advice
 from longqlora.evaluation.protocols import Window, make_windows
 from longqlora.evaluation.statistics import mean_nll
 from longqlora.jobs.memory import memory_explained
-from longqlora.modeling.devices import find_device
+from longqlora.modeling.loading import load_config
 from longqlora.modeling.rope import context_of, rope_of
 
 log = logging.getLogger(__name__)
 
-TOKENS_PER_BATCH = 8192  # of one forward pass, so that short windows fill the hardware as well as long ones
-POSITIONS_PER_CHUNK = 1024  # whose logits exist at once, in float32
-BINS_PER_OCTAVE = 4  # of the loss by position
+TOKENS_PER_BATCH = 8192  # tokens of one forward pass, so that short windows use the hardware as well as long ones
+POSITIONS_PER_CHUNK = 1024  # positions whose float32 logits are in memory at the same time
+BINS_PER_OCTAVE = 4  # bins of the loss by position, per doubling of the position
 
 
 class NonFiniteLogits(ValueError):
-    """A model that predicts something that is not a number."""
+    """A model's logits contain NaN or infinite values."""
 
 
 @torch.inference_mode()
 def nll_of_batch(model, tokens: torch.Tensor, skipped: int = 0) -> torch.Tensor:
-    """Negative log-likelihood of each token given those before it, the logits of a part of them at a time.
+    """Negative log-likelihood of each token given those before it; logits are computed for a chunk of positions at a time.
 
     Args:
         model: a causal language model of transformers.
-        tokens: ``[b, n + 1]``, the inputs and, one to the right, the targets; filled up at the right where a row is shorter,
-            which causality hides from every real token.
-        skipped: how many targets at the left are not wanted.
+        tokens: ``[b, n + 1]``; the targets are the inputs shifted by one. Shorter rows are padded on the right, where a causal
+            model cannot see the padding from any real token.
+        skipped: number of leading targets to leave out.
 
     Returns:
         ``[b, n - skipped]``, float32, in nats.
@@ -59,10 +61,13 @@ def nll_of_batch(model, tokens: torch.Tensor, skipped: int = 0) -> torch.Tensor:
 
 
 def batches_of(windows: list[Window]) -> list[list[int]]:
-    """Indices of windows of like length that go through the model together, the longest first: what is going to exhaust the
-    memory does so at once."""
+    """Group windows of similar length into batches of at most :data:`TOKENS_PER_BATCH` tokens.
+
+    Returns:
+        Indices of the windows of each batch, the longest windows first, so that a lack of memory shows at once.
+    """
     order = sorted(range(len(windows)), key=lambda index: windows[index].begin - windows[index].end)
-    batches = []
+    batches: list[list[int]] = []
     for index in order:
         longest = windows[batches[-1][0]] if batches else None
         if longest is None or (len(batches[-1]) + 1) * (longest.end - longest.begin - 1) > TOKENS_PER_BATCH:
@@ -72,10 +77,10 @@ def batches_of(windows: list[Window]) -> list[list[int]]:
 
 
 def position_edges(window: int) -> numpy.ndarray:
-    """Bins of the number of tokens before a scored one, 1 … ``window``, equally wide on a logarithmic axis: the first number of
-    each bin and, at the end, ``window + 1``."""
+    """Bin edges for the number of tokens before a scored token (1 … ``window``), equally spaced on a logarithmic axis: the
+    first number of each bin, and ``window + 1`` at the end."""
     starts = numpy.round(2 ** (numpy.arange(BINS_PER_OCTAVE * math.log2(window) + 1) / BINS_PER_OCTAVE)).astype(int)
-    return numpy.append(numpy.unique(starts[starts < max(2, window)]), window + 1)  # none is of the last token alone
+    return numpy.append(numpy.unique(starts[starts < max(2, window)]), window + 1)  # no bin for the last position alone
 
 
 def score_batch(model, tokens: numpy.ndarray, windows: list[Window], edges: numpy.ndarray) -> tuple[list[float], numpy.ndarray]:
@@ -83,12 +88,13 @@ def score_batch(model, tokens: numpy.ndarray, windows: list[Window], edges: nump
 
     Args:
         model: a causal language model of transformers, in evaluation mode.
-        tokens: ``[num_tokens]``, the stream that the windows lie in.
-        windows: the longest first.
-        edges: of :func:`position_edges`.
+        tokens: ``[num_tokens]``, the whole token stream.
+        windows: windows of the stream, the longest first.
+        edges: see :func:`position_edges`.
 
     Returns:
-        Summed negative log-likelihood (nats) of each window; and of each bin, with how many tokens, ``[2, bins]``.
+        The summed negative log-likelihood (nats) of each window; and, ``[2, bins]``, that of each position bin and its number
+        of scored tokens.
     """
     width = windows[0].end - windows[0].begin
     batch = numpy.zeros((len(windows), width), dtype="int64")
@@ -107,53 +113,67 @@ def score_batch(model, tokens: numpy.ndarray, windows: list[Window], edges: nump
     return losses.sum(axis=1).tolist(), bins
 
 
-def score(model, tokens: numpy.ndarray, windows: list[Window]) -> tuple[pandas.DataFrame, pandas.DataFrame]:
-    """Score the windows of an evaluation set, in this process or, where ``torch.distributed`` is initialised, in all of them.
+def score_windows(model, tokens: numpy.ndarray, windows: list[Window]) -> tuple[pandas.DataFrame, pandas.DataFrame]:
+    """Score the windows of an evaluation set, in this process or, if ``torch.distributed`` is initialized, in all of them.
 
     Args:
         model: a causal language model of transformers, in evaluation mode.
-        tokens: ``[num_tokens]``
-        windows: of :func:`longqlora.evaluation.protocols.make_windows`.
+        tokens: ``[num_tokens]``, the whole token stream.
+        windows: see :func:`longqlora.evaluation.protocols.make_windows`.
 
     Returns:
-        By window: document, begin, num_scored, nll (summed, in nats). By position: tokens_before (the first of a bin),
-        num_scored, nll.
+        One row per window: document, begin, num_scored, nll (summed, in nats). One row per position bin: tokens_before (the
+        smallest of the bin), num_scored, nll.
 
     Raises:
         NonFiniteLogits: if a loss is not a number; the message names the window.
     """
-    rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
     batches = batches_of(windows)
     edges = position_edges(max(window.end - window.begin - 1 for window in windows))
-    results = {}
-    for number in tqdm(range(rank, len(batches), world), unit="batch", disable=None):
-        results[number] = score_batch(model, tokens, [windows[index] for index in batches[number]], edges)
-    if world > 1:
-        gathered = [None] * world
-        distributed.all_gather_object(gathered, results)
-        results = {number: result for part in gathered for number, result in part.items()}
-    by_window = pandas.DataFrame(windows, columns=Window._fields)
-    by_window["num_scored"] = by_window["end"] - by_window["first"]
+    results = score_batches(model, tokens, [[windows[index] for index in batch] for batch in batches], edges)
     sums, bins = numpy.zeros(len(windows)), numpy.zeros((2, len(edges) - 1))
-    for number, batch in enumerate(batches):  # in this order, so that the sums round alike for any number of processes
-        sums[batch] = results[number][0]
-        bins += results[number][1]
+    for batch, (window_sums, bin_sums) in zip(batches, results, strict=True):
+        sums[batch] = window_sums
+        bins += bin_sums
     if not numpy.isfinite(sums).all():
         index = int(numpy.argmin(numpy.isfinite(sums)))
-        where = f"window {index} of {len(windows)}, tokens {windows[index].begin} to {windows[index].end - 1}"
-        raise NonFiniteLogits(f"{where}: the loss is not a number (NaN or infinite logits)")
+        window = windows[index]
+        raise NonFiniteLogits(
+            f"window {index} of {len(windows)}, tokens {window.begin} to {window.end - 1}: "
+            "the loss is not a number (NaN or infinite logits)"
+        )
+    by_window = pandas.DataFrame(windows, columns=Window._fields)
+    by_window = by_window.assign(num_scored=by_window["end"] - by_window["first"], nll=sums)
     by_position = pandas.DataFrame({"tokens_before": edges[:-1], "num_scored": bins[1].astype(int), "nll": bins[0]})
-    by_window = by_window.assign(nll=sums)[["document", "begin", "num_scored", "nll"]]
-    return by_window, by_position[by_position["num_scored"] > 0]
+    return by_window[["document", "begin", "num_scored", "nll"]], by_position[by_position["num_scored"] > 0]
+
+
+def score_batches(
+    model, tokens: numpy.ndarray, batches: list[list[Window]], edges: numpy.ndarray
+) -> list[tuple[list[float], numpy.ndarray]]:
+    """Results of :func:`score_batch` in the order of the batches, which the processes share; each process gets all of them.
+
+    The order of the results is that of the batches, so sums over them round alike for any number of processes.
+    """
+    rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    own = {}
+    for number in tqdm(range(rank, len(batches), world), unit="batch", disable=None):
+        own[number] = score_batch(model, tokens, batches[number], edges)
+    parts: list = [own]
+    if world > 1:
+        parts = [None] * world
+        distributed.all_gather_object(parts, own)
+    results = {number: result for part in parts for number, result in part.items()}
+    return [results[number] for number in range(len(batches))]
 
 
 @contextmanager
-def process_group():
-    """Initialise ``torch.distributed`` where torchrun started this process among others."""
+def process_group() -> Iterator[None]:
+    """Initialize ``torch.distributed`` if torchrun started this process as one of several."""
     if "RANK" not in os.environ:
         yield
         return
-    distributed.init_process_group("gloo")  # sums alone are exchanged, also where each process has a GPU
+    distributed.init_process_group("gloo")  # exchanges only sums, so that CPU communication is enough on GPUs too
     try:
         yield
     finally:
@@ -164,68 +184,80 @@ def evaluate_perplexity(
     *,
     system: str,
     dataset: str,
-    model: dict,
+    model: EvaluatedModel,
     tokens_path: str,
-    protocol: str,
-    window: int,
-    stride: int,
-    device: str,
+    protocol: Protocol,
+    device: Device,
     windows_path: str,
 ) -> dict:
-    """Score a system on an evaluation set; write what each window lost, and return the protocol and the result.
+    """Measure one cell, and write the losses of its windows for paired comparisons.
 
     Args:
-        system, dataset: their names, for messages.
-        model: fields of :class:`longqlora.evaluation.evaluated_model.EvaluatedModel`.
-        tokens_path: ``.bin`` file, its description beside it.
-        protocol, window, stride: see :func:`longqlora.evaluation.protocols.make_windows`.
+        system, dataset: names for messages.
+        model: the model of the system.
+        tokens_path: token stream with its description, see :mod:`longqlora.data.token_files`.
+        protocol: how perplexity is measured.
         device: ``cpu`` or ``cuda``.
-        windows_path: Parquet file to write, a row a window (document, begin, num_scored, nll).
+        windows_path: Parquet file to write: one row per window, with document, begin, num_scored and nll (summed, in nats).
+
+    Returns:
+        The result of the cell: protocol, model and its context, mean_nll (nats), standard_error, perplexity, loss by position.
 
     Raises:
-        ValueError: if the evaluation set was made with another tokenizer, or is empty; if the model cannot take the window.
-        NonFiniteLogits: naming system, set and window.
+        ValueError: if the evaluation set is empty or was made with another tokenizer, or the model cannot read the window.
+        NonFiniteLogits: if a loss is not a number; the message names system, set and window.
     """
-    evaluated = EvaluatedModel(**model)
-    config = evaluated.config()
-    is_within_context, context = evaluated.check_window(window), context_of(config)
-    check_vocabulary(tokens_path, config.vocab_size)
-    description = read_description(tokens_path)
-    windows = make_windows(protocol, description["document_ends"], window, stride)
-    if not is_within_context:
-        log.warning("%s: %d tokens are beyond its context of %d, with no scaling of positions", system, window, context)
-    with process_group(), memory_explained(*evaluated.memory_advice(window)):
-        loaded = evaluated.load(find_device(device), window)
+    check_vocabulary(tokens_path, load_config(model.path, model.extension).vocab_size)
+    measurement, description = describe_measurement(model, protocol), read_description(tokens_path)
+    windows = make_windows(description["document_ends"], protocol)
+    if not measurement["is_within_context"]:
+        message = "%s: %d tokens are beyond the model's context of %d tokens, and its positions are not scaled"
+        log.warning(message, system, protocol.window, measurement["model_context"])
+    with process_group(), memory_explained(*memory_advice(model, protocol.window)):
+        loaded = load_evaluated_model(model, device, protocol.window)
         try:
-            by_window, by_position = score(loaded, read_tokens(tokens_path), windows)
+            by_window, by_position = score_windows(loaded, read_tokens(tokens_path), windows)
         except NonFiniteLogits as error:
-            raise NonFiniteLogits(f"{system} on {dataset} at {window} tokens: {error}") from None
+            raise NonFiniteLogits(f"{system} on {dataset} at {protocol.window} tokens: {error}") from None
     if os.environ.get("RANK", "0") == "0":
         by_window.to_parquet(windows_path, index=False)
-    stamp = {"protocol": protocol, "window": window, "stride": stride}
     return {
-        **stamp,
-        "precision": evaluated.precision,
-        "attention": evaluated.attention,
-        "weights": "adapter on the base" if evaluated.adapter else "model",
-        "model": evaluated.path,
-        "model_context": context,
-        **rope_of(config),
-        "is_within_context": is_within_context,
+        **measurement,
         "num_tokens": description["document_ends"][-1],
         "num_documents": len(description["document_ends"]),
         "dataset_warning": description.get("warning"),
-        **summarise(by_window, stamp),
+        **summarize(by_window, protocol),
         "loss_by_position": by_position.to_dict("list"),
     }
 
 
-def summarise(by_window: pandas.DataFrame, protocol: dict) -> dict:
-    """What the windows of an evaluation come to.
+def describe_measurement(model: EvaluatedModel, protocol: Protocol) -> dict:
+    """The protocol and the model, as they are recorded with a result.
+
+    Raises:
+        ValueError: if the model cannot read the window.
+    """
+    config = load_config(model.path, model.extension)
+    return {
+        "protocol": protocol.name,
+        "window": protocol.window,
+        "stride": protocol.stride,
+        "precision": model.precision,
+        "attention": model.attention,
+        "weights": "adapter on the base" if model.adapter else "model",
+        "model": model.path,
+        "model_context": context_of(config),
+        **rope_of(config),
+        "is_within_context": is_within_context(model, protocol.window),
+    }
+
+
+def summarize(by_window: pandas.DataFrame, protocol: Protocol) -> dict:
+    """Mean loss and perplexity over the windows of an evaluation.
 
     Args:
-        by_window: of :func:`score`.
-        protocol: its protocol, window and stride.
+        by_window: see :func:`score_windows`.
+        protocol: how perplexity was measured.
     """
     mean, units = mean_nll(by_window, protocol)
     return {

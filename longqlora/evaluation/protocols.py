@@ -1,19 +1,21 @@
-"""Protocols of perplexity: which windows a model reads, which of their tokens count, and how the losses become one number.
+"""Perplexity protocols: which windows a model reads, which of their tokens are scored, and how losses are averaged.
 
-* ``exact``: every token of a document but its first is scored exactly once; no window crosses the end of a document; the mean
-  is over tokens. With a stride below the window each token has at least ``window - stride`` tokens before it where the
-  document has them.
+* ``exact``: every token of a document but its first is scored exactly once. No window crosses a document boundary. The mean is
+  over tokens. With a stride below the window, the model sees at least ``window - stride`` tokens before each scored token, or
+  all of the document before it if that is less.
 * ``longqlora`` (arXiv 2311.04879, ``component/dataset.py`` of its repository): the whole set is one stream, cut into windows
-  (stride = window), the last one as long as it comes; a window's first token is not scored; mean of the windows' means.
-* ``longlora`` (arXiv 2309.12307, ``eval.py`` of its repository): the whole set is one stream, a window every ``stride`` tokens,
-  256 as published, of which **all** tokens but the first count again; the last windows are dropped; mean of the windows' means.
+  (stride = window); the last one may be shorter. The first token of a window is not scored. The mean is over the means of the
+  windows.
+* ``longlora`` (arXiv 2309.12307, ``eval.py`` of its repository): the whole set is one stream, with a window every ``stride``
+  tokens (256 in the published code). Each window scores **all** of its tokens but the first, so overlapping windows score a
+  token several times. The windows at the end of the stream are dropped. The mean is over the means of the windows.
 """
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
-PROTOCOLS = ("exact", "longqlora", "longlora")
-LONGLORA_STRIDE = 256
+from longqlora.config.settings import Protocol
+from longqlora.data.token_descriptions import document_spans
 
 
 class Window(NamedTuple):
@@ -30,62 +32,47 @@ class Window(NamedTuple):
         return self.end - self.first
 
 
-def stride_of(protocol: str, window: int, stride: int | None) -> int:
-    """Tokens from one window to the next, by the protocol where ``stride`` is None."""
-    if stride is None:
-        return LONGLORA_STRIDE if protocol == "longlora" else window
-    return stride
+def weighs_windows_equally(protocol: Protocol) -> bool:
+    """Whether a protocol averages over windows rather than over tokens."""
+    return protocol.name != "exact"
 
 
-def weighs_windows_equally(protocol: str) -> bool:
-    """Whether the mean is over windows, not over tokens."""
-    return protocol != "exact"
-
-
-def make_windows(protocol: str, document_ends: list[int], window: int, stride: int) -> list[Window]:
+def make_windows(document_ends: list[int], protocol: Protocol) -> list[Window]:
     """The windows of an evaluation set, in the order of its tokens.
 
     Args:
-        protocol: one of :data:`PROTOCOLS`.
-        document_ends: index after the last token of each document; the last is the length of the stream.
-        window: tokens that a model reads at once.
-        stride: tokens from one window to the next, 1 ≤ stride ≤ window; the window itself with ``longqlora``.
+        document_ends: index after the last token of each document; the last one is the length of the stream.
+        protocol: how perplexity is measured.
 
     Raises:
-        ValueError: if the stride is not in that range, or there is no token to score.
+        ValueError: if the stride is below 1 or above the window, or there is no token to score.
     """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"protocol {protocol!r} is unknown; known are {', '.join(PROTOCOLS)}")
-    if not 1 <= stride <= window:
+    window, stride = protocol.window, protocol.stride
+    if not 1 <= stride <= window:  # windows would overlap endlessly, or skip tokens without a word
         raise ValueError(f"stride {stride} must lie between 1 and the window of {window} tokens")
-    if protocol == "longqlora" and stride != window:
-        raise ValueError(f"stride {stride}: in the protocol longqlora the stride is the window, here {window}")
     num_tokens = document_ends[-1]
-    if protocol == "exact":
+    if protocol.name == "exact":
         windows = [
-            part for number, ends in enumerate(spans(document_ends)) for part in rolling_windows(number, *ends, window, stride)
+            part
+            for number, (begin, end) in enumerate(document_spans(document_ends))
+            for part in rolling_windows(number, begin, end, window, stride)
         ]
-    elif protocol == "longqlora":
+    elif protocol.name == "longqlora":
         starts = range(0, num_tokens - 1, window)
         windows = [Window(0, start, start + 1, min(start + window, num_tokens)) for start in starts if window > 1]
     else:
-        starts = range(0, num_tokens - window, stride)[:-1]
-        windows = [Window(0, start, start + 1, start + window) for start in starts if window > 1]
+        complete = range(0, num_tokens - window, stride)[:-1]
+        windows = [Window(0, start, start + 1, start + window) for start in complete if window > 1]
     if not windows:
-        dropped = ", of which the protocol longlora drops the last ones" if protocol == "longlora" else ""
+        dropped = "; the protocol longlora drops the last windows" if protocol.name == "longlora" else ""
         raise ValueError(f"{num_tokens} token(s): nothing to score in windows of {window}{dropped}")
     return windows
 
 
-def spans(ends: list[int]) -> Iterator[tuple[int, int]]:
-    """Begin and end of each document."""
-    return zip([0, *ends], ends, strict=False)
-
-
 def rolling_windows(document: int, begin: int, end: int, window: int, stride: int) -> Iterator[Window]:
-    """Windows over one document: the first scores all it can, each further one the next ``stride`` tokens."""
-    done = begin + 1  # the first token has nothing before it
-    while done < end:
-        last = min(done + (window if done == begin + 1 else stride), end)
-        yield Window(document, max(begin, last - 1 - window), done, last)
-        done = last
+    """Windows over one document: the first scores every token it can, each further one the next ``stride`` tokens."""
+    scored = begin + 1  # no token precedes the first one, so it cannot be predicted
+    while scored < end:
+        last = min(scored + (window if scored == begin + 1 else stride), end)
+        yield Window(document, max(begin, last - 1 - window), scored, last)
+        scored = last

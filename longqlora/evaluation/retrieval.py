@@ -1,43 +1,47 @@
-"""Retrieval accuracy of a system at a context length: what it finds again, by task and by depth in the text."""
+"""Retrieval accuracy of a system at one context length, by task and by depth in the text."""
 
 import logging
+from functools import partial
+from itertools import product
 
+import numpy
 import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig
 
+from longqlora.config.settings import Device, EvaluatedModel, RetrievalSettings
 from longqlora.data.token_files import read_tokens
-from longqlora.evaluation.evaluated_model import EvaluatedModel
+from longqlora.evaluation.evaluated_model import is_within_context, load_evaluated_model, memory_advice
 from longqlora.evaluation.perplexity import NonFiniteLogits, nll_of_batch
 from longqlora.evaluation.retrieval_tasks import (
-    CUE_TOKENS,
     PASSAGE_TOKENS,
+    UNSCORED_TOKENS,
     Prompt,
     make_prompts,
     make_repetitions,
     score_answer,
 )
 from longqlora.jobs.memory import memory_explained
-from longqlora.modeling.devices import find_device
+from longqlora.modeling.loading import load_config
 from longqlora.modeling.rope import rope_of
 
 log = logging.getLogger(__name__)
 
-TOKENS_PER_BATCH = 8192  # of the prompts that are answered at once
+TOKENS_PER_BATCH = 8192  # prompt tokens of one batch
 
 
 @torch.inference_mode()
 def answer(model, tokenizer, prompts: list[Prompt], max_new_tokens: int) -> list[float]:
-    """Let a model continue prompts of equal length, greedily, and score each.
+    """Let a model continue prompts of equal length by greedy decoding, and score its answers.
 
     Args:
         model: a causal language model of transformers, in evaluation mode.
-        tokenizer: of the model.
-        prompts: all of the same number of tokens.
-        max_new_tokens: longest answer.
+        tokenizer: tokenizer of the model.
+        prompts: prompts with the same number of tokens.
+        max_new_tokens: largest number of tokens of an answer.
 
     Returns:
-        For each prompt the share of its answers that were found.
+        The share of its expected answers that were found, for each prompt.
     """
     device = model.get_input_embeddings().weight.device
     settings = GenerationConfig(
@@ -45,7 +49,7 @@ def answer(model, tokenizer, prompts: list[Prompt], max_new_tokens: int) -> list
         do_sample=False,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
-        use_cache=not model.config._attn_implementation.startswith("shifted_sparse"),  # which takes no cache
+        use_cache=not model.config._attn_implementation.startswith("shifted_sparse"),  # which does not support a cache
     )
     length = len(prompts[0].ids)
     rows, scores = max(1, TOKENS_PER_BATCH // length), []
@@ -54,84 +58,91 @@ def answer(model, tokenizer, prompts: list[Prompt], max_new_tokens: int) -> list
         ids = torch.tensor([prompt.ids for prompt in batch], device=device)
         new = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)[:, length:].tolist()
         texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-        scores += [score_answer(*given) for given in zip(batch, texts, strict=True)]
+        scores += [score_answer(prompt, text) for prompt, text in zip(batch, texts, strict=True)]
     return scores
 
 
-def recognise(model, repetitions: list[list[list[int]]]) -> list[float]:
-    """Whether a model finds each repeated passage: its tokens are likelier after itself than after any other.
+def score_repetitions(model, repetitions: list[list[list[int]]]) -> list[float]:
+    """Whether a model finds each repeated passage: the repetition has a lower loss than with any other passage in the place of
+    the first occurrence.
 
     Args:
         model: a causal language model of transformers, in evaluation mode.
-        repetitions: of :func:`longqlora.evaluation.retrieval_tasks.make_repetitions`.
+        repetitions: see :func:`longqlora.evaluation.retrieval_tasks.make_repetitions`.
 
     Returns:
-        1 or 0 for each.
+        1 or 0 for each sample.
 
     Raises:
         NonFiniteLogits: if a loss is not a number.
     """
-    device, counted = model.get_input_embeddings().weight.device, PASSAGE_TOKENS - CUE_TOKENS
+    device, num_scored = model.get_input_embeddings().weight.device, PASSAGE_TOKENS - UNSCORED_TOKENS
     scores = []
-    for choices in repetitions:
-        texts = torch.tensor(choices, device=device)
+    for candidates in repetitions:
+        texts = torch.tensor(candidates, device=device)
         rows = max(1, TOKENS_PER_BATCH // texts.shape[1])
-        parts = [nll_of_batch(model, part, part.shape[1] - 1 - counted) for part in texts.split(rows)]
+        parts = [nll_of_batch(model, part, part.shape[1] - 1 - num_scored) for part in texts.split(rows)]
         losses = torch.cat(parts).double().sum(1)
         if not torch.isfinite(losses).all():
             raise NonFiniteLogits("the loss of a repeated passage is not a number (NaN or infinite logits)")
-        scores.append(float(losses[0] < losses[1:].min()))  # equal losses are no sign of having seen it
+        scores.append(float(losses[0] < losses[1:].min()))  # an equal loss means that the passage made no difference
     return scores
 
 
 def evaluate_retrieval(
-    *, model: dict, tokenizer: str, filler: str, tasks: list[str], length: int, depths: list[float], samples: int, seed: int,
-    device: str,
-) -> dict:  # fmt: skip
-    """Ask a system all questions of a context length.
+    *, model: EvaluatedModel, tokenizer: str, filler: str, length: int, settings: RetrievalSettings, device: Device
+) -> dict:
+    """Measure how much a system finds at one context length, for every task and depth.
 
     Args:
-        model: fields of :class:`longqlora.evaluation.evaluated_model.EvaluatedModel`.
-        tokenizer: directory or hub id.
-        filler: ``.bin`` file of an evaluation set.
-        tasks: see :mod:`longqlora.evaluation.retrieval_tasks`.
+        model: the model of the system.
+        tokenizer: directory or hub id of its tokenizer.
+        filler: token stream of an evaluation set, see :mod:`longqlora.data.token_files`.
         length: tokens of a prompt and its answer.
-        depths: where the needles lie, 0 to 1.
-        samples: prompts of each task and depth.
-        seed: of the experiment.
+        settings: tasks, depths, samples and seed.
         device: ``cpu`` or ``cuda``.
 
     Returns:
-        The protocol; by task and depth the share of answers found (``cells``); and their mean (``accuracy``).
+        Model and seed; ``cells``, the share of answers found by task and depth; ``accuracy``, the mean over the cells.
 
     Raises:
-        ValueError: if the length is too short for a task, or the model cannot take it.
+        ValueError: if the length is too short for a task, or the model cannot read it.
     """
-    evaluated = EvaluatedModel(**model)
-    is_within_context = evaluated.check_window(length)
-    pieces, drawing = AutoTokenizer.from_pretrained(tokenizer), {"length": length, "samples": samples, "seed": seed}
-    drawing["filler"] = read_tokens(filler)
-
-    def draw(task: str, depth: float):
-        if task == "induction":
-            return make_repetitions(depth=depth, **drawing)
-        return make_prompts(task, depth=depth, tokenizer=pieces, **drawing)
-
-    asked = {(task, depth): draw(task, depth) for task in tasks for depth in depths}  # what cannot be asked fails here
-    cells = []
-    with memory_explained(*evaluated.memory_advice(length)):
-        loaded = evaluated.load(find_device(device), length)
-        for (task, depth), questions in tqdm(asked.items(), unit="cell", disable=None):
-            scores = recognise(loaded, questions) if task == "induction" else answer(loaded, pieces, *questions)
+    is_within = is_within_context(model, length)
+    own_tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    questions = draw_questions(settings, length, read_tokens(filler), own_tokenizer)
+    cells: list[dict] = []
+    with memory_explained(*memory_advice(model, length)):
+        loaded = load_evaluated_model(model, device, length)
+        for (task, depth), asked in tqdm(questions.items(), unit="cell", disable=None):
+            scores = score_repetitions(loaded, asked) if task == "induction" else answer(loaded, own_tokenizer, *asked)
             cells.append({"task": task, "depth": depth, "accuracy": sum(scores) / len(scores), "samples": len(scores)})
             log.info("%d tokens, %s at depth %g: %.0f %% found", length, task, depth, 100 * cells[-1]["accuracy"])
     return {
-        "precision": evaluated.precision,
-        "attention": evaluated.attention,
-        "model": evaluated.path,
-        "is_within_context": is_within_context,
-        **rope_of(evaluated.config()),
-        "seed": seed,
+        "precision": model.precision,
+        "attention": model.attention,
+        "model": model.path,
+        "is_within_context": is_within,
+        **rope_of(load_config(model.path, model.extension)),
+        "seed": settings.seed,
         "cells": cells,
         "accuracy": sum(cell["accuracy"] for cell in cells) / len(cells),
     }
+
+
+def draw_questions(settings: RetrievalSettings, length: int, filler: numpy.ndarray, tokenizer) -> dict:
+    """The questions of every cell by task and depth; drawn before a model is loaded, so that a length that is too short fails
+    at once.
+
+    Returns:
+        For ``induction`` the texts of :func:`longqlora.evaluation.retrieval_tasks.make_repetitions`, for other tasks what
+        :func:`longqlora.evaluation.retrieval_tasks.make_prompts` returns.
+
+    Raises:
+        ValueError: if the length is too short for a task.
+    """
+    questions: dict = {}
+    for task, depth in product(settings.tasks, settings.depths):
+        draw = make_repetitions if task == "induction" else partial(make_prompts, task, tokenizer=tokenizer)
+        questions[task, depth] = draw(length=length, depth=depth, samples=settings.samples, filler=filler, seed=settings.seed)
+    return questions

@@ -1,14 +1,15 @@
-"""Prompts of retrieval tests: something to find in a long text, at a given depth, and a question at the end.
+"""Prompts of retrieval tests: something is hidden in a long text at a given depth, and a question at the end asks for it.
 
-* ``passkey``: a number hidden once (Mohtashami & Jaggi 2023, arXiv 2305.16300), as LongLoRA tests it;
-* ``single_needle``, ``multi_key``, ``multi_value``: after RULER's needles (Hsieh et al. 2024, arXiv 2404.06654): a magic number
-  of a word; the same among those of other words; several numbers of one word;
-* ``induction`` (Olsson et al. 2022, arXiv 2209.11895): a passage that stands at the end of the text once more. It is found if
-  the repetition surprises the model less than after any of seven other passages in the place of the first: chance finds one
-  in eight. It asks for no language and no answer, so a model of a million parameters can do it.
+* ``passkey``: one hidden number (Mohtashami & Jaggi 2023, arXiv 2305.16300), as in LongLoRA's test.
+* ``single_needle``, ``multi_key``, ``multi_value``: after the needle tests of RULER (Hsieh et al. 2024, arXiv 2404.06654): a
+  number that belongs to a word; the same among numbers of other words; several numbers of one word.
+* ``induction`` (Olsson et al. 2022, arXiv 2209.11895): a passage occurs in the text and again at its end. The answer is correct
+  if the repetition has a lower loss than with any of seven other passages in the place of the first occurrence; guessing is
+  right one time in eight. The task needs neither language nor a written answer, so models of a million parameters can solve
+  it.
 
-All is drawn from the seed, the filler is text of the experiment's own evaluation set, and every prompt of a cell has the same
-length in tokens. Shapes: a prompt is a list of token ids.
+All prompts are drawn from the seed, the surrounding text (filler) comes from an evaluation set of the experiment, and every
+prompt of a cell has the same number of tokens. A prompt is a list of token ids.
 """
 
 import hashlib
@@ -16,22 +17,26 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-NUM_NEEDLES = 4  # of multi_key and multi_value, as RULER has
+if TYPE_CHECKING:  # the workflow imports this module on every start, so it imports only the standard library
+    import numpy
+
+NUM_NEEDLES = 4  # of multi_key and multi_value, as in RULER
 WORDS = (
     "amber", "anchor", "basil", "beacon", "birch", "canyon", "cedar", "cobalt", "coral", "cricket", "dune", "ember", "falcon",
     "fennel", "flint", "garnet", "glacier", "harbor", "hazel", "indigo", "ivory", "juniper", "lagoon", "lantern", "maple",
     "meadow", "nectar", "orchid", "pebble", "quartz", "raven", "saffron", "thistle", "tundra", "velvet", "willow",
 )  # fmt: skip
-PASSAGE_TOKENS = 28  # of induction
-CUE_TOKENS = 4  # of the repetition, that do not count: they follow different words
-CHOICES = 8  # passages, one of which is repeated
-SLACK_TOKENS = 8  # that an answer may be longer than the numbers in it
+PASSAGE_TOKENS = 28  # length of the repeated passage of induction
+UNSCORED_TOKENS = 4  # first tokens of the repetition, from which a model recognizes the passage that follows
+NUM_CANDIDATES = 8  # passages of induction, one of which is repeated
+SLACK_TOKENS = 8  # tokens that an answer may have besides the numbers it is asked for
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question: the token ids of the prompt, and texts that the answer must have."""
+    """One question: the token ids of the prompt, and the numbers that a correct answer contains."""
 
     ids: list[int]
     answers: list[str]
@@ -39,7 +44,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Needles:
-    """What is hidden and asked, as text: before the filler, into it, and behind it."""
+    """The texts of one question.
+
+    Attributes:
+        instruction: comes before the filler.
+        hidden: needles to insert into the filler; the first one is asked for.
+        question: comes after the filler.
+        answers: numbers that a correct answer contains.
+    """
 
     instruction: str
     hidden: list[str]
@@ -77,46 +89,49 @@ def draw_needles(task: str, rng: random.Random) -> Needles:
     )
 
 
-def cut_filler(tokens: Sequence[int], length: int, rng: random.Random) -> list[int]:
-    """Consecutive tokens of the filler from a place at random, from its beginning again where it is too short."""
-    start, found = rng.randrange(len(tokens)), []
-    while len(found) < length:
-        found += map(int, tokens[start : start + length - len(found)])
+def cut_filler(tokens: "numpy.ndarray", length: int, rng: random.Random) -> list[int]:
+    """``length`` consecutive tokens of the filler from a random position; after its last token it starts over."""
+    ids: list[int] = []
+    start = rng.randrange(len(tokens))
+    while len(ids) < length:
+        ids += map(int, tokens[start : start + length - len(ids)])
         start = 0
-    return found
+    return ids
 
 
-def insert_at_depths(filler: list[int], pieces: Sequence[list[int]], places: Sequence[float]) -> list[int]:
-    """Put pieces into the filler, each at a place from 0 (its beginning) to 1 (its end)."""
-    ids, done = [], 0
-    for place, piece in sorted(zip(places, pieces, strict=True), key=lambda pair: pair[0]):
-        cut = round(place * len(filler))
+def insert_at_depths(filler: list[int], pieces: Sequence[list[int]], depths: Sequence[float]) -> list[int]:
+    """Insert each piece into the filler at its depth, from 0 (the beginning) to 1 (the end)."""
+    ids: list[int] = []
+    done = 0
+    for depth, piece in sorted(zip(depths, pieces, strict=True), key=lambda pair: pair[0]):
+        cut = round(depth * len(filler))
         ids += filler[done:cut] + piece
         done = cut
     return ids + filler[done:]
 
 
-def cell_rng(*drawn: object) -> random.Random:
-    """Random numbers of a cell, the same whatever other cells there are."""
-    return random.Random(hashlib.sha256(" ".join(map(str, drawn)).encode()).digest())
+def cell_rng(seed: int, task: str, length: int, depth: float) -> random.Random:
+    """Random numbers of one cell, independent of which other cells there are; a depth of 1 and one of 1.0 are the same."""
+    cell = f"{seed} {task} {length} {int(depth) if depth == int(depth) else depth}"
+    return random.Random(hashlib.sha256(cell.encode()).digest())
 
 
 def make_prompts(
-    task: str, *, length: int, depth: float, samples: int, filler: Sequence[int], tokenizer, seed: int
+    task: str, *, length: int, depth: float, samples: int, filler: "numpy.ndarray", tokenizer, seed: int
 ) -> tuple[list[Prompt], int]:
     """Prompts of a passkey or needle cell.
 
     Args:
         task: passkey, single_needle, multi_key or multi_value.
         length: tokens of the prompt and its answer together.
-        depth: where the needle that is asked for lies in the filler, 0 to 1; further ones lie anywhere.
-        samples: how many.
+        depth: where in the filler the needle lies that the question asks for, 0 to 1; the others lie at random depths.
+        samples: number of prompts.
         filler: ``[num_tokens]``, token ids of an evaluation set.
-        tokenizer: of the model.
-        seed: of the experiment.
+        tokenizer: tokenizer of the model.
+        seed: seed of the experiment.
 
     Returns:
-        The prompts, and the number of tokens that an answer may have.
+        The prompts, and the largest number of tokens of an answer.
 
     Raises:
         ValueError: if the length is too short for the task.
@@ -127,28 +142,36 @@ def make_prompts(
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    budget = SLACK_TOKENS + max(len(encode(" " + ", ".join(texts.answers))) for texts in needles)
+    max_new_tokens = SLACK_TOKENS + max(len(encode(" " + ", ".join(texts.answers))) for texts in needles)
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     prompts = []
     for texts in needles:
         head, tail = begin + encode(texts.instruction), encode(texts.question)
         hidden = [encode(text) for text in texts.hidden]
-        room = filler_length(length, budget + len(head) + len(tail) + sum(map(len, hidden)), task)
-        places = [depth] + [rng.random() for _ in hidden[1:]]
-        prompts.append(Prompt(head + insert_at_depths(cut_filler(filler, room, rng), hidden, places) + tail, texts.answers))
-    return prompts, budget
+        needed = max_new_tokens + len(head) + len(tail) + sum(map(len, hidden))
+        num_filler = filler_length(length, needed, task)
+        depths = [depth] + [rng.random() for _ in hidden[1:]]
+        ids = head + insert_at_depths(cut_filler(filler, num_filler, rng), hidden, depths) + tail
+        prompts.append(Prompt(ids, texts.answers))
+    return prompts, max_new_tokens
 
 
 def filler_length(length: int, needed: int, task: str) -> int:
-    """Tokens left for filler."""
+    """Number of filler tokens in a prompt of ``length`` tokens, of which ``needed`` are taken.
+
+    Raises:
+        ValueError: if the length is too short for the task.
+    """
     if needed > length:
         raise ValueError(f"retrieval.lengths: {length} tokens are too short for the task {task}, which needs at least {needed}")
     return length - needed
 
 
-def make_repetitions(*, length: int, depth: float, samples: int, filler: Sequence[int], seed: int) -> list[list[list[int]]]:
-    """Texts of an induction cell: ``[samples, CHOICES, length]``, token ids. Those of a sample differ in the passage at
-    ``depth`` alone; the first has the one there that stands at the end of all.
+def make_repetitions(*, length: int, depth: float, samples: int, filler: "numpy.ndarray", seed: int) -> list[list[list[int]]]:
+    """Texts of an induction cell: token ids, ``[samples, NUM_CANDIDATES, length]``.
+
+    All texts of a sample end in the same passage and differ only in the passage at ``depth``: in the first text it is the one
+    at the end, in the others another one.
 
     Args:
         length, depth, samples, filler, seed: see :func:`make_prompts`.
@@ -157,14 +180,15 @@ def make_repetitions(*, length: int, depth: float, samples: int, filler: Sequenc
         ValueError: if the length is too short.
     """
     rng = cell_rng(seed, "induction", length, depth)
-    room, found = filler_length(length, 2 * PASSAGE_TOKENS, "induction"), []
+    num_filler = filler_length(length, 2 * PASSAGE_TOKENS, "induction")
+    repetitions = []
     for _ in range(samples):
-        around = cut_filler(filler, room, rng)
-        passages = [cut_filler(filler, PASSAGE_TOKENS, rng) for _ in range(CHOICES)]
-        found.append([insert_at_depths(around, [passage], [depth]) + passages[0] for passage in passages])
-    return found
+        around = cut_filler(filler, num_filler, rng)
+        passages = [cut_filler(filler, PASSAGE_TOKENS, rng) for _ in range(NUM_CANDIDATES)]
+        repetitions.append([insert_at_depths(around, [passage], [depth]) + passages[0] for passage in passages])
+    return repetitions
 
 
 def score_answer(prompt: Prompt, text: str) -> float:
-    """Share of the answers, numbers that stand by themselves, that were found."""
+    """Share of the expected numbers that occur in a text, not as a part of a longer number."""
     return sum(bool(re.search(rf"(?<!\d){answer}(?!\d)", text)) for answer in prompt.answers) / len(prompt.answers)

@@ -1,7 +1,7 @@
-"""Crash-safe checkpoints: complete or ignored.
+"""Atomic, verified checkpoints.
 
-A checkpoint is written under another name, gets a manifest (its files with their digests), and is then renamed. A run that is
-killed at any moment therefore leaves complete checkpoints and at most one that is incomplete, which is ignored.
+A checkpoint is written to a temporary folder, gets a manifest (its files with their digests) and is then renamed. A run that is
+killed at any moment therefore leaves complete checkpoints, and at most one incomplete checkpoint, which is ignored.
 """
 
 import json
@@ -15,11 +15,11 @@ from longqlora.jobs.digests import digest_of_file, digest_of_values
 log = logging.getLogger(__name__)
 
 MANIFEST = "files.json"
-WRITING = "writing"  # folder of the checkpoint that is being written
+WRITING = "writing"  # temporary folder of the checkpoint that is being written
 
 
 def write_manifest(folder: Path) -> None:
-    """List the files of a checkpoint with their digests, all of it on the disk before the list is."""
+    """Write the manifest of a checkpoint, after all of its files have been flushed to the disk."""
     digests = {path.relative_to(folder).as_posix(): digest_of_file(path) for path in folder.rglob("*") if path.is_file()}
     for name in digests:
         flush_to_disk(folder / name)
@@ -28,7 +28,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file is on the disk."""
+    """Wait until a file has been written to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -37,7 +37,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every file of a checkpoint is as its manifest says."""
+    """Whether a checkpoint has a manifest and every file in it has the digest that the manifest lists."""
     try:
         digests = json.loads((folder / MANIFEST).read_text())
         return all(digest_of_file(folder / name) == digest for name, digest in digests.items())
@@ -51,7 +51,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_complete_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint to resume from; newer ones that are damaged are removed, and so is what was being written."""
+    """The checkpoint to resume from, if any. Newer damaged checkpoints and a partly written one are removed."""
     shutil.rmtree(folder / WRITING, ignore_errors=True)
     for checkpoint in checkpoints(folder):
         if is_complete(checkpoint):
@@ -62,23 +62,23 @@ def newest_complete_checkpoint(folder: Path) -> Path | None:
 
 
 def publish_checkpoint(folder: Path, name: str) -> None:
-    """Move a checkpoint that has been written to its place, with its manifest."""
+    """Write the manifest of a finished checkpoint and move it out of the temporary folder."""
     write_manifest(folder / WRITING / name)
     (folder / WRITING / name).rename(folder / name)
 
 
-def open_checkpoint_folder(path: str, identity: dict) -> Path:
-    """The folder for a run's checkpoints; those of a run with other settings, data or base model are removed.
+def open_checkpoint_folder(path: str, run: dict) -> Path:
+    """The folder for a run's checkpoints. Checkpoints of a run with other settings, data or base model are removed.
 
     Args:
         path: of the folder.
-        identity: what the run's result depends on, as JSON.
+        run: everything that the result of the run depends on, as JSON values.
     """
-    folder, digest = Path(path), digest_of_values(identity)
-    mark = folder / "run.txt"
-    if folder.exists() and not (mark.exists() and mark.read_text() == digest):
-        log.info("%s is of a run with other settings or data: the training begins anew", folder)
+    folder, digest = Path(path), digest_of_values(run)
+    digest_file = folder / "run.txt"
+    if folder.exists() and not (digest_file.exists() and digest_file.read_text() == digest):
+        log.info("%s has checkpoints of a run with other settings or data: the training starts again", folder)
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    mark.write_text(digest)
+    digest_file.write_text(digest)
     return folder

@@ -1,17 +1,18 @@
-"""Reserve GPUs: each job of a machine takes as many free GPUs as it asks for, waits while they are busy, and sees no others.
+"""Reserve GPUs: a job waits until as many GPUs of its machine are free as it needs, reserves them, and sees only these.
 
-Snakemake counts GPUs but does not say which one a job may use, and transformers trains on all GPUs that it sees.
+Snakemake counts GPUs but does not assign them to jobs, and transformers trains on all GPUs that it sees.
 
-Each GPU has a lock file in a folder that all users of the machine share. The operating system drops a lock when the processes
-that hold it are gone, after SIGKILL too.
+Each GPU has a lock file, in a folder that all users of the machine share. The operating system releases a lock when all
+processes that hold it have ended, even after SIGKILL.
 
-- A job takes a GPU by an exclusive lock, which fails while anybody else has a lock on it, and then keeps a shared lock.
-- The processes that the job starts with torchrun take the same shared lock (:func:`share_reservation`), so that a GPU stays
-  reserved while one of them lives on without the job.
-- Only one job at a time looks for free GPUs, the one that has locked the folder. So nobody can come between while it turns
-  an exclusive lock into a shared one, and no job sees GPUs as busy that another tries and gives back.
+- A job takes an exclusive lock on a GPU's file, which fails while any other process has a lock on it. Then it converts the
+  lock into a shared one.
+- The processes that the job starts with torchrun take a shared lock too (:func:`share_reservation`). If one of them outlives
+  the job, the GPU stays reserved.
+- A job locks the folder while it searches for free GPUs, so that only one job searches at a time. No other job can take a GPU
+  while its lock is converted, or finds a GPU busy only because another search has locked it for a moment.
 
-Standard library only, and nothing here starts CUDA, which reads CUDA_VISIBLE_DEVICES once, when it starts.
+This module uses the standard library only and never starts CUDA, which reads CUDA_VISIBLE_DEVICES only once, when it starts.
 """
 
 import ctypes
@@ -29,24 +30,24 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
-# Not tempfile's folder: users and clusters set TMPDIR, to a folder per job or on a network file system.
+# Not tempfile.gettempdir(): TMPDIR may be different for each job, or lie on a network file system.
 LOCK_FOLDER = Path("/tmp/longqlora-gpus")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-HELD_LOCKS = "LONGQLORA_GPU_LOCKS"  # JSON: path of each lock file that this job holds, and what the job wrote into it
+HELD_LOCKS = "LONGQLORA_GPU_LOCKS"  # JSON: the path of each lock file that the job holds → the text that it wrote into it
 SECONDS_BETWEEN_MESSAGES = 600
 
 
 def list_gpus() -> list[str]:
-    """Names of this machine's GPUs in the order of their indices: UUIDs where nvidia-smi knows them, else the indices.
+    """Names of this machine's GPUs in the order of their indices: UUIDs if nvidia-smi lists them, otherwise the indices.
 
-    A cluster may show a job only the GPUs that it has allotted to it. Two such jobs know different GPUs by the same index, so
-    that locks need UUIDs.
+    Locks need UUIDs, because a cluster may show each job only the GPUs that it has allocated to it: then the same index means
+    different GPUs in different jobs.
     """
     return uuids_by_nvidia_smi() or indices_by_torch()
 
 
 def uuids_by_nvidia_smi() -> list[str]:
-    """UUIDs of the GPUs; none where the program is missing or fails."""
+    """UUIDs of the GPUs, or an empty list if nvidia-smi is missing or fails."""
     command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
@@ -56,7 +57,7 @@ def uuids_by_nvidia_smi() -> list[str]:
 
 
 def indices_by_torch() -> list[str]:
-    """Indices of the GPUs, counted by torch in a process of its own: where torch finds no NVML, counting starts CUDA."""
+    """Indices of the GPUs that torch counts, in another process because counting starts CUDA if torch finds no NVML."""
     environment = {name: value for name, value in os.environ.items() if name != VISIBLE}
     command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
     count = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
@@ -72,39 +73,34 @@ def reserve_gpus(
     folder: Path = LOCK_FOLDER,
     poll_seconds: float = 1.0,
 ) -> Iterator[None]:
-    """Reserve ``count`` free GPUs, waiting while they are busy, and let CUDA see only these until the context ends.
+    """Wait until ``count`` GPUs are free, reserve them, and let CUDA see only these until the context ends.
 
-    Enter it before anything starts CUDA; importing bitsandbytes does, and with it peft. Indices in CUDA_VISIBLE_DEVICES are
-    read in nvidia-smi's order, which on a machine with different GPUs is CUDA's only under CUDA_DEVICE_ORDER=PCI_BUS_ID.
+    Enter the context before anything starts CUDA. Importing bitsandbytes starts it, and so does importing peft. Indices in
+    CUDA_VISIBLE_DEVICES are read in nvidia-smi's order. On a machine with different GPUs, CUDA uses the same order only with
+    CUDA_DEVICE_ORDER=PCI_BUS_ID.
 
     Args:
-        device: ``cuda``, or ``cpu``, for which nothing is reserved.
-        count: GPUs that the job needs, 1 or more.
+        device: ``cuda``; with ``cpu`` nothing is reserved.
+        count: number of GPUs that the job needs, at least 1.
         driver: lists the machine's GPUs as :func:`list_gpus` does.
-        folder: holds the lock files; on a local file system.
-        poll_seconds: between two looks for free GPUs.
+        folder: folder of the lock files, on a local file system.
+        poll_seconds: time between two searches for free GPUs.
 
     Raises:
-        ValueError: if the machine, or CUDA_VISIBLE_DEVICES, has fewer GPUs than asked for.
-        RuntimeError: if CUDA has already started in this process and sees more GPUs than asked for, or if this process or the
-            job that started it has reserved GPUs already.
+        ValueError: if the machine has, or CUDA_VISIBLE_DEVICES allows, fewer than ``count`` GPUs.
+        RuntimeError: if CUDA has started in this process and sees more than ``count`` GPUs, or if this process, or the job that
+            started it, has already reserved GPUs.
     """
     if device == "cpu":
         yield
         return
     if HELD_LOCKS in os.environ:
-        raise RuntimeError("GPUs are already reserved for this process; it would wait for itself")
-    visible = os.environ.get(VISIBLE)
-    machine = driver()
-    gpus = visible_gpus(machine, visible)
-    if len(gpus) < count:
-        raise ValueError(too_few_gpus(count, gpus, machine, visible))
-    if len(gpus) > count and cuda_has_started():
-        raise RuntimeError(f"CUDA started before GPUs were reserved: this process would see {len(gpus)}, not {count}")
-    holder = f"process {os.getpid()} since {datetime.now().isoformat()}"  # for a person to read, and no two jobs have the same
+        raise RuntimeError("this process has already reserved GPUs: a second reservation would wait for the first one")
+    gpus = enough_gpus(count, driver())
+    holder = f"process {os.getpid()} since {datetime.now().isoformat()}"  # readable, and different for each job
     locks = wait_for_gpus(gpus, count, folder, holder, poll_seconds)
     settings = {VISIBLE: ",".join(locks), HELD_LOCKS: json.dumps({lock.name: holder for lock in locks.values()})}
-    if visible is None:
+    if VISIBLE not in os.environ:
         settings["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the order in which nvidia-smi lists GPUs
     logging.info("reserved %s=%s", VISIBLE, settings[VISIBLE])
     try:
@@ -114,17 +110,33 @@ def reserve_gpus(
         release(locks)
 
 
-def share_reservation() -> None:
-    """Keep the GPUs of the job that started this process reserved as long as this process lives; without any, do nothing.
+def enough_gpus(count: int, machine: list[str]) -> dict[str, str]:
+    """The GPUs that this process may use, as :func:`visible_gpus` returns them, if there are ``count`` or more of them.
 
     Raises:
-        RuntimeError: if that job has ended, so that another may have its GPUs by now.
+        ValueError: if there are fewer.
+        RuntimeError: if CUDA has started in this process and sees more than ``count`` GPUs.
+    """
+    visible = os.environ.get(VISIBLE)
+    gpus = visible_gpus(machine, visible)
+    if len(gpus) < count:
+        raise ValueError(too_few_gpus(count, gpus, machine, visible))
+    if len(gpus) > count and cuda_has_started():
+        raise RuntimeError(f"CUDA has started before GPUs were reserved: this process would see {len(gpus)}, not {count}")
+    return gpus
+
+
+def share_reservation() -> None:
+    """Keep the GPUs of the job that started this process reserved until this process ends. Without a reservation, do nothing.
+
+    Raises:
+        RuntimeError: if that job has ended, because another job may have reserved its GPUs since.
     """
     for path, holder in json.loads(os.environ.get(HELD_LOCKS, "{}")).items():
         try:
-            lock = os.open(path, os.O_RDONLY)  # never closed: the lock lasts as long as the process
+            lock = os.open(path, os.O_RDONLY)  # never closed, so that the lock lasts until the process ends
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            is_ours = os.read(lock, 1000).decode() == holder  # else another job has taken the GPU
+            is_ours = os.read(lock, 1000).decode() == holder  # otherwise another job has reserved the GPU
         except (BlockingIOError, FileNotFoundError):
             is_ours = False
         if not is_ours:
@@ -132,28 +144,33 @@ def share_reservation() -> None:
 
 
 def visible_gpus(machine: list[str], visible: str | None) -> dict[str, str]:
-    """The GPUs that CUDA shows, in its order: the entry in CUDA_VISIBLE_DEVICES, and the name by which the GPU is locked.
+    """The GPUs that CUDA shows, in its order.
 
     Args:
         machine: names of all GPUs.
-        visible: value of CUDA_VISIBLE_DEVICES, None where it is not set.
+        visible: value of CUDA_VISIBLE_DEVICES, or None if it is not set.
+
+    Returns:
+        Entry of each GPU in CUDA_VISIBLE_DEVICES → its name, which the lock file is named after.
     """
     if visible is None:
         return {str(index): name for index, name in enumerate(machine)}
-    found = {}
+    found: dict[str, str] = {}
     for entry in map(str.strip, visible.split(",")):
         name = gpu_name(entry, machine)
         if name is None:
-            break  # CUDA ignores what follows an invalid entry
+            break  # CUDA ignores an invalid entry and all entries after it
         if name in found.values():
-            return {}  # CUDA shows no GPU at all when one is listed twice
+            return {}  # CUDA shows no GPU at all if one is listed twice
         found[entry] = name
     return found
 
 
 def gpu_name(entry: str, machine: list[str]) -> str | None:
-    """Name of the GPU that an entry of CUDA_VISIBLE_DEVICES means: an index, the beginning of a UUID, or a part of a GPU (MIG),
-    which is locked by itself; None where there is none."""
+    """Name of the GPU that an entry of CUDA_VISIBLE_DEVICES refers to, or None if there is no such GPU.
+
+    An entry is an index, the beginning of a UUID, or a part of a GPU (MIG), which has a lock of its own.
+    """
     if not machine:
         return None
     if re.fullmatch("[0-9]+", entry):
@@ -169,30 +186,30 @@ def gpu_name(entry: str, machine: list[str]) -> str | None:
 
 
 def too_few_gpus(count: int, gpus: dict[str, str], machine: list[str], visible: str | None) -> str:
-    """Error message: what was asked for, what there is and why, and what to change."""
+    """Error message that names the number of GPUs needed, the number available, and the settings to change."""
     if not machine:
-        return "device: cuda is configured, but nvidia-smi and torch see no GPU on this machine; 'cpu' would run without one"
+        return "device: cuda is configured, but nvidia-smi and torch find no GPU on this machine; device: cpu runs without one"
     if not gpus:
-        return f"device: cuda is configured, but {VISIBLE}={visible!r} allows no GPU; 'cpu' would run without one"
+        return f"device: cuda is configured, but {VISIBLE}={visible!r} allows no GPU; device: cpu runs without one"
     limit = "this machine has" if visible is None else f"{VISIBLE}={visible!r} allows"
     settings = "training.num_processes or evaluation.num_processes"
-    return f"{count} GPUs are asked for, but {limit} {len(gpus)}; lower {settings}, or set device: cpu to run without a GPU"
+    return f"{count} GPUs are needed, but {limit} {len(gpus)}; lower {settings}, or set device: cpu to run without a GPU"
 
 
 def cuda_has_started() -> bool:
-    """Whether anything in this process has started CUDA, even only to ask whether there is a GPU."""
+    """Whether anything in this process has started CUDA, be it only to find out whether there is a GPU."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return False
-    return driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) == 0  # before the start it answers with an error
+    return driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) == 0  # before CUDA starts, the driver returns an error
 
 
 def wait_for_gpus(gpus: dict[str, str], count: int, folder: Path, holder: str, poll_seconds: float) -> dict[str, TextIO]:
-    """Lock ``count`` GPUs as soon as so many are free, and hold none until then.
+    """Wait until ``count`` GPUs are free, and lock them. While waiting, no GPU is locked.
 
     Returns:
-        The entries of the GPUs in ``gpus``, and their locked files.
+        Entry of each locked GPU in ``gpus`` → its lock file.
     """
     next_message = time.monotonic()
     while True:
@@ -210,9 +227,9 @@ def wait_for_gpus(gpus: dict[str, str], count: int, folder: Path, holder: str, p
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Wait until no other job looks for free GPUs, and keep the others waiting; takes milliseconds."""
+    """Wait until no other job has locked the folder, and lock it until the context ends; jobs do so for milliseconds."""
     with no_umask(), suppress(FileExistsError):
-        os.mkdir(folder, 0o1777)  # as /tmp: everybody may add files, and delete their own only
+        os.mkdir(folder, 0o1777)  # like /tmp: all users may add files but delete only their own
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -222,8 +239,8 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 
 def lock_free_gpus(gpus: dict[str, str], count: int, folder: Path, holder: str) -> dict[str, TextIO]:
-    """Lock the first free GPUs, at most ``count``; the folder must be locked."""
-    locks = {}
+    """Lock the first free GPUs, at most ``count``. The caller must have locked the folder."""
+    locks: dict[str, TextIO] = {}
     for entry, name in gpus.items():
         lock = open_lock_file(folder / f"{re.sub('[^0-9A-Za-z-]', '_', name)}.lock")
         try:
@@ -242,10 +259,10 @@ def lock_free_gpus(gpus: dict[str, str], count: int, folder: Path, holder: str) 
 
 
 def open_lock_file(path: Path) -> TextIO:
-    """Open the lock file of a GPU, which may be another user's; if there is none, create one that everybody may write."""
+    """Open the lock file of a GPU, which may belong to another user. If it is missing, create it, writable for all users."""
 
     def opener(path: str, flags: int) -> int:
-        # O_CREAT only if need be: in a folder like /tmp, Linux refuses it for another user's file (fs.protected_regular).
+        # First without O_CREAT: in a folder like /tmp, Linux denies it for another user's file (fs.protected_regular).
         with suppress(FileNotFoundError):
             return os.open(path, flags | os.O_NOFOLLOW)
         with no_umask():
@@ -255,30 +272,30 @@ def open_lock_file(path: Path) -> TextIO:
 
 
 def release(locks: dict[str, TextIO]) -> None:
-    """Close lock files, which drops their locks."""
+    """Close lock files, which releases their locks."""
     for lock in locks.values():
         lock.close()
 
 
 @contextmanager
 def no_umask() -> Iterator[None]:
-    """Create files with exactly the permissions that are asked for."""
-    former = os.umask(0)
+    """Create files with exactly the requested permissions."""
+    previous = os.umask(0)
     try:
         yield
     finally:
-        os.umask(former)
+        os.umask(previous)
 
 
 @contextmanager
 def environment(settings: dict[str, str]) -> Iterator[None]:
-    """Set environment variables, and restore their former values at the end."""
-    former = {name: os.environ.get(name) for name in settings}
+    """Set environment variables, and restore their previous values at the end."""
+    previous = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:
         yield
     finally:
-        for name, value in former.items():
+        for name, value in previous.items():
             if value is None:
                 os.environ.pop(name, None)
             else:

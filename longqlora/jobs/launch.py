@@ -1,4 +1,4 @@
-"""A function in this process, or in several of this machine by torchrun, for trainings and evaluations."""
+"""Calls a function in this process, or with torchrun in several processes of this machine, one per GPU."""
 
 import json
 import logging
@@ -11,42 +11,48 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
+from pydantic import validate_call
+from pydantic_core import to_jsonable_python
+
 from longqlora.jobs.gpus import share_reservation
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def launch(function: Callable[..., dict], *, num_processes: int, threads: int, by_torchrun: bool = False, **arguments) -> dict:
-    """Call a function of this package, in several processes if asked for; each finds the others by torchrun's environment.
+    """Call a function of this package, in several processes if ``num_processes`` says so.
+
+    The arguments reach other processes as JSON. There pydantic validates them and rebuilds typed objects (pydantic models,
+    dataclasses), by the annotations of the function's parameters.
 
     Args:
-        function: takes and returns what JSON can hold.
-        num_processes: on GPUs one each.
-        threads: cores for all processes together.
-        by_torchrun: also for a single process.
-        arguments: to the function, ``device`` among them.
+        function: annotated with types that pydantic knows; returns a dictionary of JSON values.
+        num_processes: number of processes, one per GPU.
+        threads: CPU threads of all processes together.
+        by_torchrun: use torchrun for a single process too.
+        arguments: keyword arguments of the function; ``device`` must be one of them.
 
     Returns:
-        What the function returned, in the first process.
+        The result of the first process.
 
     Raises:
-        RuntimeError: if one of several processes fails; what it said is on the terminal.
+        RuntimeError: if one of several processes fails; its error is on the terminal.
     """
     if num_processes == 1 and not by_torchrun:
         return function(**arguments)
     with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder) / "arguments.json", Path(folder) / "answer.json"
-        asked.write_text(json.dumps(arguments))
+        arguments_file, result_file = Path(folder) / "arguments.json", Path(folder) / "result.json"
+        arguments_file.write_text(json.dumps(to_jsonable_python(arguments)))
         run_processes(
-            ["-m", "longqlora.jobs.launch", function.__module__, function.__name__, str(asked), str(answered)],
+            ["-m", "longqlora.jobs.launch", function.__module__, function.__name__, str(arguments_file), str(result_file)],
             num_processes=num_processes,
             environment=process_environment(arguments["device"], threads // num_processes),
         )
-        return json.loads(answered.read_text())
+        return json.loads(result_file.read_text())
 
 
 def process_environment(device: str, threads: int) -> dict[str, str]:
-    """Environment of each process; on a CPU they speak through the loopback interface alone."""
+    """Environment variables of each process; on a CPU the processes communicate through the loopback interface only."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": str(max(1, threads))}
     if device == "cpu":
@@ -55,13 +61,13 @@ def process_environment(device: str, threads: int) -> dict[str, str]:
 
 
 def run_processes(command: list[str], *, num_processes: int, environment: dict[str, str]) -> None:
-    """Run a Python command in several processes by torchrun, and hand SIGTERM and SIGINT on to them.
+    """Run a Python command in several processes with torchrun, and forward SIGTERM and SIGINT to them.
 
     Raises:
         RuntimeError: if one fails.
     """
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={num_processes}"]
-    torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]  # open to no other machine
+    torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]  # for this machine only
     process = subprocess.Popen([*torchrun, *command], env=environment, start_new_session=True)
     former = {
         number: signal.signal(number, lambda number, _: process.send_signal(number))
@@ -73,17 +79,18 @@ def run_processes(command: list[str], *, num_processes: int, environment: dict[s
         for number, handler in former.items():
             signal.signal(number, handler)
     if code:
-        raise RuntimeError(f"one of {num_processes} processes failed (exit status {code}); its error stands above")
+        raise RuntimeError(f"one of {num_processes} processes failed (exit status {code}); see its error above")
 
 
-def main(module: str, function: str, asked: str, answered: str) -> None:
-    """What each process runs: the function, and the first one write what it returned."""
+def main(module: str, function: str, arguments_file: str, result_file: str) -> None:
+    """Run by each process: call the function; the first process writes its result."""
     share_reservation()
     is_first = os.environ["RANK"] == "0"
     logging.basicConfig(level=logging.INFO if is_first else logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
-    answer = getattr(import_module(module), function)(**json.loads(Path(asked).read_text()))
+    call = validate_call(getattr(import_module(module), function))
+    result = call(**json.loads(Path(arguments_file).read_text()))
     if is_first:
-        Path(answered).write_text(json.dumps(answer))
+        Path(result_file).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
-"""The log file of a job: plain lines of progress, warnings, and the traceback if the job fails.
+"""The log file of a job, with progress, warnings and the traceback of an error; and settings of the process.
 
-Scripts import this module first: until the job begins, Python collects no garbage. Its passes over the many objects that
-torch and transformers create are a quarter of the time that their import takes, and find nothing. How torch allocates memory
-is decided at the latest when it makes its first tensor, and importing bitsandbytes makes one: large tensors on a CPU get huge
-pages; on a GPU segments can grow, so that less memory is lost between tensors, unless the user has set otherwise.
+Import this module first in a script, because it sets the process up before torch is imported:
+
+- Python's garbage collection is off until :func:`job_log` begins. While torch and transformers are imported, garbage collection
+  takes a quarter of the time and frees nothing.
+- torch reads the settings of its memory allocators when it creates the first tensor, which importing bitsandbytes already does.
+  On a CPU, large tensors get huge pages. On a GPU, memory segments can grow, which wastes less memory between tensors, unless
+  the user has set the allocator otherwise.
 """
 
 import gc
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,15 +24,17 @@ if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same se
 
 
 @contextmanager
-def job_log(path: str):
-    """Send logging and warnings to the file ``path``; on an error write the traceback there, say in one line on the terminal
-    what went wrong and where to read more, and exit with status 1."""
+def job_log(path: str) -> Iterator[None]:
+    """Write log messages and warnings to the file ``path``.
+
+    On an error, write the traceback to the file, print the error and the path on the terminal, and exit with status 1.
+    """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(
         filename=path, filemode="w", level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
     )
     logging.captureWarnings(True)
-    gc.freeze()  # what is imported stays: later garbage collections skip it
+    gc.freeze()  # imported modules live as long as the process: later garbage collections skip their objects
     gc.enable()
     try:
         yield

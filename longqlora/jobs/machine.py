@@ -1,4 +1,4 @@
-"""Facts of the machine and its software that a training card records."""
+"""Facts about the machine and its software, for the training card."""
 
 import os
 import platform
@@ -9,21 +9,21 @@ RECORDED = ("longqlora", "torch", "transformers", "peft", "bitsandbytes", "accel
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of this project where it is installed, and of the packages that a training rests on."""
+    """Versions of Python and of the packages in :data:`RECORDED` that are installed."""
     found = {"python": platform.python_version()}
     for package in RECORDED:
         try:
             found[package] = version(package)
-        except PackageNotFoundError:  # the workflow runs from a clone too
+        except PackageNotFoundError:  # longqlora: the workflow also runs from a clone, without an installation
             continue
     return found
 
 
 def machine() -> dict[str, str | int]:
-    """The machine that this process runs on: system, processor, and the cores that it may use."""
+    """The machine that this process runs on: its system, its processor, and the number of cores that the process may use."""
     processor, cpuinfo = platform.processor(), Path("/proc/cpuinfo")
-    if cpuinfo.exists():  # Linux has no processor's name in platform
+    if cpuinfo.exists():  # on Linux, platform does not know the processor's name
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         processor = names[0] if names else processor
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {"system": platform.platform(), "processor": processor, "cores": cores}

@@ -1,13 +1,18 @@
-"""Memory of a job: what it took, and what to change when it is exhausted."""
+"""Memory of a job: its peak, and errors that name the settings to change when memory is exhausted."""
 
 import re
 import resource
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 EXHAUSTED = re.compile(
     r"out of memory"  # torch (CUDA, HIP), the CUDA driver, bitsandbytes, NCCL
     r"|ALLOC_FAILED"  # cuBLAS, cuDNN, cuSPARSE
-    r"|OUT_OF_MEMORY|MemoryAllocation"  # CUDA's names of its errors
+    r"|OUT_OF_MEMORY|MemoryAllocation"  # names of CUDA's errors
     r"|can(no|')t allocate|not enough memory|allocate memory|bad_alloc|bad allocation",  # a CPU
     re.IGNORECASE,
 )
@@ -15,7 +20,7 @@ KINDS = ("MemoryError", "OutOfMemoryError", "ArrowMemoryError")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, or one that it was raised from, says that the memory of the GPU or the machine is exhausted."""
+    """Whether an error, or one of its causes, says that the memory of the GPU or the machine is exhausted."""
     seen: BaseException | None = error
     while seen is not None:
         if type(seen).__name__ in KINDS:
@@ -27,35 +32,35 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def memory_explained(what: str, advice: str):
-    """Say of an exhausted memory what was being done and what to change.
+def memory_explained(what: str, advice: str) -> Iterator[None]:
+    """Explain an out-of-memory error: what was running, and which settings to change.
 
     Args:
-        what: was being done, with its sizes: "evaluating 8192 tokens in bfloat16".
-        advice: settings to change, the cheapest first.
+        what: the activity and its sizes, such as "evaluating 8192 tokens in bfloat16".
+        advice: settings to change, those with the smallest disadvantage first.
 
     Raises:
-        MemoryError: in the place of an error that says so in other words.
+        MemoryError: in place of any error that reports exhausted memory.
     """
     try:
         yield
     except Exception as error:
         if isinstance(error, MemoryError) and error.args and str(error.args[0]).startswith("out of memory"):
-            raise  # explained already
+            raise  # already explained
         if not is_out_of_memory(error):
             raise
         raise MemoryError(f"out of memory {what}. {advice} ({error})") from error
 
 
-def peak_memory(device) -> dict[str, int]:
-    """Most memory in bytes that this process has held so far: ``peak_memory_bytes``, resident on a CPU; on a GPU that of its
-    tensors, and as ``peak_reserved_bytes`` with what the allocator keeps beside them.
+def peak_memory(device: "torch.device") -> dict[str, int]:
+    """Peak memory of this process so far, in bytes.
 
-    Args:
-        device: a ``torch.device``.
+    Returns:
+        ``peak_memory_bytes``: on a CPU the resident memory of the process, on a GPU the memory of its tensors.
+        ``peak_reserved_bytes``, on a GPU only: all memory that torch's allocator has reserved.
     """
     if device.type != "cuda":
-        return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}  # Linux counts in kibibytes
+        return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}  # ru_maxrss: KiB
     import torch
 
     return {

@@ -1,4 +1,4 @@
-"""The loss of a language model that never holds the logits of a whole window."""
+"""The loss of a language model, computed in chunks, so that the logits of a whole window are never in memory."""
 
 from types import MethodType
 
@@ -11,21 +11,21 @@ from transformers.modeling_outputs import CausalLMOutput
 from longqlora.data.token_files import IGNORED
 
 CHUNKED = LinearCrossEntropyOptions(batch_chunk_size=512, chunking_method=None)
-"""Tokens whose logits exist at once: torch's own choice, some 32 for a vocabulary of 32,000, takes twice as long on a CPU."""
+"""Logits are computed for 512 tokens at once. The default, about 32 for a vocabulary of 32,000, is half as fast on a CPU."""
 
 
 def next_token_loss(model: PreTrainedModel, input_ids, labels, num_items_in_batch=None, **kwargs) -> torch.Tensor:
-    """Cross-entropy of the next token from the hidden states, in chunks, so that the logits of a window never exist at once.
+    """Cross-entropy of the next token, computed from the hidden states in chunks.
 
     Args:
         model: a causal language model of transformers.
         input_ids: ``[b, n]``
-        labels: ``[b, n]``, the ids to predict at their own places (shifted in here), -100 where nothing is to be learned.
+        labels: ``[b, n]``, the ids to predict at their own positions (shifted here), -100 where nothing is to be learned.
         num_items_in_batch: number of labels to divide by; None: those of this batch.
         kwargs: to the decoder.
 
     Returns:
-        Scalar: the summed loss over the number of labels.
+        Scalar: the summed loss divided by the number of labels.
     """
     hidden = model.base_model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state[:, :-1].flatten(0, 1)
     targets = labels[:, 1:].flatten()
@@ -35,25 +35,25 @@ def next_token_loss(model: PreTrainedModel, input_ids, labels, num_items_in_batc
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     total = summed_nll(hidden, weight, targets)
     count = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORED).sum()
-    return total / torch.as_tensor(count).clamp(min=1)  # nothing to learn is no loss; 0 / 0 would spoil the whole adapter
+    return total / torch.as_tensor(count).clamp(min=1)  # without labels the loss is 0; 0 / 0 would make the whole adapter NaN
 
 
 def summed_nll(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of tokens from the hidden states before them, summed in float32, in chunks of tokens.
+    """Negative log-likelihood of tokens, summed in float32 and computed in chunks of tokens.
 
     Args:
-        hidden: ``[n, width]``
+        hidden: ``[n, width]``, the hidden states that predict the targets.
         weight: ``[vocabulary, width]``, of the output layer.
-        targets: ``[n]``, -100 where a token does not count.
+        targets: ``[n]``, token ids, -100 where a token does not count.
     """
-    # a sum comes with its gradient, so that no logits are computed twice; but one in bfloat16 would keep two digits
+    # for a sum, torch computes the gradient in the same pass and no logits twice; but a sum in bfloat16 would have two digits
     reduction = "sum" if hidden.dtype is torch.float32 else "none"
     return linear_cross_entropy(hidden, weight, targets, reduction=reduction, options=CHUNKED).float().sum()
 
 
 def use_chunked_loss(model: PreTrainedModel) -> PreTrainedModel:
-    """Make ``model(input_ids, labels=…)`` compute its loss by :func:`next_token_loss` and return no logits, so that trainers
-    and wrappers that call the model get it."""
+    """Replace the model's ``forward``: ``model(input_ids, labels=…)`` then returns the loss of :func:`next_token_loss` and no
+    logits, also to trainers and wrappers that call the model."""
 
     def forward(self, input_ids, labels, num_items_in_batch=None, **kwargs):
         return CausalLMOutput(loss=next_token_loss(self, input_ids, labels, num_items_in_batch, **kwargs))

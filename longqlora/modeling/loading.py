@@ -1,25 +1,26 @@
-"""Loading models: precision, 4-bit quantization and RoPE scaling."""
+"""Loading models: precision, quantization and RoPE scaling."""
+
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from longqlora.config.settings import Precision, RopeExtension
 from longqlora.modeling.devices import compute_dtype, weight_dtype
 from longqlora.modeling.rope import extend_context
 
 NF4_BLOCK = 64  # weights that share a scale
-FLOATS = ("float32", "bfloat16", "float16")
-PRECISIONS = ("auto", *FLOATS, "int8", "nf4")
 
 
-def load_config(path: str, target_context: int | None = None, rope_scaling: str = "linear"):
-    """Configuration of a model, its context extended to ``target_context`` tokens if given (:mod:`longqlora.modeling.rope`)."""
+def load_config(path: str, extension: RopeExtension | None = None):
+    """The configuration of a model, with its context extended if ``extension`` is given."""
     config = AutoConfig.from_pretrained(path)
-    return extend_context(config, target_context, rope_scaling) if target_context else config
+    return extend_context(config, extension) if extension else config
 
 
 def stored_dtype(config) -> torch.dtype:
-    """The type that a checkpoint holds its weights in, as its configuration says; float32 where it does not."""
+    """The dtype of the weights in a checkpoint, by its configuration; float32 if the configuration does not record it."""
     return config.dtype or torch.float32
 
 
@@ -27,38 +28,30 @@ def load_model(
     path: str,
     *,
     device: torch.device,
-    precision: str = "auto",
-    target_context: int | None = None,
-    rope_scaling: str = "linear",
-    **kwargs,
+    precision: Precision = "auto",
+    extension: RopeExtension | None = None,
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model for ``device``, on one device.
+    """Load a causal language model onto one device.
 
     Args:
-        path: a directory or a hub id.
-        precision: ``nf4`` (4 bit, double quantisation; QLoRA, arXiv 2305.14314), ``int8`` (LLM.int8(), arXiv 2208.07339), a
-            float type, or ``auto``: the device's autocast type on a GPU, float32 on a CPU.
-        target_context: extend the context to so many tokens; None keeps it.
-        rope_scaling: how, see :func:`longqlora.modeling.rope.extend_context`.
-        kwargs: to ``from_pretrained`` (``attn_implementation``).
+        path: directory or hub id.
+        device: of all weights.
+        precision: ``nf4`` (4 bit, double quantization; QLoRA, arXiv 2305.14314), ``int8`` (LLM.int8(), arXiv 2208.07339), a
+            float type, or ``auto``: see :func:`longqlora.modeling.devices.weight_dtype`.
+        extension: extends the context; None keeps it.
+        attn_implementation: attention function, by its name in transformers; None lets transformers choose.
 
     Raises:
-        ValueError: if the precision is unknown, or the context cannot be extended.
+        ValueError: if the context cannot be extended.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r} is unknown; known are {', '.join(PRECISIONS)}")
+    config = load_config(path, extension)
+    kwargs: dict[str, Any] = {"attn_implementation": attn_implementation, "dtype": weight_dtype(device)}
     if precision in ("int8", "nf4"):
-        from transformers import BitsAndBytesConfig
-
-        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        kwargs["quantization_config"] = (
-            BitsAndBytesConfig(load_in_8bit=True)
-            if precision == "int8"
-            else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute_dtype(device), **nf4)
-        )
-    kwargs["dtype"] = getattr(torch, precision) if precision in FLOATS else weight_dtype(device)
-    config = load_config(path, target_context, rope_scaling)
-    if not is_deepspeed_zero3_enabled():  # which places the weights itself
+        kwargs["quantization_config"] = quantization(precision, device)
+    elif precision != "auto":
+        kwargs["dtype"] = getattr(torch, precision)
+    if not is_deepspeed_zero3_enabled():  # ZeRO-3 places the weights itself
         kwargs["device_map"] = {"": device}
     model = AutoModelForCausalLM.from_pretrained(path, config=config, **kwargs)
     if precision == "nf4":
@@ -66,11 +59,26 @@ def load_model(
     return model
 
 
-def avoid_repacking(model: PreTrainedModel) -> None:
-    """Keep layers of a 4-bit model as they are whose rows are no whole number of quantization blocks.
+def quantization(precision: Precision, device: torch.device):
+    """The quantization of ``int8`` or ``nf4``, as transformers takes it."""
+    from transformers import BitsAndBytesConfig
 
-    On a CPU with AVX512-BF16 bitsandbytes 0.50 repacks each layer for inference row by row, and fails on these.
+    if precision == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=compute_dtype(device),
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+    )
+
+
+def avoid_repacking(model: PreTrainedModel) -> None:
+    """Switch off bitsandbytes' repacking for layers of a 4-bit model whose rows are not a multiple of the quantization block.
+
+    On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks every layer for inference row by row, which fails for these layers.
     """
+    module: Any
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False) and module.in_features % NF4_BLOCK:
             module.support_avx512bf16_for_cpu = False

@@ -1,8 +1,8 @@
-"""Merging an adapter into its base, shard by shard, so that the result loads with stock transformers alone.
+"""Merging an adapter into its base, shard by shard. The result is an ordinary model of transformers.
 
-An adapter trained on 4-bit weights, added to the 16-bit weights, is not quite the model that was trained. It is exactly that
-when it is added to the weights that the 4-bit ones stand for (the round trip through NF4), which have lost what quantisation
-takes. Which of the two is the better model is measured, see :mod:`longqlora.publishing.merge_report`.
+An adapter that was trained on a 4-bit base can be merged in two ways. Added to the dequantized NF4 weights, it gives exactly
+the model that was trained, including the rounding errors of the quantization. Added to the 16-bit weights, it gives a slightly
+different model. Which one is better is measured (:mod:`longqlora.publishing.merge_report`).
 """
 
 import logging
@@ -15,25 +15,28 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from longqlora.modeling.devices import weight_dtype
+from longqlora.modeling.loading import NF4_BLOCK
 from longqlora.publishing.weights import checkpoint_folder, read_weights, write_weights
 
 log = logging.getLogger(__name__)
 
-PREFIX = "base_model.model."  # of every name in an adapter's file
+PREFIX = "base_model.model."  # of every tensor name in an adapter's file
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
 
 class Adapter:
-    """The tensors of a LoRA adapter in peft's format, by the name of the weight that each changes.
+    """The tensors of a LoRA adapter in peft's format.
 
     Args:
         folder: of the adapter.
 
     Attributes:
-        weights: names of the base's weights that it changes or replaces.
+        scale: alpha / rank.
+        tensors: by name, without peft's prefix.
+        weights: names of the weights in the base that the adapter changes or replaces.
 
     Raises:
-        ValueError: if it is no plain LoRA.
+        ValueError: if the adapter is not plain LoRA (for example DoRA, or with biases).
     """
 
     def __init__(self, folder: str):
@@ -49,11 +52,11 @@ class Adapter:
         self.weights = {name.replace(".lora_A.", ".").replace(".lora_B.", ".") for name in self.tensors}
 
     def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """The weight with the adapter in it: replaced where it was trained whole, else W + α/r · B A, summed in float32.
+        """The merged weight: W + α/r · B A, added in float32, or the adapter's own weight if it was trained in full.
 
         Args:
             name: of the weight in the base.
-            weight: ``[out, in]`` of a layer with an adapter; any other comes back as it is.
+            weight: ``[out, in]`` of a layer with an adapter; any other weight is returned unchanged.
         """
         if name in self.tensors:
             return self.tensors[name].to(weight.dtype)
@@ -65,7 +68,7 @@ class Adapter:
 
 
 def quantized_weights(config) -> set[str]:
-    """Names of the weights that a 4-bit model holds in 4 bit: of all linear layers but the output head."""
+    """Names of the weights that a 4-bit model quantizes: those of all linear layers but the output layer."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     layers = [(name, part) for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
@@ -73,26 +76,27 @@ def quantized_weights(config) -> set[str]:
 
 
 def nf4_round_trip(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """What a weight is after quantisation to NF4 with double quantisation, as ``load_model`` does it."""
+    """Quantize a weight to NF4 with double quantization, as ``load_model`` does, and dequantize it."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     exact = weight.to(device, weight_dtype(device))
-    quantised, state = quantize_4bit(exact, blocksize=64, compress_statistics=True, quant_type="nf4")
-    return dequantize_4bit(quantised, state).to("cpu", weight.dtype)
+    quantized, state = quantize_4bit(exact, blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4")
+    return dequantize_4bit(quantized, state).to("cpu", weight.dtype)
 
 
 def merged_weights(
     folder: Path, adapter: Adapter, prepare: Callable[[str, torch.Tensor], torch.Tensor], tied: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the weights of a checkpoint with an adapter in them.
+    """Yield the names and merged weights of a checkpoint.
 
     Args:
         folder: of the checkpoint.
-        prepare: what happens to a weight before the adapter is added.
-        tied: whether the output head shares the embeddings' weight, and is then written once.
+        adapter: to merge.
+        prepare: applied to a weight, given its name, before the adapter is added.
+        tied: whether the output layer shares its weight with the embeddings; the weight is then written once.
 
     Raises:
-        ValueError: if the adapter changes weights that the checkpoint does not have, or one of two that share their weight.
+        ValueError: if the adapter changes weights that the checkpoint does not have, or only one of two tied weights.
     """
     if tied and (HEAD in adapter.tensors) != (EMBEDDINGS in adapter.tensors):
         raise ValueError(
@@ -100,7 +104,7 @@ def merged_weights(
         )
     written = set()
     for name, weight in read_weights(folder):
-        if tied and name == HEAD:  # a checkpoint may hold the shared weight under either name, or both
+        if tied and name == HEAD:  # a checkpoint may hold a tied weight under either name, or both
             name = EMBEDDINGS
         if name not in written:
             written.add(name)
@@ -108,19 +112,20 @@ def merged_weights(
     missing = adapter.weights - written - ({HEAD} if tied else set())
     if missing:
         raise ValueError(
-            f"{folder}: has no weight {', '.join(sorted(missing)[:3])} that the adapter changes: another base model?"
+            f"{folder}: has no weight {', '.join(sorted(missing)[:3])}, which the adapter changes: is it of another base model?"
         )
 
 
 def merge_weights(base_model: str, adapter: str, output: Path, *, config, from_nf4: bool, device: torch.device) -> None:
-    """Write the merged model to a new folder, in the precision that the base is stored in, holding one shard in memory.
+    """Write the merged model to a new folder, in the precision that the base is stored in, with one shard in memory.
 
     Args:
         base_model: directory or hub id that the adapter was trained on.
         adapter: folder of the adapter, in peft's format.
-        config: of the model, its context extended as in training.
-        from_nf4: whether the adapter is added to the weights after a round trip through NF4.
-        device: that quantises.
+        output: folder to write to.
+        config: of the model, with the context extended as in training.
+        from_nf4: add the adapter to the dequantized NF4 weights instead of the stored weights.
+        device: quantizes the weights.
     """
     rounded = quantized_weights(config) if from_nf4 else set()
     output.mkdir(parents=True)

@@ -1,27 +1,33 @@
-"""The model card that goes with a published model: where it comes from, how it was trained, what its merge changed."""
+"""The model card of a published model: how it was made and trained, and how far its merge is from the trained adapter."""
 
-from pathlib import Path
+from huggingface_hub import ModelCard, ModelCardData
+
+from longqlora.modeling.model_files import is_hub_id
 
 
 def model_card(label: str, card: dict, report: dict | None = None) -> str:
-    """Markdown with the header that the hub reads.
+    """The README.md of a model folder: Markdown with the metadata that the hub reads.
 
     Args:
         label: name of the system.
         card: the training card, see :func:`longqlora.training.train.train`.
-        report: of the merge, see :func:`longqlora.publishing.merge_report.merge_adapter`; None where all weights were trained.
+        report: of the merge, see :func:`longqlora.publishing.merge_report.merge_adapter`; None if all weights were trained.
     """
-    is_hub_id = not Path(card["base_model"]).exists()
-    header = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [long-context, longqlora]"]
-    header += [f"base_model: {card['base_model']}"] if is_hub_id else []
-    parts = ["\n".join([*header, "---"]), f"# {label}", describe(card), usage(card), training_table(card)]
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["long-context", "longqlora"],
+        base_model=card["base_model"] if is_hub_id(card["base_model"]) else None,
+    )
+    parts = [f"---\n{metadata}\n---", f"# {label}", describe(card), usage(card), training_table(card)]
     if report:
         parts.append(merge_table(report))
-    return "\n\n".join([*parts, "Made with longqlora. The licence of the base model applies."]) + "\n"
+    parts.append("Made with longqlora. The license of the base model applies.")
+    return ModelCard("\n\n".join(parts) + "\n").content
 
 
 def describe(card: dict) -> str:
-    """What the model is, in a sentence or two."""
+    """The base model, the context extension and the training method in words."""
     settings = card["settings"]
     how = {
         "qlora": "a LoRA adapter (rank {rank}) trained on its 4-bit (NF4) weights and merged",
@@ -38,13 +44,13 @@ def describe(card: dict) -> str:
 
 
 def usage(card: dict) -> str:
-    """How to load it."""
+    """How to load the model."""
     prompt = " Its prompt is the tokenizer's chat template." if card["settings"]["data"] == "sft" else ""
     return (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("<this folder>")\n'
         'tokenizer = AutoTokenizer.from_pretrained("<this folder>")\n```'
-        f"\n\nNo code of other projects is needed.{prompt}"
+        f"\n\nIt needs no code but transformers.{prompt}"
     )
 
 
@@ -61,38 +67,38 @@ def training_table(card: dict) -> str:
         if card["trace"]
         else "–",
         "time": f"{card['seconds']:g} s, {card['tokens_per_second']:g} tokens/s",
-        "peak memory": memory_of(card),
+        "peak memory": memory_row(card),
         "machine": f"{machine.get('gpu', machine['processor'])}, {machine['cores']} cores",
         "versions": ", ".join(f"{name} {version}" for name, version in card["versions"].items()),
     }
     return "## Training\n\n| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items())
 
 
-def memory_of(card: dict) -> str:
-    """Peak memory of the training; on a GPU with what its allocator reserved and a paged optimizer's state, apart from both."""
+def memory_row(card: dict) -> str:
+    """Peak memory of the training; on a GPU also the allocator's reserved memory and that of a paged optimizer's state."""
     parts = [f"{card['peak_memory_bytes'] / 2**30:.2f} GiB"]
     if "peak_reserved_bytes" in card:
         parts.append(f"{card['peak_reserved_bytes'] / 2**30:.2f} GiB reserved")
     if card["paged_optimizer_bytes"]:
-        parts.append(f"{card['paged_optimizer_bytes'] / 2**30:.2f} GiB of paged optimizer state beside it")
+        parts.append(f"{card['paged_optimizer_bytes'] / 2**30:.2f} GiB of paged optimizer state in addition")
     return ", ".join(parts)
 
 
 def merge_table(report: dict) -> str:
-    """The merge report."""
+    """The merge report as a table."""
     lines = [
         f"| {name} | {row['perplexity']:.3f} | {row['kl_divergence']:.2e} | {100 * row['top_1_agreement']:.1f} % |"
         for name, row in report["models"].items()
     ]
     sample = report["sample"]
     text = (
-        "the end of the training data, which was held out"
+        "the held-out end of the training data"
         if sample["held_out"]
-        else ("the beginning of the training data (they are too few to hold any out, so this text was trained on)")
+        else ("the beginning of the training data, which were too few to hold any out (this text was trained on)")
     )
     return (
-        f"## Merge\n\nPublished: **{report['published']}**, of the merges the one with the lower perplexity on "
-        f"{sample['tokens']:,} tokens in windows of {sample['window']}: {text}. The divergence is "
-        "that of the next-token distribution from the model as trained, in nats.\n\n"
+        f"## Merge\n\nPublished: **{report['published']}**, the merge with the lowest perplexity on "
+        f"{sample['tokens']:,} tokens in windows of {sample['window']}: {text}. KL divergence: of the next-token "
+        "distribution from that of the adapter as trained, in nats.\n\n"
         "| model | perplexity | KL divergence | same most likely token |\n|:---|---:|---:|---:|\n" + "\n".join(lines)
     )

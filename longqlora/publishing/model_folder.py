@@ -1,6 +1,6 @@
-"""The model folder that anybody can load: weights with their tokenizer, generation settings and model card.
+"""The folder of a published model: weights, tokenizer, generation settings and model card.
 
-Apart from training and merging, so that another model card or chat template costs neither.
+A step of its own after training and merging, so that a change of the model card or the chat template repeats neither.
 """
 
 import json
@@ -16,18 +16,18 @@ from longqlora.publishing.model_card import model_card
 
 
 def publish_model(
-    *, weights: str, output: str, base_model: str, tokenizer: str, label: str, card: dict, report: dict | None
+    *, weights: str, output: str, base_model: str, tokenizer: str, label: str, card: dict, report: dict | None = None
 ) -> None:
-    """Write the folder of a trained model.
+    """Write the folder of a published model.
 
     Args:
-        weights: folder of its weights and configuration.
-        output: folder to write.
-        base_model: directory or hub id that it was trained from, whose generation settings it gets.
-        tokenizer: directory or hub id of the tokenizer that its data were prepared with.
-        label: of the system.
+        weights: folder of the trained or merged weights and their configuration.
+        output: folder to write to.
+        base_model: directory or hub id of the base, which gives the generation settings.
+        tokenizer: directory or hub id of the tokenizer of the training data.
+        label: name of the system.
         card: the training card, see :func:`longqlora.training.train.train`.
-        report: of the merge, see :func:`longqlora.publishing.merge_report.merge_adapter`; None where all weights were trained.
+        report: of the merge, see :func:`longqlora.publishing.merge_report.merge_adapter`; None if all weights were trained.
     """
     folder, target_context = Path(output), card["target_context"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def publish_model(
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a large file a second name, so that it takes no further space; copy it where the file system cannot."""
+    """Create a hard link, which takes no disk space; copy the file if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -51,20 +51,20 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def generation_config(base_model: str, target_context: int) -> GenerationConfig:
-    """The base's generation settings at the new context length; empty where it has none."""
+    """The base's generation settings at the new context length; the defaults if the base has none."""
     try:
         config = GenerationConfig.from_pretrained(base_model)
     except OSError:
         return GenerationConfig()
-    if config.max_length and config.max_length > 20:  # a limit to the old context; 20 is the library's default
+    if config.max_length and config.max_length > 20:  # the old context length; 20 is the default of transformers
         config.max_length = target_context
     if {config.temperature, config.top_p} - {None, 1.0}:
-        config.do_sample = True  # some published models leave it out, and transformers refuses to save that
+        config.do_sample = True  # some published models leave it out, but transformers refuses to save settings without it
     return config
 
 
 def save_tokenizer(path: str, output: str, *, target_context: int, is_chat_model: bool) -> None:
-    """Write a tokenizer beside a model of a longer context, with the chat template that the model was trained on, if any."""
+    """Write the tokenizer of a model with a longer context; a chat model gets the chat template that it was trained with."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.model_max_length = target_context
     if is_chat_model:

@@ -1,4 +1,4 @@
-"""Checkpoints of transformers, read and written a tensor at a time, so that no model need fit into memory."""
+"""Reads and writes checkpoints of transformers tensor by tensor, so that a model need not fit into memory."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -9,14 +9,18 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from longqlora.modeling.model_files import WEIGHTS, weight_files
+from longqlora.modeling.model_files import WEIGHTS, is_hub_id, weight_files
 
-MAX_SHARD_BYTES = 5 * 10**9  # of one written file
+MAX_SHARD_BYTES = 5 * 10**9
 
 
 def checkpoint_folder(path: str) -> Path:
-    """The folder of a model: ``path`` itself, or that of the hub's cache, its weights fetched if they are not there yet."""
-    if Path(path).is_dir():
+    """The folder of a model: ``path`` itself, or for a hub id the folder in the hub's cache, with the weights downloaded.
+
+    Raises:
+        ValueError: if the repository on the hub holds no weights.
+    """
+    if not is_hub_id(path):
         return Path(path)
     for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         names = [f"{stem}{suffix}", f"{stem}{suffix}.index.json"]
@@ -27,19 +31,27 @@ def checkpoint_folder(path: str) -> Path:
 
 
 def read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the names and tensors of a checkpoint, one in memory at a time."""
+    """Yield the names and tensors of a checkpoint, with one tensor in memory at a time."""
     for path in weight_files(folder):
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (it is not a dictionary)
+                for name in file.keys():  # noqa: SIM118 (not a dictionary)
                     yield name, file.get_tensor(name)
-        else:  # tensors alone are unpickled, no code is run; they are mapped, not read
+        else:  # weights_only unpickles tensors and runs no code; mmap reads them when they are used
             yield from torch.load(path, map_location="cpu", mmap=True, weights_only=True).items()
 
 
 def write_weights(folder: Path, weights: Iterable[tuple[str, torch.Tensor]], max_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write a checkpoint in the form that ``from_pretrained`` reads, holding one shard of at most ``max_bytes`` in memory."""
-    shards, shard, size = [], {}, 0
+    """Write a checkpoint that ``from_pretrained`` reads, with one shard of at most ``max_bytes`` in memory.
+
+    Args:
+        folder: to write to.
+        weights: names and tensors.
+        max_bytes: size of a file, unless a single tensor is larger.
+    """
+    shards: list[tuple[Path, list[str], int]] = []
+    shard: dict[str, torch.Tensor] = {}
+    size = 0
 
     def flush() -> None:
         path = folder / f"shard-{len(shards)}"
@@ -57,7 +69,7 @@ def write_weights(folder: Path, weights: Iterable[tuple[str, torch.Tensor]], max
     if len(shards) == 1:
         shards[0][0].rename(folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, (path, names, _) in enumerate(shards, start=1):
         final = f"model-{number:05}-of-{len(shards):05}.safetensors"
         path.rename(folder / final)

@@ -1,4 +1,4 @@
-"""Plots of the training data: how long the texts are, and what the instruction set consists of."""
+"""Plots of the training data: lengths of the texts, and composition of the instruction set."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from matplotlib.ticker import StrMethodFormatter
 from longqlora.reporting.figures import panels_for
 
 BINS = 40
-SHOWN_SOURCES = 8  # the others are one
+SHOWN_SOURCES = 8  # the largest ones; all others are shown together
 SIZE = (7, 4.2)
 
 
@@ -17,8 +17,8 @@ def plot_text_lengths(texts: str, outputs: list[str]) -> None:
     """Draw a histogram of the texts' lengths in tokens, stacked by source.
 
     Args:
-        texts: the sample (Parquet: source, num_tokens).
-        outputs: image files.
+        texts: the sampled texts (Parquet with the columns source and num_tokens).
+        outputs: image files to write, in the format of their suffix.
     """
     sample = pandas.read_parquet(texts, columns=["source", "num_tokens"])
     largest = sample["source"].value_counts().index[:SHOWN_SOURCES]
@@ -41,13 +41,13 @@ def plot_sft_shares(card: str, outputs: list[str]) -> None:
     """Draw the sources' shares of an instruction set's records as a pie.
 
     Args:
-        card: data card (JSON) of the set.
-        outputs: image files.
+        card: data card of the set (JSON).
+        outputs: image files to write, in the format of their suffix.
     """
     content = json.loads(Path(card).read_text())
     taken = {name: source["taken"] for name, source in content["sources"].items() if source["taken"]}
     labels = [f"{name}: {number:,} ({number / content['records']:.0%})" for name, number in taken.items()]
-    with panels_for(outputs, SIZE) as [axes]:  # names stand beside the pie: small slices would write over each other
+    with panels_for(outputs, SIZE) as [axes]:  # the names are in a legend, because those of small slices would overlap
         wedges, _ = axes.pie(
             list(taken.values()), startangle=90, counterclock=False, wedgeprops={"edgecolor": "white", "linewidth": 1.5}
         )

@@ -1,4 +1,4 @@
-"""Figures on disk: the same drawing gives the same bytes of an SVG."""
+"""Writing figures to files; the same drawing always gives the same SVG, byte for byte."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +12,12 @@ import matplotlib.pyplot as pyplot
 
 @contextmanager
 def panels_for(outputs: list[str], size: tuple[float, float], columns: int = 1, rows: int = 1) -> Iterator:
-    """Axes in a grid to draw on, row by row, written to each path of ``outputs`` afterwards, the format by its suffix.
+    """A grid of axes to draw on, row by row; on leaving, the figure is written to each of the outputs.
 
     Args:
-        outputs: image files.
+        outputs: image files to write, in the format of their suffix.
         size: width and height of the figure, in inches.
-        columns, rows: of the grid.
+        columns, rows: size of the grid.
     """
     with pyplot.rc_context({"svg.hashsalt": "longqlora", "font.size": 10}):  # the salt makes the SVG reproducible
         figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")

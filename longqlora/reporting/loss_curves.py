@@ -1,4 +1,4 @@
-"""Loss curves of the trained systems, from their training cards: a table of every logged step, and a plot."""
+"""Loss curves of the trained systems, from their training cards: a table with every logged step, and a plot."""
 
 import json
 from pathlib import Path
@@ -12,12 +12,15 @@ TITLES = {"corpus": "training texts", "sft": "answers of the instruction set"}
 
 
 def read_traces(cards: dict[str, str]) -> pandas.DataFrame:
-    """One row per system and logged step: label, data, step, loss (nats per token), learning_rate, grad_norm.
+    """Read the losses that the trainings logged.
 
     Args:
-        cards: path of the training card by label.
+        cards: training card (JSON) by the label of its system.
+
+    Returns:
+        One row per system and logged step: label, data, step, loss (nats per token), learning_rate, grad_norm.
     """
-    rows = []
+    rows: list[dict] = []
     for label, path in cards.items():
         card = json.loads(Path(path).read_text())
         rows += [{"label": label, "data": card["settings"]["data"], **step} for step in card["trace"]]
@@ -25,12 +28,12 @@ def read_traces(cards: dict[str, str]) -> pandas.DataFrame:
 
 
 def plot_loss(cards: dict[str, str], csv: str, outputs: list[str]) -> None:
-    """Write the traces as CSV and draw the losses, one panel per kind of training data.
+    """Write every logged step as CSV, and draw the losses, one panel per kind of training data.
 
     Args:
-        cards: path of the training card by label.
-        csv: path of the table.
-        outputs: image files, the format by their suffix.
+        cards: training card (JSON) by the label of its system.
+        csv: file to write.
+        outputs: image files to write, in the format of their suffix.
     """
     traces = read_traces(cards)
     traces.to_csv(csv, index=False)

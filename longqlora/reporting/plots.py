@@ -1,30 +1,30 @@
-"""Plots of perplexity, of the loss by position, and of retrieval."""
+"""Plots of perplexity against the context length, and of the loss against the position in the window."""
 
 import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from textwrap import wrap
 
 import pandas
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-from longqlora.config.ablations import AXES, name_of_cell
 from longqlora.reporting.figures import panels_for
-from longqlora.reporting.tables import ablation_cells, format_perplexity, published_records, read_records, read_retrieval
+from longqlora.reporting.notation import format_perplexity
+from longqlora.reporting.records import Labels, published_records, read_records
 
-BROKEN = 2  # times the best value: what is above it may leave the frame
-HEADROOM = 1.05  # of the frame above what has to be inside
-INCHES_PER_LABEL = 3  # of a legend
+CLIPPING_RATIO = 2  # values above this many times the best one may lie outside the panel
+HEADROOM = 1.05  # height of a panel relative to the largest value that has to be inside
+INCHES_PER_LABEL = 3  # width of a legend entry
 MARKERS = "osD^vP*X"
 
 
-def frame_top(cells: pandas.DataFrame, x: str = "eval_length", value: str = "perplexity") -> float:
-    """Upper edge of a panel: every system is inside it except where it breaks."""
+def upper_limit(cells: pandas.DataFrame, x: str = "eval_length", value: str = "perplexity") -> float:
+    """Upper limit of the y axis: all values are inside except those above :data:`CLIPPING_RATIO` times the best at their x."""
     best = cells.groupby(x)[value].transform("min")
-    return HEADROOM * cells.loc[cells[value] <= BROKEN * best, value].max()
+    return HEADROOM * cells.loc[cells[value] <= CLIPPING_RATIO * best, value].max()
 
 
-def powers_of_two(axes, values) -> None:
-    """A log₂ axis with a tick at each value, written out."""
+def use_log2_axis(axes, values: Iterable[int]) -> None:
+    """Make the x axis logarithmic, with a tick and its number at each value."""
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(sorted(values)))
     axes.xaxis.set_major_formatter(ScalarFormatter())
@@ -32,44 +32,64 @@ def powers_of_two(axes, values) -> None:
     axes.grid(alpha=0.3)
 
 
-def draw_panel(axes, cells: pandas.DataFrame, colours: dict[str, str], x: str = "eval_length") -> None:
-    """One evaluation set: a line a label on a log₂ axis; where a line leaves the frame, its value stands at the edge."""
-    top = frame_top(cells, x)
+def draw_panel(axes, cells: pandas.DataFrame, colors: dict[str, str], x: str = "eval_length") -> None:
+    """Draw one evaluation set: one line per label over a log₂ axis; values above the panel are written at its upper edge."""
     for number, (label, rows) in enumerate(cells.groupby("label", sort=False)):
         rows = rows.sort_values(x)
-        style = {"linestyle": "--" if label.endswith("(published)") else "-", "marker": MARKERS[number % len(MARKERS)]}
+        style = {"linestyle": "--" if str(label).endswith("(published)") else "-", "marker": MARKERS[number % len(MARKERS)]}
         errors = rows.get("standard_error", pandas.Series(dtype=float)).reindex(rows.index).astype(float).fillna(0)
         axes.errorbar(
-            rows[x], rows["perplexity"], yerr=rows["perplexity"] * errors, color=colours[label], markersize=5, label=label,
+            rows[x], rows["perplexity"], yerr=rows["perplexity"] * errors, color=colors[str(label)], markersize=5, label=label,
             elinewidth=0.8, capsize=2, **style,
         )  # fmt: skip
+    top = upper_limit(cells, x)
     axes.set_ylim(cells["perplexity"].min() * 0.95, top)
-    first = cells[x].min()
-    for place, rows in cells[cells["perplexity"] > top].groupby(x):
-        for line, row in enumerate(rows.sort_values("perplexity", ascending=False).itertuples()):
-            axes.annotate(
-                f"{format_perplexity(row.perplexity)} ↑", (place, top), xytext=(-4 if place == first else 4, -4 - 12 * line),
-                textcoords="offset points", ha="left" if place == first else "right", va="top", fontsize=8,
-                color=colours[row.label], bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-            )  # fmt: skip
-    powers_of_two(axes, cells[x].unique())
+    write_clipped_values(axes, cells[cells["perplexity"] > top], colors, x, top, cells[x].min())
+    use_log2_axis(axes, cells[x].unique())
     axes.set_title(cells["dataset_label"].iloc[0])
 
 
+def write_clipped_values(axes, cells: pandas.DataFrame, colors: dict[str, str], x: str, top: float, leftmost: float) -> None:
+    """Write the perplexities of cells above the panel at its upper edge, those at the same x below each other.
+
+    Args:
+        axes: the panel.
+        cells: cells above the panel.
+        colors: color by label.
+        x: column on the x axis.
+        top: upper limit of the panel.
+        leftmost: smallest x of the panel; there the numbers are written to the left of the line, elsewhere to the right.
+    """
+    for place, rows in cells.groupby(x):
+        for line, row in enumerate(rows.sort_values("perplexity", ascending=False).to_dict("records")):
+            axes.annotate(
+                f"{format_perplexity(row['perplexity'])} ↑", (place, top), textcoords="offset points",
+                xytext=(-4 if place == leftmost else 4, -4 - 12 * line), ha="left" if place == leftmost else "right", va="top",
+                fontsize=8, color=colors[row["label"]], bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+            )  # fmt: skip
+
+
 def draw_panels(cells: pandas.DataFrame, outputs: list[str], x: str, x_label: str) -> None:
-    """A panel an evaluation set, a line a label, one legend below."""
+    """Draw one panel per evaluation set, with one line per label, and one legend below.
+
+    Args:
+        cells: measured or published perplexities, see :func:`longqlora.reporting.records.read_records`.
+        outputs: image files to write, in the format of their suffix.
+        x: column on the x axis.
+        x_label: label of the x axis.
+    """
     datasets = cells["dataset_label"].unique()
-    colours = {label: f"C{number % 10}" for number, label in enumerate(cells["label"].unique())}
-    with panels_with_legend(outputs, len(datasets), len(colours)) as panels:
+    colors = {label: f"C{number % 10}" for number, label in enumerate(cells["label"].unique())}
+    with panels_with_legend(outputs, len(datasets), len(colors)) as panels:
         for axes, dataset in zip(panels, datasets, strict=True):
-            draw_panel(axes, cells[cells["dataset_label"] == dataset], colours, x)
+            draw_panel(axes, cells[cells["dataset_label"] == dataset], colors, x)
             axes.set_xlabel(x_label)
         panels[0].set_ylabel("perplexity (± standard error)")
 
 
 @contextmanager
-def panels_with_legend(outputs: list[str], num_panels: int, num_labels: int):
-    """Axes side by side, and below them one legend of what was drawn in the first."""
+def panels_with_legend(outputs: list[str], num_panels: int, num_labels: int) -> Iterator:
+    """Panels side by side, and below them one legend with the labels of the first panel."""
     width = max(7, 5 * num_panels)
     columns = min(num_labels, int(width / INCHES_PER_LABEL))
     with panels_for(outputs, (width, 4 + 0.25 * math.ceil(num_labels / columns)), num_panels) as panels:
@@ -78,60 +98,46 @@ def panels_with_legend(outputs: list[str], num_panels: int, num_labels: int):
         panels[0].figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
-def plot_perplexity(records: list[str], labels: dict[str, dict[str, str]], published: list[dict], outputs: list[str]) -> None:
-    """Draw perplexity against context length, one panel an evaluation set, and write it to each path of ``outputs``.
+def plot_perplexity(records: list[str], labels: Labels, published: list[dict], outputs: list[str]) -> None:
+    """Draw perplexity against context length, one panel per evaluation set.
 
     Args:
-        records: paths of JSON records.
-        labels: see :func:`longqlora.reporting.tables.read_records`.
-        published: reference rows, see :func:`longqlora.reporting.tables.published_records`; dashed.
-        outputs: image files, the format by their suffix.
+        records: JSON records of perplexity.
+        labels: names of systems and evaluation sets in the plot.
+        published: rows from the literature, drawn dashed, see :func:`longqlora.reporting.records.published_records`.
+        outputs: image files to write, in the format of their suffix.
     """
     cells = pandas.concat([read_records(records, labels), published_records(published)], ignore_index=True)
     draw_panels(cells, outputs, "eval_length", "context length (tokens)")
 
 
-def plot_ablation(records: list[str], ablation: dict, labels: dict[str, dict[str, str]], outputs: list[str]) -> None:
-    """Draw the perplexity of a grid: against its first axis, a line a context length, if that is a number; else against the
-    context length, a line a combination.
+def loss_by_position(cells: pandas.DataFrame) -> pandas.DataFrame:
+    """Mean loss by the number of preceding tokens in the window.
 
     Args:
-        records: paths of JSON records.
-        labels: see :func:`longqlora.reporting.tables.read_records`.
-        ablation: label, axes and rows, see :func:`longqlora.config.ablations.add_ablations`.
-        outputs: image files, the format by their suffix.
+        cells: see :func:`longqlora.reporting.records.read_records`.
+
+    Returns:
+        One row per cell and position bin: label, dataset_label, eval_length, tokens_before (the smallest of the bin),
+        num_scored, mean_nll (nats).
     """
-    cells = ablation_cells(records, ablation, labels)
-    first, *others = ablation["axes"]
-    if not pandas.api.types.is_numeric_dtype(cells[first]):
-        draw_panels(cells, outputs, "eval_length", "context length (tokens)")
-        return
-    cells["label"] = [
-        ", ".join(filter(None, [f"{row['eval_length']} tokens", name_of_cell({axis: row[axis] for axis in others})]))
-        for _, row in cells.iterrows()
+    keys = ["label", "dataset_label", "eval_length"]
+    parts = [
+        pandas.DataFrame(cell["loss_by_position"]).assign(**{key: cell[key] for key in keys})
+        for cell in cells.to_dict("records")
     ]
-    draw_panels(cells, outputs, first, AXES[first])
+    losses = pandas.concat(parts)
+    losses["mean_nll"] = losses["nll"] / losses["num_scored"]
+    return losses[[*keys, "tokens_before", "num_scored", "mean_nll"]]
 
 
-def plot_loss_by_position(records: list[str], labels: dict[str, dict[str, str]], csv: str, outputs: list[str]) -> None:
-    """Draw the mean loss against the position in the window, at the longest context length, one panel an evaluation set.
+def plot_loss_by_position(losses: pandas.DataFrame, outputs: list[str]) -> None:
+    """Draw the mean loss against the position in the window at the longest context length, one panel per evaluation set.
 
     Args:
-        records: paths of JSON records.
-        labels: see :func:`longqlora.reporting.tables.read_records`.
-        csv: path to write the means of all context lengths to.
-        outputs: image files, the format by their suffix.
+        losses: see :func:`loss_by_position`.
+        outputs: image files to write, in the format of their suffix.
     """
-    cells = read_records(records, labels)
-    named = ["label", "dataset_label", "eval_length"]
-    losses = pandas.concat(
-        [
-            pandas.DataFrame(cell["loss_by_position"]).assign(**{name: cell[name] for name in named})
-            for _, cell in cells.iterrows()
-        ]
-    )
-    losses["mean_nll"] = losses["nll"] / losses["num_scored"]
-    losses[[*named, "tokens_before", "num_scored", "mean_nll"]].to_csv(csv, index=False)
     losses = losses[losses["eval_length"] == losses["eval_length"].max()]
     datasets = losses["dataset_label"].unique()
     with panels_with_legend(outputs, len(datasets), losses["label"].nunique()) as panels:
@@ -139,37 +145,9 @@ def plot_loss_by_position(records: list[str], labels: dict[str, dict[str, str]],
             here = losses[losses["dataset_label"] == dataset]
             for label, rows in here.groupby("label", sort=False):
                 axes.plot(rows["tokens_before"], rows["mean_nll"], label=label)
-            late = here[here["tokens_before"] >= here["tokens_before"].max() / 64]  # the first few are far above all others
-            axes.set_ylim(0.95 * late["mean_nll"].min(), frame_top(late, "tokens_before", "mean_nll"))
-            powers_of_two(axes, [2**power for power in range(int(here["tokens_before"].max()).bit_length())])
-            axes.set_xlabel("tokens before it in the window")
+            late = here[here["tokens_before"] >= here["tokens_before"].max() / 64]  # the first losses are far above the others
+            axes.set_ylim(0.95 * late["mean_nll"].min(), upper_limit(late, "tokens_before", "mean_nll"))
+            use_log2_axis(axes, [2**power for power in range(int(here["tokens_before"].max()).bit_length())])
+            axes.set_xlabel("preceding tokens in the window")
             axes.set_title(f"{dataset}, {here['eval_length'].iloc[0]} tokens")
         panels[0].set_ylabel("mean negative log-likelihood (nats)")
-
-
-def plot_retrieval(records: list[str], labels: dict[str, dict[str, str]], outputs: list[str]) -> None:
-    """Draw retrieval accuracy as heat maps of context length and depth: a column a system, a row a task.
-
-    Args:
-        records: paths of JSON records of retrieval.
-        outputs: image files, the format by their suffix.
-    """
-    cells = read_retrieval(records, labels)
-    systems, tasks = cells["label"].unique(), cells["task"].unique()
-    size = (1.6 * len(systems) + 2, 2 * len(tasks) + 1)
-    with panels_for(outputs, size, len(systems), rows=len(tasks)) as panels:
-        for number, axes in enumerate(panels):
-            task, system = tasks[number // len(systems)], systems[number % len(systems)]
-            here = cells[(cells["task"] == task) & (cells["label"] == system)]
-            table = here.pivot(index="depth", columns="eval_length", values="accuracy")
-            image = axes.imshow(table, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-            for row, shares in enumerate(table.to_numpy()):
-                for column, share in enumerate(shares):
-                    axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8)
-            axes.set_xticks(range(table.shape[1]), table.columns)
-            is_left = number % len(systems) == 0
-            axes.set_yticks(range(table.shape[0]), [f"{100 * depth:.0f} %" if is_left else "" for depth in table.index])
-            axes.set_title("\n".join(wrap(system, 18)) if number < len(systems) else "", fontsize=9)
-            axes.set_ylabel(f"{task.replace('_', ' ')}\ndepth" if is_left else "")
-        panels[0].figure.supxlabel("context length (tokens)", fontsize=10)
-        panels[0].figure.colorbar(image, ax=panels, label="found (%)", format=lambda share, _: f"{100 * share:.0f}")

@@ -1,87 +1,91 @@
-"""The trainer: it resumes from checkpoints, ends with one when it is interrupted, and stops where a loss is not a number.
+"""A trainer that resumes from checkpoints, writes one when it is interrupted, and stops at a loss that is not finite.
 
-On the same machine a run that was interrupted ends in the same weights, bit for bit, as one that was not: a checkpoint
-(:mod:`longqlora.jobs.checkpointing`) holds the optimizer's state, the random generators' and the place in the data.
+On the same machine, an interrupted run that is resumed ends in the same weights as an uninterrupted one, bit for bit: a
+checkpoint (:mod:`longqlora.jobs.checkpointing`) holds the state of the optimizer and of the random generators, and the position
+in the data.
 """
 
 import logging
 import shutil
 import signal
 from pathlib import Path
-from types import MethodType
+from types import FrameType, MethodType
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
 
-from longqlora.data.packing import pad_at_right
+from longqlora.data.packing import TrainingData, pad_at_right
 from longqlora.jobs.checkpointing import WRITING, checkpoints, newest_complete_checkpoint, publish_checkpoint
 
 log = logging.getLogger(__name__)
 
+KEPT_CHECKPOINTS = 2  # if the newest one is damaged, the training resumes from the one before
+
 
 class NonFiniteLoss(ValueError):
-    """A loss or a gradient that is not a number."""
+    """A loss or gradient norm that is infinite or not a number."""
 
 
 class Interrupted(RuntimeError):
-    """A training that a signal ended before its last step."""
+    """A signal ended the training before its last step."""
 
 
-class Numbered(Dataset):
-    """Windows with their numbers, so that an error can name what a batch holds."""
+class IndexedWindows(Dataset):
+    """Windows with their index, so that an error message can say what a batch holds."""
 
-    def __init__(self, windows):
+    def __init__(self, windows: TrainingData):
         self.windows = windows
 
     def __len__(self) -> int:
         return len(self.windows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {**self.windows[index], "window": torch.tensor(index)}
+        return {**self.windows[index], "index": torch.tensor(index)}
 
 
-def pad_numbered(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """:func:`longqlora.data.packing.pad_at_right`, and the rows' numbers as ``window``, ``[b]``."""
-    return pad_at_right(rows) | {"window": torch.stack([row["window"] for row in rows])}
+def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A batch of padded windows (:func:`longqlora.data.packing.pad_at_right`) with their indices as ``index``, ``[b]``."""
+    return pad_at_right(rows) | {"index": torch.stack([row["index"] for row in rows])}
 
 
-class AlreadyTrained(Exception):
-    """A run that goes on from its last step: the trainer would take one more before it looks whether it is at the end."""
+class NothingLeftToTrain(Exception):
+    """The checkpoint is of the last step. Without this, transformers' trainer would take one more step before it stops."""
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends the training at the end of the step in which SIGTERM or SIGINT arrives, with a checkpoint; a second one ends it at
-    once. Begins none that is over."""
+    """On SIGTERM or SIGINT, ends the training after the current step, with a checkpoint; a second signal ends it at once. Also
+    ends a training that resumes from its last step."""
 
     received: signal.Signals | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.former = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.former = {number: signal.signal(number, self.handle) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def note(self, number, frame):
+    def handle(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
         log.warning("%s: the training ends after this step, with a checkpoint", self.received.name)
-        self.restore()
+        self.restore_handlers()
 
-    def restore(self):
+    def restore_handlers(self) -> None:
         for number, handler in self.former.items():
             signal.signal(number, handler)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:
-            raise AlreadyTrained
+            raise NothingLeftToTrain
 
     def on_step_end(self, args, state, control, **kwargs):
-        if any_process(self.received is not None):
+        if any_rank(self.received is not None):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.restore()
+        self.restore_handlers()
 
 
-def any_process(flag: bool) -> bool:
-    """Whether a flag is set in any of the processes that train together."""
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set in at least one of the processes that train together."""
     if not torch.distributed.is_initialized():
         return flag
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
@@ -91,10 +95,10 @@ def any_process(flag: bool) -> bool:
 
 
 def load_paged_state(optimizer, state_dict: dict) -> None:
-    """Load the state of a paged optimizer of bitsandbytes into paged memory, as it was before it was saved.
+    """Load the state of a paged optimizer of bitsandbytes into paged memory, where it was before it was saved.
 
-    The library's own loading puts it into the GPU's memory (8 bytes for each trained weight), just when a run resumes that had
-    exhausted it.
+    The library's own method loads it into GPU memory (8 bytes for each trained weight), so that a run which has used up the
+    GPU's memory could not resume.
     """
     type(optimizer).load_state_dict(optimizer, state_dict, move_to_device=False)
     for weight, state in optimizer.state.items():
@@ -105,39 +109,42 @@ def load_paged_state(optimizer, state_dict: dict) -> None:
                 state[name] = value.to(weight.device)
 
 
-def paged_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of an optimizer's state that are in paged memory, which torch's allocator does not count."""
+def paged_state_bytes(optimizer) -> int:
+    """Bytes of an optimizer's state in paged memory, which torch's allocator does not count."""
     values = (value for state in optimizer.state.values() for value in state.values())
     return sum(value.nbytes for value in values if getattr(value, "is_paged", False))
 
 
 class ResumableTrainer(Trainer):
-    """A trainer whose checkpoints are complete or ignored, and which stops where a loss is not a number.
+    """A trainer with atomic, verified checkpoints, which stops at a loss that is not finite.
 
     Args:
         checkpoint_dir: folder of the checkpoints.
-        kept: how many of the last checkpoints are kept.
         windows: the training data.
         kwargs: to ``Trainer``.
     """
 
-    def __init__(self, *, checkpoint_dir: Path, kept: int, windows, **kwargs):
-        super().__init__(train_dataset=Numbered(windows), data_collator=pad_numbered, **kwargs)
-        self.checkpoint_dir, self.kept, self.windows, self.stop = checkpoint_dir, kept, windows, StopOnSignal()
+    def __init__(self, *, checkpoint_dir: Path, windows: TrainingData, **kwargs):
+        super().__init__(train_dataset=IndexedWindows(windows), data_collator=collate, **kwargs)
+        self.checkpoint_dir, self.windows, self.stop = checkpoint_dir, windows, StopOnSignal()
         self.add_callback(self.stop)
 
     def create_optimizer(self, *args, **kwargs):
-        optimizer = super().create_optimizer(*args, **kwargs)
+        optimizer: Any = super().create_optimizer(*args, **kwargs)
         if getattr(optimizer, "is_paged", False):
             optimizer.load_state_dict = MethodType(load_paged_state, optimizer)
         return optimizer
 
     def resume(self) -> int:
-        """Train to the end, from the newest complete checkpoint if there is one; return the step that it began from.
+        """Train to the last step, from the newest complete checkpoint if there is one.
+
+        Returns:
+            The step of that checkpoint, or 0.
 
         Raises:
-            NonFiniteLoss: if a loss or a gradient is not a number; the last good checkpoint stays.
-            Interrupted: if a signal ended it; a checkpoint of the last step is there.
+            NonFiniteLoss: if a loss or a gradient norm is not finite; the last good checkpoint is kept.
+            Interrupted: if a signal ended the training; there is a checkpoint of its last step.
+            OSError: if a checkpoint cannot be written; the ones before it are kept.
         """
         with self.args.main_process_first():
             checkpoint = newest_complete_checkpoint(self.checkpoint_dir)
@@ -145,7 +152,7 @@ class ResumableTrainer(Trainer):
             log.info("resuming from %s", checkpoint)
         try:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except AlreadyTrained:  # what came before the end was interrupted, such as the writing of the adapter
+        except NothingLeftToTrain:  # interrupted after the last step, for example while the adapter was written
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         if self.state.global_step < self.state.max_steps:
             by = self.stop.received.name if self.stop.received else "a signal"
@@ -155,18 +162,20 @@ class ResumableTrainer(Trainer):
         return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        numbers = inputs["window"]
-        inputs = {name: value for name, value in inputs.items() if name != "window"}
+        indices = inputs["index"]
+        inputs = {name: value for name, value in inputs.items() if name != "index"}
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = result[0] if return_outputs else result
+        loss = result[0] if isinstance(result, tuple) else result
         if not torch.isfinite(loss):
-            self.refuse(f"the loss is {loss.item()} in a batch of {'; '.join(map(self.windows.contents, numbers.tolist()))}")
+            raise self.non_finite(
+                f"the loss is {loss.item()} in a batch of {'; '.join(map(self.windows.contents, indices.tolist()))}"
+            )
         return result
 
-    def refuse(self, what: str) -> None:
-        """Stop because something is not a number."""
-        raise NonFiniteLoss(
-            f"step {self.state.global_step + 1}: {what}. Look at these texts; a lower training.learning_rate, a longer "
+    def non_finite(self, problem: str) -> NonFiniteLoss:
+        """The error that a loss or a gradient norm is not finite."""
+        return NonFiniteLoss(
+            f"step {self.state.global_step + 1}: {problem}. Look at these texts; a lower training.learning_rate, a longer "
             "training.warmup_steps or a smaller training.max_grad_norm may help"
         )
 
@@ -177,7 +186,7 @@ class ResumableTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         norm = self.state.log_history[-1].get("grad_norm", 0.0) if self.state.log_history else 0.0
         if self.accelerator.scaler is None and not torch.isfinite(torch.tensor(float(norm))):
-            self.refuse(f"the norm of the gradients is {norm}")  # with a scaler such a step is left out
+            raise self.non_finite(f"the norm of the gradients is {norm}")  # a loss scaler would have skipped the step
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
@@ -190,6 +199,6 @@ class ResumableTrainer(Trainer):
                 "complete, and a rerun resumes from the newest"
             ) from error
         if self.is_world_process_zero():
-            for old in checkpoints(self.checkpoint_dir)[self.kept :]:
+            for old in checkpoints(self.checkpoint_dir)[KEPT_CHECKPOINTS:]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()

@@ -1,4 +1,5 @@
-import copy
+"""Grids of settings become systems; what two cells share is trained and evaluated once."""
+
 import math
 import re
 
@@ -6,23 +7,18 @@ import pytest
 import yaml
 
 from longqlora.config.ablations import add_ablations
-from longqlora.config.experiment import ConfigError, evaluated_model, load_experiment
-
-
-@pytest.fixture(scope="module")
-def schema(root):
-    return yaml.safe_load((root / "workflow/schemas/config.schema.yaml").read_text())
+from longqlora.config.experiment import load_experiment
+from longqlora.config.settings import NAME_PATTERN, AblationSection, Experiment, System
+from longqlora.config.systems import evaluated_model
+from longqlora.config.validation import ConfigError
 
 
 @pytest.fixture
-def load(root, schema):
+def load(demo):
     """The demo with ablations, complete."""
 
-    def experiment(systems: dict | None = None, **ablations) -> dict:
-        config = yaml.safe_load((root / "config/config.yaml").read_text())
-        config["systems"] |= systems or {}
-        config["ablations"] = ablations
-        return load_experiment(config, schema)
+    def experiment(systems: dict | None = None, **ablations) -> Experiment:
+        return load_experiment({**demo, "systems": demo["systems"] | (systems or {}), "ablations": ablations})
 
     return experiment
 
@@ -31,112 +27,121 @@ def grid(system: str = "longqlora", **axes) -> dict:
     return {"system": system, "grid": axes}
 
 
-def added(experiment: dict) -> dict[str, dict]:
+def added(experiment: Experiment) -> dict[str, System]:
     """The systems that are no rows of the table."""
-    return {name: system for name, system in experiment["systems"].items() if name not in experiment["rows"]}
+    return {name: system for name, system in experiment.systems.items() if name not in experiment.rows}
 
 
 def test_a_grid_is_the_product_of_its_values(load):
     experiment = load(both=grid(rank=[4, 8], steps=[10, 20, 30]) | {"label": "Rank and steps"})
-    ablation = experiment["ablations"]["both"]
-    assert (ablation["label"], ablation["axes"]) == ("Rank and steps", ["rank", "steps"])
-    found = {(changes["rank"], changes["steps"]) for changes in ablation["rows"].values()}
+    ablation = experiment.ablations["both"]
+    assert (ablation.label, ablation.axes) == ("Rank and steps", ["rank", "steps"])
+    found = {(changes["rank"], changes["steps"]) for changes in ablation.rows.values()}
     assert found == {(rank, steps) for rank in (4, 8) for steps in (10, 20, 30)}
-    assert len(ablation["rows"]) == len(added(experiment)) == 6
-    for name, changes in ablation["rows"].items():
-        assert changes.items() <= experiment["systems"][name]["training"].items()
+    assert len(ablation.rows) == len(added(experiment)) == 6
+    for name, changes in ablation.rows.items():
+        assert changes.items() <= experiment.systems[name].training.model_dump().items()
 
 
 def test_a_cell_is_the_varied_system_in_all_that_is_not_varied(load):
     experiment = load(rank=grid(rank=[4]))
-    (cell,), row = added(experiment).values(), experiment["systems"]["longqlora"]
-    assert cell["training"] == row["training"] | {"rank": 4}
-    assert cell | {"training": 0, "merged": 0, "label": 0} == row | {"training": 0, "merged": 0, "label": 0}
+    (cell,), row = added(experiment).values(), experiment.systems["longqlora"]
+    assert cell.training == row.training.model_copy(update={"rank": 4})
+    same = {"training", "merged", "label"}
+    assert cell.model_dump(exclude=same) == row.model_dump(exclude=same)
 
 
-def test_cells_are_no_rows_of_the_table_and_their_names_are_legal(load, schema):
+def test_cells_are_no_rows_of_the_table_and_their_names_are_legal(load):
     experiment = load(a=grid(rank=[4], evaluation_attention=["full", "shifted_sparse"]), b=grid(rope_scaling=["llama3"]))
-    assert experiment["rows"] == [name for name in experiment["systems"] if name not in added(experiment)]
-    pattern = schema["properties"]["systems"]["propertyNames"]["pattern"]
+    assert experiment.rows == [name for name in experiment.systems if name not in added(experiment)]
     names = set(added(experiment))
-    assert all(re.search(pattern, name) for name in names)
+    assert all(re.search(NAME_PATTERN, name) for name in names)
     assert "longqlora.rope-scaling-llama3" in names
-    assert len({experiment["systems"][name]["label"] for name in names}) == len(names)
+    assert len({experiment.systems[name].label for name in names}) == len(names)
 
 
 def test_what_two_grids_have_in_common_is_one_cell(load):
     experiment = load(rank=grid(rank=[4, 8]), both=grid(rank=[8, 32], evaluation_attention=["full"]))
     assert len(added(experiment)) == 3
-    assert set(experiment["ablations"]["rank"]["rows"]) & set(experiment["ablations"]["both"]["rows"]) == {"longqlora.rank-8"}
+    assert set(experiment.ablations["rank"].rows) & set(experiment.ablations["both"].rows) == {"longqlora.rank-8"}
 
 
 def test_weights_that_a_row_has_are_not_trained_again(load):
     """The row has rank 16 and is evaluated merged; the cell has its adapter on the base."""
     experiment = load(rank=grid(rank=[8, 16]))
-    cell = experiment["systems"]["longqlora.rank-16"]
-    assert cell["weights_of"] == "longqlora"
-    assert "training" not in cell
-    assert evaluated_model(experiment, "longqlora.rank-16") == evaluated_model(experiment, "longqlora.rank-8") | {
-        "adapter": "results/demo/adapters/longqlora"
-    }
+    cell = experiment.systems["longqlora.rank-16"]
+    assert (cell.weights_of, cell.training, cell.progress) == ("longqlora", None, None)
+    other = evaluated_model(experiment, "longqlora.rank-8")
+    assert evaluated_model(experiment, "longqlora.rank-16") == other.model_copy(
+        update={"adapter": "results/demo/adapters/longqlora"}
+    )
 
 
 def test_a_row_that_is_the_cell_is_shown_itself(load):
     row = {"target_context": 256, "training": {"rank": 8}, "merged": False}
     experiment = load({"small": row}, rank=grid(rank=[8]))
-    assert experiment["ablations"]["rank"]["rows"] == {"small": {"rank": 8}}
+    assert experiment.ablations["rank"].rows == {"small": {"rank": 8}}
     assert added(experiment) == {}
 
 
 def test_attention_at_inference_is_varied_with_the_same_weights(load):
     experiment = load(attention=grid(rank=[4], evaluation_attention=["full", "shifted_sparse"]))
-    trained = [name for name in added(experiment) if "training" in experiment["systems"][name]]
+    trained = [name for name in added(experiment) if experiment.systems[name].training]
     assert trained == ["longqlora.rank-4.evaluation-attention-full"]
-    fields = [evaluated_model(experiment, name) for name in experiment["ablations"]["attention"]["rows"]]
-    assert [field.pop("attention") for field in fields] == ["full", "shifted_sparse"]
-    assert fields[0] == fields[1]
-    assert fields[0]["adapter"] == "results/demo/adapters/longqlora.rank-4.evaluation-attention-full"
+    full, sparse = [evaluated_model(experiment, name) for name in experiment.ablations["attention"].rows]
+    assert (full.attention, sparse.attention) == ("full", "shifted_sparse")
+    assert full.model_copy(update={"attention": "shifted_sparse"}) == sparse
+    assert full.adapter == "results/demo/adapters/longqlora.rank-4.evaluation-attention-full"
 
 
 def test_another_scaling_is_another_training(load):
     experiment = load(rope=grid(rope_scaling=["linear", "yarn"]))
-    assert experiment["systems"]["longqlora.rope-scaling-linear"]["weights_of"] == "longqlora"
-    cell = experiment["systems"]["longqlora.rope-scaling-yarn"]
-    assert cell["training"] == experiment["systems"]["longqlora"]["training"]
-    assert evaluated_model(experiment, "longqlora.rope-scaling-yarn")["rope_scaling"] == "yarn"
+    assert experiment.systems["longqlora.rope-scaling-linear"].weights_of == "longqlora"
+    cell = experiment.systems["longqlora.rope-scaling-yarn"]
+    assert cell.training == experiment.systems["longqlora"].training
+    assert evaluated_model(experiment, "longqlora.rope-scaling-yarn").extension.scaling == "yarn"
 
 
 def test_steps_take_the_place_of_epochs(load):
-    row = {"target_context": 256, "training": {"epochs": 2}}
-    training = added(load({"x": row}, steps=grid("x", steps=[5])))["x.steps-5"]["training"]
-    assert training["steps"] == 5
-    assert "epochs" not in training
+    row = {"target_context": 256, "training": {"epochs": 2.0}}
+    training = added(load({"x": row}, steps=grid("x", steps=[5])))["x.steps-5"].training
+    assert (training.steps, training.epochs) == (5, None)
 
 
 def test_the_systems_of_the_configuration_stay_as_they_are(load):
-    systems = load()["systems"]
-    before = copy.deepcopy(systems)
-    add_ablations(systems, {"a": grid(rank=[4, 16], rope_scaling=["linear", "yarn"])})
-    assert {name: systems[name] for name in before} == before
+    rows = load().systems
+    before = dict(rows)
+    systems, _ = add_ablations(rows, {"a": AblationSection(**grid(rank=[4, 16], rope_scaling=["linear", "yarn"]))})
+    assert rows == before
+    assert rows.items() < systems.items()
+
+
+def test_adding_the_same_grids_again_adds_nothing(load):
+    """A cell that is there is found, whether a row or an earlier grid made it."""
+    ablations = {"a": AblationSection(**grid(rank=[4, 16], evaluation_attention=["full", "shifted_sparse"]))}
+    once, first = add_ablations(load().systems, ablations)
+    twice, second = add_ablations(once, ablations)
+    assert once == twice
+    assert first == second
 
 
 def test_the_shipped_ablations_fit_the_demo(root, load):
     shipped = yaml.safe_load((root / "config/ablations.yaml").read_text())["ablations"]
     experiment = load(**shipped)
     for name, ablation in shipped.items():
-        rows = experiment["ablations"][name]["rows"]
+        rows = experiment.ablations[name].rows
         assert len(rows) == math.prod(map(len, ablation["grid"].values()))
-        assert set(rows) <= set(experiment["systems"])
+        assert set(rows) <= set(experiment.systems)
 
 
 @pytest.mark.parametrize("system", ["base", "nobody"])
 def test_only_a_trained_system_can_be_varied(load, system):
-    with pytest.raises(ConfigError, match=rf"ablations\.a\.system: '{system}' is no trained system \(legal: .*longqlora"):
+    with pytest.raises(ConfigError, match=rf"ablations\.a\.system: '{system}' is not a trained system \(legal: .*longqlora"):
         load(a=grid(system, rank=[4]))
 
 
 def test_a_cell_is_not_varied_again(load):
-    with pytest.raises(ConfigError, match=r"ablations\.b\.system: 'longqlora\.rank-4' is no trained system"):
+    with pytest.raises(ConfigError, match=r"ablations\.b\.system: 'longqlora\.rank-4' is not a trained system"):
         load(a=grid(rank=[4]), b=grid("longqlora.rank-4", steps=[5]))
 
 
@@ -144,10 +149,10 @@ def test_a_cell_is_not_varied_again(load):
     ("axes", "message"),
     [
         ({"rnk": [4]}, r"ablations\.a\.grid: unknown key 'rnk'; did you mean 'rank'\?"),
-        ({"rank": []}, r"ablations\.a\.grid\.rank: \[\] should be non-empty"),
-        ({"rank": [4, 4]}, r"ablations\.a\.grid\.rank: \[4, 4\] has non-unique elements"),
-        ({"rope_scaling": ["ntk"]}, r"ablations\.a\.grid\.rope_scaling\.0: 'ntk' is not one of"),
-        ({"rank": [500]}, r"systems\.longqlora\.rank-500: .*: rank 500 is above the model's width, hidden_size 128"),
+        ({"rank": []}, r"ablations\.a\.grid\.rank: must not be empty"),
+        ({"rank": [4, 4]}, r"ablations\.a\.grid\.rank: 4 occurs twice"),
+        ({"rope_scaling": ["ntk"]}, r"ablations\.a\.grid\.rope_scaling\[0\]: 'ntk' is not one of"),
+        ({}, r"ablations\.a\.grid: names no setting \(legal: rank, steps, rope_scaling, evaluation_attention\)"),
     ],
 )
 def test_a_grid_that_cannot_run_is_told_before_any_job_starts(load, axes, message):
@@ -159,6 +164,6 @@ def test_a_system_is_not_overwritten_by_a_cell_of_its_name(load):
     """A row that is called as a cell would be, with other settings."""
     row = {"target_context": 256, "training": {"rank": 2}}
     experiment = load({"longqlora.rank-8": row}, rank=grid(rank=[8]))
-    assert experiment["systems"]["longqlora.rank-8"]["training"]["rank"] == 2
-    (name,) = experiment["ablations"]["rank"]["rows"]
-    assert experiment["systems"][name]["training"]["rank"] == 8
+    assert experiment.systems["longqlora.rank-8"].training.rank == 2
+    (name,) = experiment.ablations["rank"].rows
+    assert experiment.systems[name].training.rank == 8

@@ -11,12 +11,12 @@ import pyarrow.parquet
 import pytest
 
 import longqlora.data.shards
-from longqlora.data.corpus import sample_corpus
+from longqlora.config.settings import CorpusSource
+from longqlora.data.corpus import JoinSettings, sample_corpus
 from longqlora.data.decontamination import EvaluationNgrams, index_evaluation_sets
 from longqlora.data.near_duplicates import NearDuplicates
-from longqlora.data.readers import Fields, text_id
-from longqlora.data.sampling import apportion, priority
-from longqlora.data.shards import CANDIDATES, PRIORITIES, SampleSettings, sample_shard
+from longqlora.data.sampling import apportion, priority, text_id
+from longqlora.data.shards import CANDIDATES, PRIORITIES, SampleSettings, ShardFiles, sample_shard
 from longqlora.data.token_files import tokenize_documents
 
 VOCABULARY = ["".join(random.Random(number).choices("abcdefghijklmnop", k=5)) for number in range(400)]
@@ -26,7 +26,6 @@ def make_text(number: int, words: int = 40) -> str:
     return " ".join(random.Random(number).choices(VOCABULARY, k=words))
 
 
-PLAIN = Fields()
 HELD_OUT = make_text(10**6, words=200)
 
 
@@ -42,70 +41,51 @@ def index(tmp_path_factory, tokenizer) -> str:
 
 @pytest.fixture
 def draw(tmp_path, tokenizer, index):
-    """Sample records that lie in ``shards`` shards (or in the given ones), of up to three files each."""
+    """Sample records in ``shards`` shards, or in the given ones by name, with up to three files per shard."""
 
     def run(
-        records, *, k=20, shards=1, seed=7, near=None, allow_fewer=False, malformed=0.0, names=None, own=False, fields=PLAIN,
+        records, *, k=20, shards=1, seed=7, near=None, allow_fewer=False, malformed=0.0, own=False, metadata_fields=(),
         min_tokens=20, max_tokens=2000, threshold=1, **options,
     ):  # fmt: skip
         parts = [records[number::shards] for number in range(shards)] if isinstance(records, list) else [*records.values()]
-        names = names or ([*records] if isinstance(records, dict) else ["web"] * shards)
-        spare = near is not None or "shares" in options
-        settings = SampleSettings(k, min_tokens, max_tokens, seed, spare=spare, **options)
-        outputs, priorities, cards = [], [], []
+        names = [*records] if isinstance(records, dict) else ["web"] * shards
+        reserve = near is not None or "shares" in options
+        settings = SampleSettings(k, min_tokens, max_tokens, seed, keep_reserve=reserve, **options)
+        joining, ngrams = JoinSettings(near, allow_fewer, malformed), EvaluationNgrams(index, threshold)
+        outputs = []
         for number, (part, name) in enumerate(zip(parts, names, strict=True)):
             paths, files = [], 3 if len(part) > 3 else 1
             for file in range(files):
                 lines = (line if isinstance(line, bytes) else json.dumps(line).encode() for line in part[file::files])
                 paths.append(str(tmp_path / f"{number}-{file}.jsonl.gz"))
                 Path(paths[-1]).write_bytes(gzip.compress(b"".join(line + b"\n" for line in lines), compresslevel=1))
-            outputs.append(str(tmp_path / f"{number}.parquet"))
-            priorities.append(str(tmp_path / f"{number}.priorities.parquet"))
-            card = sample_shard(
-                settings=settings,
-                paths=paths,
-                part=(0, 1),
-                fields=fields,
-                name=name,
-                stratum=name if own else None,
-                tokenizer=tokenizer,
-                ngrams=EvaluationNgrams(index, threshold),
-                output=outputs[-1],
-                priorities=priorities[-1],
-            )
-            cards.append(json.loads(json.dumps(card)))
-        return join(outputs, priorities, cards, settings, near, allow_fewer, malformed, EvaluationNgrams(index, threshold))
+            source = CorpusSource(
+                name=name, paths=paths, metadata_fields=list(metadata_fields), share=0.5 if own else None
+            )  # how large the share is, is in the settings
+            outputs.append(shard_files(tmp_path / str(number)))
+            sample_shard(settings=settings, source=source, part=(0, 1), tokenizer=tokenizer, ngrams=ngrams, output=outputs[-1])
+        sample, removed = str(tmp_path / "sample.parquet"), str(tmp_path / "removed.csv")
+        card = sample_corpus(settings=settings, joining=joining, shards=outputs, ngrams=ngrams, output=sample, removed=removed)
+        rows = pyarrow.parquet.read_table(sample).to_pylist()
+        check_outcomes(card, rows)
+        return rows, card, pandas.read_csv(removed)
 
-    def join(outputs, priorities, cards, settings, near, allow_fewer, malformed, ngrams):
-        card = sample_corpus(
-            settings=settings,
-            shards=outputs,
-            priorities=priorities,
-            cards=cards,
-            near_duplicates=near,
-            allow_fewer=allow_fewer,
-            max_malformed_share=malformed,
-            ngrams=ngrams,
-            output=str(tmp_path / "sample.parquet"),
-            removed=str(tmp_path / "removed.csv"),
-        )
-        rows = pyarrow.parquet.read_table(tmp_path / "sample.parquet").to_pylist()
-        check_ledger(card, rows)
-        return rows, card, pandas.read_csv(tmp_path / "removed.csv")
-
-    run.join, run.folder = join, tmp_path
     return run
 
 
-def check_ledger(card, rows):
-    """Every document of every source has one outcome, and the sample is what the card says."""
+def shard_files(prefix) -> ShardFiles:
+    return ShardFiles(*(f"{prefix}{ending}" for ending in (".parquet", ".priorities.parquet", ".json")))
+
+
+def check_outcomes(card, rows):
+    """Every document of every source has one outcome, and the card describes the sample."""
     assert sum(Counter(row["source"] for row in rows).values()) == card["total"]["sampled"]
     for source, counts in card["sources"].items():
         assert min(counts.values(), default=0) >= 0, (source, counts)
         count = Counter(counts)
         rejected = ["too short by characters", "too long by characters", "not examined", "too short", "too long"]
         assert count["read"] == sum(count[outcome] for outcome in [*rejected, "in range"])
-        used = ["contaminated", "of no share", "duplicate", "near-duplicate", "not drawn", "sampled"]
+        used = ["contaminated", "without a share", "duplicate", "near-duplicate", "not drawn", "sampled"]
         assert count["in range"] == sum(count[outcome] for outcome in used)
         assert count["sampled"] == sum(row["source"] == source for row in rows)
     assert card["total"]["read"] == sum(file["documents"] for file in card["files"])
@@ -214,7 +194,7 @@ def test_shares_of_meta_values_are_exact_for_any_sharding(draw):
     records = [record for n, name in enumerate(names) for record in records_of(range(100 * n, 100 * n + 80), name)]
     reference, card, _ = draw(records, k=40, shares=SHARES)
     assert Counter(row["source"] for row in reference) == {"A": 20, "B": 12, "C": 8}
-    assert card["sources"]["other"] == {"read": 80, "in range": 80, "of no share": 80}
+    assert card["sources"]["other"] == {"read": 80, "in range": 80, "without a share": 80}
     for number in (2, 5):
         rows, other, _ = draw(shuffled(records, number), k=40, shares=SHARES, shards=number)
         assert (rows, other["sources"]) == (reference, card["sources"])
@@ -256,7 +236,7 @@ def test_near_duplicates_are_removed_and_the_result_is_the_same_for_any_sharding
     changed = {change_words(record["text"], 2): record["text"] for record in originals[:15]}
     in_order = sorted(records, key=lambda record: priority(text_id(record["text"]), 7))
     last = max(place for place, record in enumerate(in_order) if record["text"] in {row["text"] for row in reference})
-    met = last + 1 - 40  # all that come before the last one sampled and are not sampled; behind it none is looked at
+    met = last + 1 - 40  # those before the last sampled one that are not sampled; none after it is examined
     assert 10 < met <= 15
     assert card["total"]["near-duplicate"] == met
     assert len({changed.get(row["text"], row["text"]) for row in reference}) == 40
@@ -312,21 +292,27 @@ def test_texts_that_overlap_an_evaluation_set_are_removed_and_listed(draw):
     assert draw([*records_of(range(30)), *contaminated], k=36, threshold=7)[1]["total"].get("contaminated", 0) == 0
 
 
-def test_the_sample_is_checked_once_more_at_the_end(draw, index):
-    """A candidate that did not pass the gate, as if a shard had been made by other code, stops the run."""
+def test_the_sample_is_checked_once_more_at_the_end(tmp_path, index):
+    """A contaminated candidate, as if a shard had been made by other code, stops the run."""
     text = f"{make_text(1)} {' '.join(HELD_OUT.split()[:8])}"
     order = priority(text_id(text), 7)
     row = {"priority": order, "id": text_id(text), "stratum": "all", "source": "web", "num_tokens": 99, "metadata": "{}"}
-    shard, priorities = str(draw.folder / "smuggled.parquet"), str(draw.folder / "smuggled.priorities.parquet")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**row, "text": text}], schema=CANDIDATES), shard)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row], schema=PRIORITIES), priorities)
+    shard = shard_files(tmp_path / "contaminated")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**row, "text": text}], schema=CANDIDATES), shard.candidates)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row], schema=PRIORITIES), shard.priorities)
     card = {"counts": {"web": {"read": 1, "in range": 1}}, "files": [], "malformed": [], "removed": []}
-    cards = [{**card, "characters_per_token": [], "length_bounds": ""}]
-    settings = SampleSettings(1, 20, 400, 7)
+    Path(shard.card).write_text(json.dumps({**card, "characters_per_token": [], "length_bounds": ""}))
     with pytest.raises(
         ValueError, match=rf"the sample: {text_id(text)} shares 4 5-grams with the evaluation set 'held-out', such"
     ):
-        draw.join([shard], [priorities], cards, settings, None, False, 0.0, EvaluationNgrams(index, 1))
+        sample_corpus(
+            settings=SampleSettings(1, 20, 400, 7),
+            joining=JoinSettings(None, False, 0.0),
+            shards=[shard],
+            ngrams=EvaluationNgrams(index, 1),
+            output=str(tmp_path / "sample.parquet"),
+            removed=str(tmp_path / "removed.csv"),
+        )
 
 
 def test_malformed_records_beyond_the_tolerated_share_stop_the_run(draw):
@@ -342,9 +328,9 @@ def test_malformed_records_beyond_the_tolerated_share_stop_the_run(draw):
     assert [(file["documents"], file["malformed"]) for file in card["files"]] == [(20, 0), (19, 1), (20, 0)]
 
 
-def test_a_shard_of_another_form_stops_at_once(draw):
+def test_a_shard_in_another_format_stops_at_once(draw):
     with pytest.raises(
-        ValueError, match=r"100 of 100 records are malformed: .*no text under 'text'; the record's fields are body"
+        ValueError, match=r"100 of 100 records are malformed: .*no text in the field 'text'; the record's fields are body"
     ):
         draw([{"body": make_text(1)}] * 1000, malformed=1.0)
     with pytest.raises(ValueError, match=r"2 of 3 records are malformed"):
@@ -371,20 +357,18 @@ def test_a_corpus_without_one_text_gives_an_empty_sample_where_that_will_do(draw
 
 def test_metadata_is_kept(draw):
     records = [{**record, "id": number, "meta": {"date": "2023"}} for number, record in enumerate(records_of(range(20)))]
-    rows, _, _ = draw(records, shards=2, fields=Fields(metadata=("id", "meta.date", "license")))
+    rows, _, _ = draw(records, shards=2, metadata_fields=("id", "meta.date", "license"))
     by_text = {record["text"]: record for record in records}
     for row in rows:
         assert json.loads(row["metadata"]) == {"id": by_text[row["text"]]["id"], "meta.date": "2023", "license": None}
 
 
-def sample_file(path, tokenizer, index, **options):
-    settings = SampleSettings(**{"num_texts": 5, "min_tokens": 20, "max_tokens": 400, "seed": 1, **options})
-    output, priorities = f"{path}.out", f"{path}.priorities"
-    card = sample_shard(
-        settings=settings, paths=[str(path)], part=(0, 1), fields=Fields(metadata=("price", "raw", "date")), name="x",
-        stratum=None, tokenizer=tokenizer, ngrams=EvaluationNgrams(index, 1), output=output, priorities=priorities,
-    )  # fmt: skip
-    return pyarrow.parquet.read_table(output).to_pylist(), card
+def sample_file(path, tokenizer, index, part=(0, 1)):
+    settings = SampleSettings(num_texts=5, min_tokens=20, max_tokens=400, seed=1)
+    source, output = CorpusSource(name="x", paths=[str(path)], metadata_fields=["price", "raw", "date"]), shard_files(path)
+    ngrams = EvaluationNgrams(index, 1)
+    sample_shard(settings=settings, source=source, part=part, tokenizer=tokenizer, ngrams=ngrams, output=output)
+    return pyarrow.parquet.read_table(output.candidates).to_pylist(), json.loads(Path(output.card).read_text())
 
 
 def test_metadata_of_parquet_types_that_json_has_not_is_kept_as_text(tmp_path, tokenizer, index):
@@ -396,7 +380,7 @@ def test_metadata_of_parquet_types_that_json_has_not_is_kept_as_text(tmp_path, t
     assert metadata["date"].startswith("2023-01-02")
 
 
-def test_a_very_long_document_is_rejected_by_its_characters_and_never_tokenised(tmp_path, tokenizer, index, monkeypatch):
+def test_a_very_long_document_is_rejected_by_its_characters_and_never_tokenized(tmp_path, tokenizer, index, monkeypatch):
     seen = []
 
     def watched(tokenizer, texts, encode=longqlora.data.shards.encode_batch):
@@ -417,24 +401,17 @@ def test_a_very_long_document_is_rejected_by_its_characters_and_never_tokenised(
 
 
 def test_a_shard_of_no_files_keeps_nothing(tmp_path, tokenizer, index):
-    settings = SampleSettings(5, 20, 400, 1)
-    card = sample_shard(
-        settings=settings, paths=[], part=(3, 4), fields=Fields(), name="x", stratum=None, tokenizer=tokenizer,
-        ngrams=EvaluationNgrams(index, 1), output=str(tmp_path / "o"), priorities=str(tmp_path / "p"),
-    )  # fmt: skip
-    assert pyarrow.parquet.read_table(tmp_path / "o").num_rows == pyarrow.parquet.read_table(tmp_path / "p").num_rows == 0
-    assert (card["files"], card["characters_per_token"]) == ([], [])
+    (tmp_path / "only.jsonl").write_text("")
+    rows, card = sample_file(tmp_path / "*.jsonl", tokenizer, index, part=(3, 4))
+    assert rows == card["files"] == card["characters_per_token"] == []
 
 
-def test_real_shards_and_damaged_copies_of_them(draw, root):
-    """RedPajama's record form with damage of every kind: the good texts are sampled as before, the bad lines are shown."""
-    shards = sorted((root.parent / "shared/data/corpus").glob("shard-00.jsonl"))
-    if not shards:
-        pytest.skip("the corpus to try things on is not on this machine")
-    lines = [line for line in shards[0].read_bytes().splitlines() if len(line) < 20_000][:150]
-    options = {"k": 30, "min_tokens": 500, "max_tokens": 8000}
-    rows, card, _ = draw(lines, shards=2, **options)
-    assert set(card["sources"]) <= {"github", "arxiv", "c4", "docs", "wikipedia", "book"}
+def test_damaged_records_of_every_kind_change_nothing_in_the_sample(draw, texts):
+    """The good texts are sampled as before, and the data card shows the bad lines."""
+    paragraphs = [part for text in texts for part in text.split("\n\n") if part.strip()][:150]
+    lines = [json.dumps({"text": text, "meta": {"source": "prose"}}).encode() for text in paragraphs]
+    rows, card, _ = draw(lines, shards=2, k=30)
+    assert set(card["sources"]) == {"prose"}
     damage = [
         lines[0][: len(lines[0]) // 2],
         b'{"txt": "x"}',
@@ -443,10 +420,10 @@ def test_real_shards_and_damaged_copies_of_them(draw, root):
         b'{"text": "\xff"}',
         b"[1]",
     ]
-    damaged, bad, _ = draw([*lines[:70], *damage, *lines[70:]], shards=3, malformed=0.05, **options)
+    damaged, bad, _ = draw([*lines[:70], *damage, *lines[70:]], shards=3, k=30, malformed=0.05)
     assert damaged == rows
     assert bad["total"]["malformed"] == len(damage) == len(bad["malformed"])
-    for reason in ("not valid JSON", "no text under 'text'", "empty text", "NUL character", "expected a JSON object"):
+    for reason in ("not valid JSON", "no text in the field", "empty text", "NUL character", "expected a JSON object"):
         assert any(reason in example and "line" in example for example in bad["malformed"])
     with pytest.raises(ValueError, match=r"6 of 156 records are malformed \(3\.85%\), max_malformed_share allows 0\.10%"):
-        draw([*lines[:70], *damage, *lines[70:]], malformed=0.001, **options)
+        draw([*lines[:70], *damage, *lines[70:]], k=30, malformed=0.001)

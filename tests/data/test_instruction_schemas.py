@@ -1,10 +1,12 @@
 import json
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 
-from longqlora.data.instruction_schemas import ADAPTERS, Conversation, read_conversations
-from longqlora.data.readers import MalformedRecords, find_files
+from longqlora.config.settings import InstructionSchema
+from longqlora.data.instruction_schemas import SCHEMAS, Conversation, read_conversations
+from longqlora.data.source_pass import RecordCounter
 
 WORDS = ["Rome", "<P>", "Rome", "was", "founded", "in", "753", "BC", ".", "</P>", "<P>", "It", "is", "old", ".", "</P>"]
 NOWHERE = {"start_token": -1, "end_token": -1}
@@ -65,7 +67,7 @@ RECORDS = {
     },
     "qmsum": {
         "meeting_transcripts": [{"speaker": "Ann", "content": "We start."}, {"speaker": "Bob", "content": "We end."}],
-        "general_query_list": [{"query": "Summarise the meeting.", "answer": "It was short."}],
+        "general_query_list": [{"query": "Summarize the meeting.", "answer": "It was short."}],
         "specific_query_list": [{"query": "Who began?", "answer": "Ann.", "relevant_text_span": [["0", "0"]]}],
     },
     "input_output": {"input": "Say yes.", "output": "Yes."},
@@ -85,7 +87,7 @@ EXPECTED = {  # document, evidence, and what is said below the document
     "alpaca": (None, "", [("Add.\n\n1 and 2", "3")]),
     "sharegpt": (None, "", [("Hello?", "Hi!"), ("And now?", "Bye.")]),
     "booksum": ("It was night. He slept.", "", [("Summarise the text above.", "A man sleeps.")]),
-    "qmsum": ("Ann: We start.\nBob: We end.", "", [("Summarise the meeting.", "It was short."), ("Who began?", "Ann.")]),
+    "qmsum": ("Ann: We start.\nBob: We end.", "", [("Summarize the meeting.", "It was short."), ("Who began?", "Ann.")]),
     "input_output": (None, "", [("Say yes.", "Yes.")]),
 }
 
@@ -95,8 +97,12 @@ def write_lines(path, *records: dict) -> str:
     return str(path)
 
 
+def test_every_schema_is_a_legal_value_of_the_configuration():
+    assert set(SCHEMAS) == set(get_args(InstructionSchema))
+
+
 def test_every_schema_has_an_example_here():
-    assert set(RECORDS) == set(ADAPTERS) == {*EXPECTED, "long_alpaca"}
+    assert set(RECORDS) == set(SCHEMAS) == {*EXPECTED, "long_alpaca"}
 
 
 @pytest.mark.parametrize("schema", EXPECTED)
@@ -123,7 +129,7 @@ def test_a_long_alpaca_instruction_is_kept_as_it_is_and_the_paper_in_it_found(tm
     assert conversation.turns == [(record["instruction"], "Attention.")]
     begin, end = conversation.document
     assert record["instruction"][begin:end] == "We attend. It works."
-    short = ADAPTERS["long_alpaca"]({"instruction": "What is attention?", "output": "A mean."})
+    short = SCHEMAS["long_alpaca"]({"instruction": "What is attention?", "output": "A mean."})
     assert short == Conversation([("What is attention?", "A mean.")])
 
 
@@ -172,12 +178,12 @@ def test_a_record_without_an_answer_is_none(tmp_path, schema):
     ],
 )
 def test_yes_no_and_long_answers_serve_where_there_is_no_short_one(schema, changes, answer):
-    assert ADAPTERS[schema](without_answers(schema, **changes)).turns[0][1] == answer
+    assert SCHEMAS[schema](without_answers(schema, **changes)).turns[0][1] == answer
 
 
 def test_an_alpaca_record_needs_no_input():
     for record in ({"instruction": "Hi", "output": "Ho"}, {"instruction": "Hi", "input": "", "output": "Ho"}):
-        assert ADAPTERS["alpaca"](record) == Conversation([("Hi", "Ho")])
+        assert SCHEMAS["alpaca"](record) == Conversation([("Hi", "Ho")])
 
 
 def sharegpt(*speakers: str) -> dict:
@@ -185,13 +191,13 @@ def sharegpt(*speakers: str) -> dict:
 
 
 def test_a_sharegpt_conversation_may_begin_with_a_system_message_and_end_unanswered():
-    conversation = ADAPTERS["sharegpt"](sharegpt("system", "human", "gpt", "user", "assistant", "human"))
+    conversation = SCHEMAS["sharegpt"](sharegpt("system", "human", "gpt", "user", "assistant", "human"))
     assert conversation.system == "system 0"
     assert conversation.turns == [("human 1", "gpt 2"), ("user 3", "assistant 4")]
 
 
 def test_answers_before_the_first_question_are_left_out():
-    assert ADAPTERS["sharegpt"](sharegpt("gpt", "human", "gpt")).turns == [("human 1", "gpt 2")]
+    assert SCHEMAS["sharegpt"](sharegpt("gpt", "human", "gpt")).turns == [("human 1", "gpt 2")]
 
 
 @pytest.mark.parametrize("speakers", [("human", "human", "gpt"), ("human", "gpt", "gpt"), ("human", "tool")])
@@ -204,9 +210,9 @@ def test_speakers_that_do_not_alternate_are_an_error_with_its_place(tmp_path, sp
 @pytest.mark.parametrize("speakers", [(), ("system",), ("human",), ("gpt", "human")])
 def test_a_sharegpt_conversation_with_no_answer_at_all_is_malformed(tmp_path, speakers):
     path = write_lines(tmp_path / "x.jsonl", sharegpt(*speakers), RECORDS["sharegpt"])
-    malformed = MalformedRecords()
-    assert len(list(read_conversations(path, "sharegpt", malformed))) == 1
-    assert malformed.examples == [f"{path}, line 1: schema 'sharegpt' found an empty question or answer"]
+    counter = RecordCounter()
+    assert len(list(read_conversations(path, "sharegpt", counter.add_malformed))) == 1
+    assert counter.examples == [f"{path}, line 1: schema 'sharegpt' found an empty question or answer"]
 
 
 @pytest.mark.parametrize("schema", RECORDS)
@@ -220,16 +226,14 @@ def test_a_record_of_another_schema_is_an_error_that_names_the_one_that_fits(tmp
     with pytest.raises(ValueError, match=rf"x\.jsonl, record 2: not a record of schema '{schema}'") as raised:
         list(read_conversations(path, schema))
     message = str(raised.value)
-    assert f"its fields are {', '.join(RECORDS[other])}; it reads as " in message
-    assert other in message.partition("it reads as ")[2].partition("\n")[0].split(", ")
+    assert f"its fields are {', '.join(RECORDS[other])}; it fits " in message
+    assert other in message.partition("it fits ")[2].partition("\n")[0].split(", ")
     assert message.endswith("\n  " + repr(RECORDS[other])[:400] + (" …" if len(repr(RECORDS[other])) > 400 else ""))
 
 
-def test_a_record_of_no_schema_is_shown_beside_all_schemas(tmp_path):
+def test_a_record_of_no_schema_is_shown_with_all_schemas(tmp_path):
     path = write_lines(tmp_path / "x.jsonl", {"prompt": "?" * 1000, "completion": "!"})
-    with pytest.raises(
-        ValueError, match=r"fields are prompt, completion; no schema describes it \(natural_questions, "
-    ) as raised:
+    with pytest.raises(ValueError, match=r"fields are prompt, completion; it fits no schema \(natural_questions, ") as raised:
         list(read_conversations(path, "booksum"))
     assert "{'prompt': '???" in str(raised.value)
     assert len(str(raised.value)) < 1000
@@ -241,40 +245,13 @@ def test_an_empty_question_or_answer_is_malformed(tmp_path, texts):
     path = write_lines(tmp_path / "x.jsonl", good, dict(zip(("input", "output"), texts, strict=True)), good)
     with pytest.raises(ValueError, match=r"x\.jsonl, line 2: schema 'input_output' found an empty question or answer"):
         list(read_conversations(path, "input_output"))
-    malformed = MalformedRecords()
-    assert len(list(read_conversations(path, "input_output", malformed))) == 2
-    assert malformed.examples == [f"{path}, line 2: schema 'input_output' found an empty question or answer"]
+    counter = RecordCounter()
+    assert len(list(read_conversations(path, "input_output", counter.add_malformed))) == 2
+    assert counter.examples == [f"{path}, line 2: schema 'input_output' found an empty question or answer"]
 
 
 def test_a_nul_character_is_malformed(tmp_path):
     path = write_lines(tmp_path / "x.jsonl", {"input": "?", "output": "a\0b"}, {"input": "?\0", "output": "a"})
-    malformed = MalformedRecords()
-    assert list(read_conversations(path, "input_output", malformed)) == []
-    assert malformed.examples == [f"{path}, line {line}: NUL character" for line in (1, 2)]
-
-
-PUBLISHED = {
-    "LEval__*.jsonl": "l_eval",
-    "LLaMA-Factory__alpaca*.json": "alpaca",
-    "QMSum__*.jsonl": "qmsum",
-    "lost-in-the-middle__*.jsonl.gz": "lost_in_the_middle",
-}
-
-
-def test_every_record_of_the_published_files_is_understood(root):
-    folder = root.parent / "shared/data/sft"
-    if not folder.exists():
-        pytest.skip("no published files here")
-    files = {file: schema for pattern, schema in PUBLISHED.items() for file in find_files(str(folder / pattern))}
-    assert {file.removeprefix("file://") for file in files} == set(map(str, folder.iterdir()))
-    for file, schema in files.items():
-        conversations = list(read_conversations(file, schema))
-        assert len(conversations) > 10
-        assert all(conversation is not None for conversation in conversations)
-        for conversation in conversations:
-            begin, end = conversation.document or (0, 0)
-            document = conversation.turns[0][0][begin:end]
-            assert bool(document) == (schema != "alpaca")
-            assert conversation.turns[0][0][end:].strip()  # the question
-            if schema == "lost_in_the_middle":
-                assert conversation.evidence == conversation.turns[0][1]
+    counter = RecordCounter()
+    assert list(read_conversations(path, "input_output", counter.add_malformed)) == []
+    assert counter.examples == [f"{path}, line {line}: NUL character" for line in (1, 2)]

@@ -2,159 +2,25 @@ import json
 import random
 import re
 from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
 
 import pandas
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
 
-from longqlora.data.chat_template import CHAT_TEMPLATE, VICUNA_SYSTEM, tokenize_conversation, with_chat_template
+from longqlora.config.settings import SftSource
+from longqlora.data.chat_template import tokenize_conversation, with_chat_template
 from longqlora.data.decontamination import EvaluationNgrams, index_evaluation_sets
-from longqlora.data.instruction_schemas import Conversation, about
-from longqlora.data.instruction_set import build_sft_set, count_tokens, shorten, tokenize_sft
+from longqlora.data.instruction_set import SftSampleSettings, build_sft_set, tokenize_sft
 from longqlora.data.packing import PackedRecords, read_tokenized_records
-from longqlora.data.sampling import apportion
 from longqlora.data.token_files import tokenize_documents
-
-
-def special(tokenizer) -> dict[str, str]:
-    return {name: str(getattr(tokenizer, name)) for name in ("unk_token", "bos_token", "eos_token", "pad_token")}
-
-
-def with_or_without_bos(tokenizer, has_bos: bool):
-    """A tokenizer of the same pieces with Vicuna's template; the one that the session shares stays without."""
-    tokens = special(tokenizer)
-    if not has_bos:
-        del tokens["bos_token"]
-    return with_chat_template(PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **tokens))
 
 
 @pytest.fixture(scope="module")
 def chat(tokenizer):
-    return with_or_without_bos(tokenizer, True)
-
-
-# --- shorten ---------------------------------------------------------------------------------------------------------------
-
-QUESTION, ANSWER = "What does it say?", "It says a lot."
-WORDS = ["rome", "old", "founded", "def", "return", "naïve", "雪が", "12.5", "U.S", "x" * 20]
-SENTENCES = st.lists(
-    st.tuples(
-        st.lists(st.sampled_from(WORDS), min_size=1, max_size=12).map(" ".join),
-        st.sampled_from([". ", "! ", '?" ', ".\n", "。 ", "\n\n", "...) "]),
-    ).map("".join),
-    min_size=1,
-    max_size=30,
-)
-
-
-def shortened_document(conversation: Conversation) -> str:
-    """What is left of a document above the question, once everything else is found to be whole."""
-    (question, answer), *_ = conversation.turns
-    assert answer == ANSWER
-    assert question.endswith(f"\n\n{QUESTION}")
-    return question.removesuffix(f"\n\n{QUESTION}")
-
-
-def stretches(sentences: list[str]) -> dict[str, tuple[int, int]]:
-    """All that may be left of a document: its stretches of whole sentences, and the first and last sentence of each."""
-    return {
-        "".join(sentences[first:last]).strip(): (first, last)
-        for first in range(len(sentences))
-        for last in range(first + 1, len(sentences) + 1)
-    }
-
-
-@settings(max_examples=150, deadline=None)
-@given(sentences=SENTENCES, share=st.floats(0, 1.1), others=st.booleans())
-def test_a_shortened_document_is_whole_sentences_from_its_beginning(chat, sentences, share, others):
-    turns = [(QUESTION, ANSWER), *[("And more?", "No.")] * others]
-    conversation = about("".join(sentences), turns)
-    least, most = count_tokens(chat, about("", turns)), count_tokens(chat, conversation)
-    max_tokens = round(least + share * (most - least))
-    result = shorten(conversation, chat, max_tokens)
-    if most <= max_tokens:
-        assert result == (conversation, most)
-    elif result is None:  # not even the first sentence fits, give or take the tokens at the seam
-        assert count_tokens(chat, about(sentences[0], turns)) >= max_tokens - 3
-    else:
-        used, num_tokens = result
-        assert num_tokens == count_tokens(chat, used) <= max_tokens
-        assert used.turns[1:] == turns[1:]
-        beginnings = ["".join(sentences[:number]) for number in range(1, len(sentences) + 1)]
-        number = [beginning.strip() for beginning in beginnings].index(shortened_document(used))
-        assert count_tokens(chat, about(beginnings[number + 1], turns)) >= max_tokens - 3  # no more would fit
-
-
-@settings(max_examples=150, deadline=None)
-@given(sentences=SENTENCES, share=st.floats(0, 1), data=st.data())
-def test_the_evidence_stays_wherever_the_document_is_cut(chat, sentences, share, data):
-    place = data.draw(st.integers(0, len(sentences) - 1))
-    parts = [*sentences[:place], "The answer is forty-two, they say. ", *sentences[place:]]
-    document = "".join(parts)
-    conversation = about(document, [(QUESTION, ANSWER)], evidence="forty-two")  # in the middle of its sentence
-    least, most = count_tokens(chat, about("", [(QUESTION, ANSWER)])), count_tokens(chat, conversation)
-    max_tokens = round(least + share * (most - least))
-    result = shorten(conversation, chat, max_tokens)
-    if result is None:
-        assert count_tokens(chat, about(parts[place], [(QUESTION, ANSWER)])) >= max_tokens - 3
-    else:
-        left = shortened_document(result[0])
-        assert "forty-two" in left
-        assert left == document or left in stretches(parts)
-        assert result[1] == count_tokens(chat, result[0]) <= max_tokens
-
-
-def test_the_beginning_stays_and_a_stretch_around_evidence_that_lies_far_behind(chat):
-    sentences = [f"This is the sentence of number {number}. " for number in range(100)]
-    conversation = about("".join(sentences), [(QUESTION, ANSWER)])
-    room = count_tokens(chat, about("".join(sentences[:20]), [(QUESTION, ANSWER)]))
-    for evidence, numbers in {"": (0, 20), sentences[3].strip(): (0, 20), "sentence of number 50": (40, 60)}.items():
-        used, num_tokens = shorten(replace(conversation, evidence=evidence), chat, room)
-        first, last = stretches(sentences)[shortened_document(used)]
-        assert abs(first - numbers[0]) <= (2 if first else 0)
-        assert abs(last - numbers[1]) <= 2
-        assert num_tokens <= room
-    end = about("".join(sentences), [(QUESTION, ANSWER)], evidence=sentences[-1].strip())
-    assert shortened_document(shorten(end, chat, room)[0]).endswith("number 99.")
-
-
-@pytest.mark.parametrize("num_sentences", [1, 12, 18])
-def test_evidence_that_fills_most_of_the_room_is_kept_whole(chat, num_sentences):
-    sentences = [f"This is the sentence of number {number}. " for number in range(100)]
-    room = count_tokens(chat, about("".join(sentences[40:60]), [(QUESTION, ANSWER)]))
-    evidence = "".join(sentences[50 : 50 + num_sentences]).strip()
-    used, _ = shorten(about("".join(sentences), [(QUESTION, ANSWER)], evidence), chat, room)
-    assert evidence in shortened_document(used)
-
-
-def test_where_nothing_fits_there_is_no_record_and_never_a_cut_answer(chat):
-    whole = Conversation([("Say much.", "Much is said here. " * 20)])
-    num_tokens = count_tokens(chat, whole)
-    assert shorten(whole, chat, num_tokens) == (whole, num_tokens)
-    assert shorten(whole, chat, num_tokens - 1) is None  # it has no document
-    long_answer = about("Short. Text.", [("Say much.", "Much is said here. " * 20)])
-    assert shorten(long_answer, chat, num_tokens - 20) is None
-    one_sentence = about("rome " * 100, [(QUESTION, ANSWER)])
-    assert shorten(one_sentence, chat, count_tokens(chat, one_sentence) - 1) is None
-    blank = about("\n\n" + "rome " * 100, [(QUESTION, ANSWER)])  # nothing but the blank lines before the sentence would be left
-    assert shorten(blank, chat, count_tokens(chat, blank) - 1) is None
-
-
-def test_text_before_and_behind_the_document_in_a_question_stays(chat):
-    question = "Below is a paper. One here. Two here. Three here. Now the paper ends. What is it?"
-    begin, end = question.index("One"), question.index(" Now")
-    conversation = Conversation([(question, ANSWER)], (begin, end), system="Be brief.")
-    used, _ = shorten(conversation, chat, count_tokens(chat, conversation) - 1)
-    assert used.turns == [("Below is a paper. One here. Two here. Now the paper ends. What is it?", ANSWER)]
-    assert used.messages()[0] == {"role": "system", "content": "Be brief."}
-
-
-# --- build_sft_set ---------------------------------------------------------------------------------------------------------
+    return with_chat_template(deepcopy(tokenizer))
 
 
 @pytest.fixture
@@ -168,11 +34,19 @@ def evaluation_ngrams(tmp_path, tokenizer) -> EvaluationNgrams:
 def build(tmp_path, chat, evaluation_ngrams):
     """Build a set of sources; return the card, the records and the report on removed ones."""
 
-    def run(sources: list[dict], **changes):
-        settings = {"num_records": 40, "max_tokens": 200, "seed": 1, "allow_fewer": False, "max_malformed_share": 0.0}
-        paths = {"output": str(tmp_path / "sft.parquet"), "removed": str(tmp_path / "removed.csv")}
-        card = build_sft_set(sources=sources, tokenizer=chat, ngrams=evaluation_ngrams, **{**settings, **paths, **changes})
-        return card, pyarrow.parquet.read_table(paths["output"]).to_pylist(), pandas.read_csv(paths["removed"])
+    usual = SftSampleSettings(num_records=40, max_tokens=200, seed=1, allow_fewer=False, max_malformed_share=0.0)
+
+    def run(sources: list[SftSource], **changes):
+        output, removed = str(tmp_path / "sft.parquet"), str(tmp_path / "removed.csv")
+        card = build_sft_set(
+            sources=sources,
+            settings=replace(usual, **changes),
+            tokenizer=chat,
+            ngrams=evaluation_ngrams,
+            output=output,
+            removed=removed,
+        )
+        return card, pyarrow.parquet.read_table(output).to_pylist(), pandas.read_csv(removed)
 
     return run
 
@@ -181,14 +55,14 @@ def records_of(name: str, count: int = 40) -> list[dict]:
     return [{"input": f"{name} question {i}", "output": f"answer {i}"} for i in range(count)]
 
 
-def source(tmp_path, name: str, share: float, records: list[dict], num_files: int = 1, schema: str = "input_output") -> dict:
-    """A source whose records are dealt to some files."""
+def source(tmp_path, name: str, share: float, records: list[dict], num_files: int = 1, schema="input_output") -> SftSource:
+    """A source with its records in some files."""
     paths = []
     for number in range(num_files):
         path = tmp_path / f"{name}-{number}-of-{num_files}.jsonl"
         path.write_text("".join(json.dumps(record) + "\n" for record in records[number::num_files]))
         paths.append(str(path))
-    return {"name": name, "schema": schema, "share": share, "paths": paths}
+    return SftSource(name=name, schema=schema, share=share, paths=paths)
 
 
 def ids(rows: list[dict]) -> set[str]:
@@ -214,16 +88,6 @@ def test_shares_are_met_and_the_set_is_reproducible(tmp_path, build):
     assert [row["source"] for row in rows] != sorted(row["source"] for row in rows)  # sources are mixed
 
 
-def test_the_published_shares_of_38821_records():
-    shares = {"natural_questions": 0.43, "book_summaries": 0.26, "evol_instruct": 0.19, "long_alpaca": 0.12}
-    quotas = apportion(38_821, shares)
-    assert sum(quotas.values()) == 38_821
-    assert {name: round(100 * quota / 38_821) for name, quota in quotas.items()} == {
-        "natural_questions": 43, "book_summaries": 26, "evol_instruct": 19, "long_alpaca": 12
-    }  # fmt: skip
-    assert all(abs(quotas[name] - share * 38_821) < 1 for name, share in shares.items())
-
-
 def test_the_set_does_not_depend_on_the_order_of_records_or_files(tmp_path, build):
     records = records_of("a", 60)
     _, expected, _ = build([source(tmp_path, "a", 1.0, records)])
@@ -231,8 +95,8 @@ def test_the_set_does_not_depend_on_the_order_of_records_or_files(tmp_path, buil
         random.Random(seed).shuffle(records)
         spread = source(tmp_path, "a", 1.0, records, num_files)
         assert build([spread])[1] == expected
-        assert build([{**spread, "paths": spread["paths"][::-1]}])[1] == expected
-        assert build([{**spread, "paths": [str(tmp_path / f"a-*-of-{num_files}.jsonl")]}])[1] == expected
+        assert build([spread.model_copy(update={"paths": spread.paths[::-1]})])[1] == expected
+        assert build([spread.model_copy(update={"paths": [str(tmp_path / f"a-*-of-{num_files}.jsonl")]})])[1] == expected
 
 
 def test_a_larger_set_holds_the_smaller_one(tmp_path, build):
@@ -253,10 +117,10 @@ def test_equal_records_are_taken_once(tmp_path, build):
 
 def test_a_quota_that_cannot_be_met_says_which_source_has_how_many(tmp_path, build):
     sources = [source(tmp_path, "a", 0.75, records_of("a")), source(tmp_path, "b", 0.25, records_of("b"))]
-    message = r"sft.num_records 100 of at most 200 tokens cannot be met: a has 40 of 75; sft.allow_fewer"
+    message = r"sft.num_records asks for 100 records of at most 200 tokens, but a has 40 of 75; sft.allow_fewer"
     with pytest.raises(ValueError, match=message):
         build(sources, num_records=100)
-    with pytest.raises(ValueError, match=r"of at most 5 tokens cannot be met: a has 0 of 30; b has 0 of 10"):
+    with pytest.raises(ValueError, match=r"of at most 5 tokens, but a has 0 of 30; b has 0 of 10"):
         build(sources, max_tokens=5)
     card, rows, _ = build(sources, num_records=100, allow_fewer=True)
     assert Counter(row["source"] for row in rows) == {"a": 40, "b": 25}
@@ -285,7 +149,7 @@ def test_contaminated_records_are_removed_replaced_and_reported(tmp_path, build)
 def test_too_many_malformed_records_stop_the_run(tmp_path, build):
     records = [*records_of("a"), {"input": "?", "output": ""}, {"input": "nul \0", "output": "!"}]
     sources = [source(tmp_path, "a", 1.0, records)]
-    path = re.escape(sources[0]["paths"][0])
+    path = re.escape(sources[0].paths[0])
     with pytest.raises(ValueError, match=rf"2 of 42 records are malformed \(4.76%\).*\n.*{path}, line 41: .*\n.*line 42: NUL"):
         build(sources, max_malformed_share=0.04)
     card, rows, _ = build(sources, max_malformed_share=0.05)
@@ -317,43 +181,7 @@ def test_long_records_are_shortened_to_the_limit(tmp_path, build, chat):
         assert row["num_tokens"] == len(tokenize_conversation(chat, row["messages"])[0]) <= 200
 
 
-# --- chat template and tokens ----------------------------------------------------------------------------------------------
-
-TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=30).filter(
-    lambda text: text.strip() and "</s>" not in text and "<s>" not in text and "<unk>" not in text
-)
-TURNS = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4)
-
-
-@settings(max_examples=150, deadline=None)
-@given(turns=TURNS, system=st.just("") | TEXT, has_bos=st.booleans())
-def test_exactly_the_answers_and_their_ends_are_learned(tokenizer, turns, system, has_bos):
-    chat = with_or_without_bos(tokenizer, has_bos)
-    tokens, labels = tokenize_conversation(chat, Conversation(turns, system=system).messages())
-    learned = [label for label in labels if label != -100]
-    assert tokenizer.decode(learned) == "".join(f" {answer}</s>" for _, answer in turns)
-    assert learned.count(tokenizer.eos_token_id) == len(turns)
-    assert all(label in (-100, token) for token, label in zip(tokens, labels, strict=True))
-    said = "".join(f" USER: {question} ASSISTANT: {answer}</s>" for question, answer in turns)
-    assert tokenizer.decode(tokens) == ("<s>" if has_bos else "") + (system or VICUNA_SYSTEM) + said
-    assert (tokens[0] == tokenizer.bos_token_id) == has_bos
-
-
-def test_the_end_token_is_learned_by_a_tokenizer_that_has_encoded_a_corpus(tmp_path, tokenizer):
-    chat = with_or_without_bos(tokenizer, True)
-    tokenize_documents(["It spells </s> out."], chat, str(tmp_path / "x.bin"))  # there, special tokens are text
-    _, labels = tokenize_conversation(chat, Conversation([("?", "!")]).messages())
-    assert labels[-1] == tokenizer.eos_token_id
-
-
-def test_a_template_that_marks_no_answers_is_replaced(tokenizer):
-    chat = with_or_without_bos(tokenizer, True)
-    assert chat.chat_template == CHAT_TEMPLATE
-    chat.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    assert with_chat_template(chat).chat_template == CHAT_TEMPLATE
-    own = "{% for message in messages %}{% generation %}{{ message['content'] }}{% endgeneration %}{% endfor %}"
-    chat.chat_template = own
-    assert with_chat_template(chat).chat_template == own
+# --- tokenize_sft ----------------------------------------------------------------------------------------------------------
 
 
 def test_tokens_of_a_set_have_a_row_a_record_and_packing_loses_nothing(tmp_path, build, chat):

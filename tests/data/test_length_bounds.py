@@ -80,7 +80,7 @@ TOKENIZERS = {
     "lower case": lambda: byte_level(normalizer=normalizers.Lowercase()),
     "stripped": lambda: byte_level(normalizer=normalizers.Strip()),
 }
-UNBOUNDED_ABOVE = {  # what a token may stand for has no limit
+UNBOUNDED_ABOVE = {  # a token may cover any number of characters
     "byte-level, greedy added token", "LLaMA 2, unknown fused", "whitespace removed", "byte-level, whitespace removed",
 }  # fmt: skip
 NOTHING = {"lower case", "stripped", "byte-level, split, prefix", "byte-level, prefix, short added token"}
@@ -136,5 +136,5 @@ def test_bounds_are_exact_at_their_limits():
 
 
 def test_bounds_say_what_was_proved():
-    assert "at most 1 tokens per byte of UTF-8, and 0 more; a token stands for at most 16 ch" in str(LengthBounds(1, 0, 16))
-    assert "nothing could be proved about texts that are too short; nothing" in str(LengthBounds(None, 0, None))
+    assert "at most 1 tokens per byte of UTF-8, and 0 more; a token covers at most 16 characters" in str(LengthBounds(1, 0, 16))
+    assert str(LengthBounds(None, 0, None)).endswith("no upper bound; no lower bound")

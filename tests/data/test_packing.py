@@ -17,7 +17,6 @@ from longqlora.data.packing import (
     pad_at_right,
     read_tokenized_records,
 )
-from longqlora.data.token_descriptions import description_path
 from longqlora.data.token_files import write_tokens
 
 
@@ -154,18 +153,7 @@ def test_a_stream_that_does_not_say_where_documents_end_cannot_isolate_them(tmp_
     numpy.arange(100, dtype="<u2").tofile(path)
     with pytest.raises(ValueError, match=r"needs to know where documents end, but .*x\.json does not exist"):
         load_training_data(str(path), 16, isolate_documents=True)
-    description_path(path).write_text('{"dtype": "uint16", "num_tokens": 100}')
-    with pytest.raises(ValueError, match=r"but .*x\.json has no document_ends"):
-        load_training_data(str(path), 16, isolate_documents=True)
     assert len(load_training_data(str(path), 16)) == 7
-
-
-def test_options_for_the_other_kind_of_data_are_refused(tmp_path):
-    write_tokens(tmp_path / "x.bin", [[1, 2, 3]], vocab_size=512, eos_token_id=2)
-    with pytest.raises(ValueError, match=r"x\.bin: pack_records is for an instruction set"):
-        load_training_data(str(tmp_path / "x.bin"), 16, pack_records=True)
-    with pytest.raises(ValueError, match=r"sft\.arrow: isolate_documents is for a corpus"):
-        load_training_data(write_records(tmp_path / "sft.arrow", [3]), 16, isolate_documents=True)
 
 
 # --- the held-out end ------------------------------------------------------------------------------------------------------

@@ -14,14 +14,10 @@ from hypothesis import strategies as st
 
 from longqlora.data.readers import (
     Fields,
-    Malformed,
-    MalformedRecords,
-    check_malformed,
     file_format,
     find_files,
     read_documents,
     read_parquet,
-    text_id,
     write_parquet,
 )
 
@@ -152,6 +148,12 @@ def test_a_path_without_wildcards_is_itself_whatever_the_part():
     assert find_files("memory://corpus/0.jsonl", (3, 5)) == ["memory://corpus/0.jsonl"]
 
 
+def test_a_file_whose_name_has_brackets_is_itself(tmp_path):
+    for name in ("b1.jsonl", "b[1].jsonl"):
+        (tmp_path / name).touch()
+    assert find_files(f"{tmp_path}/b[1].jsonl") == [f"{tmp_path}/b[1].jsonl"]
+
+
 BAD_LINES = {
     b'{"text": ': "not valid JSON",
     b'{"text": "a"} {"text": "b"}': "not valid JSON",
@@ -160,10 +162,10 @@ BAD_LINES = {
     b'["text"]': "expected a JSON object, found list",
     b'"text"': "expected a JSON object, found str",
     b"null": "expected a JSON object, found NoneType",
-    b'{"txt": "misspelt", "id": 1}': "no text under 'text'; the record's fields are txt, id",
-    b"{}": "no text under 'text'; the record's fields are none",
-    b'{"text": null}': "no text under 'text'",
-    b'{"text": 5}': "no text under 'text'",
+    b'{"txt": "misspelled", "id": 1}': "no text in the field 'text'; the record's fields are txt, id",
+    b"{}": "no text in the field 'text'; the record's fields are none",
+    b'{"text": null}': "no text in the field 'text'",
+    b'{"text": 5}': "no text in the field 'text'",
     b'{"text": ""}': "empty text",
     b'{"text": " \\n\\t "}': "empty text",
     b'{"text": "ab\\u0000c"}': "NUL character in the text, at character 2",
@@ -176,14 +178,14 @@ def test_a_malformed_line_is_named_with_its_file_and_line_and_the_others_are_rea
     with pytest.raises(ValueError, match=rf"^{path}, line 3: {BAD_LINES[line]}"):
         list(read_documents(path))
     found = []
-    assert texts_of(path, reject=found.append) == ["one", "four"]
+    assert texts_of(path, on_malformed=found.append) == ["one", "four"]
     assert [(malformed.path, malformed.line) for malformed in found] == [(path, 3)]
 
 
 def test_malformed_records_of_a_json_list_are_named_by_number(tmp_path):
     path = write(tmp_path, "x.json", b'[{"text": "a"}, 5, {"text": ""}]')
     found = []
-    assert texts_of(path, reject=found.append) == ["a"]
+    assert texts_of(path, on_malformed=found.append) == ["a"]
     assert [str(malformed) for malformed in found] == [
         f"{path}, line 2: expected a JSON object, found int",
         f"{path}, line 3: empty text",
@@ -200,7 +202,7 @@ def test_malformed_records_of_a_json_list_are_named_by_number(tmp_path):
 )
 def test_a_json_file_that_is_no_list_is_an_error(tmp_path, data, message):
     with pytest.raises(ValueError, match=rf"x\.json: .*{message}"):
-        list(read_documents(write(tmp_path, "x.json", data), reject=[].append))
+        list(read_documents(write(tmp_path, "x.json", data), on_malformed=[].append))
 
 
 def test_invalid_utf8_of_a_text_file_is_named_with_its_line(tmp_path):
@@ -219,7 +221,7 @@ def test_invalid_utf8_of_a_parquet_file_is_named_with_its_row(tmp_path):
     path = str(tmp_path / "x.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"text": raw}), path)
     found = []
-    assert texts_of(path, reject=found.append) == ["fine", "fine, too"]
+    assert texts_of(path, on_malformed=found.append) == ["fine", "fine, too"]
     (malformed,) = found
     assert str(malformed).startswith(f"{path}, line 2: not valid UTF-8")
 
@@ -234,12 +236,12 @@ def test_a_torn_file_of_every_compression_is_an_error_and_never_a_shorter_corpus
     whole = PACKERS[packed](long_lines)
     for size in (0, 1, 3, 10, len(whole) // 3, len(whole) // 2, len(whole) - 100, *range(len(whole) - 12, len(whole))):
         path = write(tmp_path, f"torn.jsonl{packed}", whole[:size])
-        with pytest.raises(ValueError, match=rf"torn\.jsonl{packed}: the file is damaged, breaks off or cannot be read"):
-            list(read_documents(path, reject=[].append))
+        with pytest.raises(ValueError, match=rf"torn\.jsonl{packed}: the file is damaged, truncated or cannot be read"):
+            list(read_documents(path, on_malformed=[].append))
     two_streams = write(tmp_path, f"two.jsonl{packed}", whole + whole)
     assert len(texts_of(two_streams)) == 2 * long_lines.count(b"\n")
     path = write(tmp_path, f"torn.jsonl{packed}", whole + whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="breaks off"):
+    with pytest.raises(ValueError, match="truncated"):
         list(read_documents(path))
 
 
@@ -257,7 +259,7 @@ def test_a_torn_plain_file_is_noticed_by_its_last_line(tmp_path):
 def test_torn_or_other_parquet_files_are_errors(tmp_path):
     data = contents([f"text {number}" for number in range(1000)])[".parquet"]
     for damaged in (b"", b"garbage", b"PAR1" + b"garbage" * 20 + b"PAR1", data[:-1], data[: len(data) // 2]):
-        with pytest.raises(ValueError, match=r"x\.parquet: damaged, broken off or not readable"):
+        with pytest.raises(ValueError, match=r"x\.parquet: the file is damaged, truncated or cannot be read"):
             list(read_documents(write(tmp_path, "x.parquet", damaged)))
 
 
@@ -277,7 +279,7 @@ def test_an_empty_parquet_file_holds_nothing(tmp_path):
 def test_what_cannot_be_read_is_a_clear_error(tmp_path, suffix):
     (tmp_path / f"folder{suffix}").mkdir()
     for path in (f"{tmp_path}/folder{suffix}", f"{tmp_path}/missing{suffix}", f"memory://missing/x{suffix}"):
-        with pytest.raises(ValueError, match=rf"^{path}: .*(cannot be read|not readable)"):
+        with pytest.raises(ValueError, match=rf"^{path}: .*cannot be read"):
             list(read_documents(path))
 
 
@@ -288,30 +290,3 @@ def test_the_digest_is_that_of_the_file_as_stored(tmp_path, texts, suffix):
     digest = hashlib.sha256()
     assert texts_of(write(tmp_path, f"x{suffix}", data), digest=digest) == texts * 5
     assert digest.hexdigest() == hashlib.sha256(data).hexdigest()
-
-
-def test_ids_of_texts_are_128_bits_of_their_hash():
-    assert text_id("") == "99aa06d3014798d86001c324468d497f"  # XXH3's published value for no input
-    assert text_id("é") == text_id("\u00e9") != text_id("e\u0301")
-    assert text_id("é") != text_id("e\u0301")
-
-
-def test_a_file_of_another_form_is_noticed_early_and_a_few_bad_records_are_not():
-    malformed = MalformedRecords()
-    malformed.read = 10_000
-    for line in range(200):
-        malformed(Malformed("x.jsonl", line, "empty text"))
-    assert (malformed.count, len(malformed.examples)) == (200, 20)
-    malformed.check_form()
-    other = MalformedRecords()
-    for line in range(99):
-        other(Malformed("x.jsonl", line, "no text"))
-    with pytest.raises(ValueError, match=r"^100 of 100 records are malformed: .* text_field .* x\.jsonl, line 0: no text"):
-        other(Malformed("x.jsonl", 99, "no text"))
-
-
-def test_the_tolerated_share_of_malformed_records_is_a_limit():
-    check_malformed(1, 999, ["x.jsonl, line 5: empty text"], max_share=0.001)
-    check_malformed(0, 0, [], max_share=0)
-    with pytest.raises(ValueError, match=r"2 of 1000 records are malformed \(0\.20%\), .* 0\.10%:\n  x\.jsonl, line 5: empty"):
-        check_malformed(2, 998, ["x.jsonl, line 5: empty text"], max_share=0.001)

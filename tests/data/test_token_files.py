@@ -4,7 +4,7 @@ import numpy
 import pytest
 
 from longqlora.data.evaluation_sets import prepare_evaluation_set
-from longqlora.data.token_descriptions import read_description
+from longqlora.data.token_descriptions import document_spans
 from longqlora.data.token_files import check_vocabulary, read_tokens, tokenize_documents, write_tokens
 
 
@@ -15,6 +15,7 @@ def test_what_is_written_is_read_and_documents_end_where_the_description_says(tm
     description = write_tokens(path, documents, vocab_size=vocab_size, eos_token_id=2)
     assert read_tokens(path).tolist() == [5, 6, vocab_size - 1, 2, 2, 7, 2]
     assert description["document_ends"] == [4, 5, 7]
+    assert description["max_token_id"] == vocab_size - 1
     assert path.stat().st_size == 7 * item_bytes
     assert json.loads(path.with_suffix(".json").read_text()) == description
 
@@ -25,16 +26,17 @@ def test_longlora_files_are_read_as_they_are_published(tmp_path, tokenizer):
     ids.tofile(published)
     prepare_evaluation_set([str(published)], tokenizer, str(tmp_path / "ours.bin"))
     assert read_tokens(tmp_path / "ours.bin").tolist() == ids.tolist()
-    assert json.loads((tmp_path / "ours.json").read_text())["num_tokens"] == 497
+    description = json.loads((tmp_path / "ours.json").read_text())
+    assert (description["num_tokens"], description["max_token_id"]) == (497, 499)
 
 
-def test_bad_streams_are_refused_with_their_reason(tmp_path, tokenizer):
+def test_a_bad_stream_is_an_error_that_says_why(tmp_path, tokenizer):
     path = tmp_path / "bad.bin"
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"bad\.bin: the file is empty, expected a stream of uint16 token ids"):
         read_tokens(path)
     path.write_bytes(b"123")
-    with pytest.raises(ValueError, match="3 bytes are not a stream of uint16 token ids, 2 bytes each; it is cut off"):
+    with pytest.raises(ValueError, match="3 bytes are not a stream of uint16 token ids of 2 bytes each; the file is truncated"):
         read_tokens(path)
     numpy.array([3, 600], dtype="<u2").tofile(path)
     with pytest.raises(ValueError, match="token id 600, but the tokenizer's vocabulary ends at 511"):
@@ -45,25 +47,9 @@ def test_bad_streams_are_refused_with_their_reason(tmp_path, tokenizer):
         prepare_evaluation_set([str(path), "x.txt"], tokenizer, str(tmp_path / "out.bin"))
 
 
-def test_a_stream_with_no_description_is_one_document(tmp_path):
-    numpy.arange(3, 500, dtype="<u2").tofile(tmp_path / "x.bin")
-    assert read_description(tmp_path / "x.bin") == {"dtype": "uint16", "document_ends": [497]}
-    described = write_tokens(tmp_path / "y.bin", [[5], [6, 7]], vocab_size=2**17, eos_token_id=2)
-    assert read_description(tmp_path / "y.bin") == described
-
-
-def test_a_truncated_stream_is_not_taken_for_whole(tmp_path):
-    path = tmp_path / "x.bin"
-    write_tokens(path, [[1, 2, 3]], vocab_size=512, eos_token_id=2)
-    path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(ValueError, match=r"3 tokens, where .* says 4"):
-        read_tokens(path)
-
-
 def test_texts_come_back_from_their_tokens(tmp_path, texts, tokenizer):
     description = tokenize_documents(texts, tokenizer, str(tmp_path / "x.bin"))
     tokens = read_tokens(tmp_path / "x.bin")
-    starts = [0, *description["document_ends"][:-1]]
-    for text, start, end in zip(texts, starts, description["document_ends"], strict=True):
-        assert tokenizer.decode(tokens[start : end - 1]) == text
+    for text, (begin, end) in zip(texts, document_spans(description["document_ends"]), strict=True):
+        assert tokenizer.decode(tokens[begin : end - 1]) == text
         assert tokens[end - 1] == tokenizer.eos_token_id

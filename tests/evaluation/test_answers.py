@@ -1,5 +1,3 @@
-import json
-
 import pytest
 from conftest import tiny_llama
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -29,21 +27,20 @@ def chat_folder(tmp_path, tokenizer) -> str:
 def test_the_last_records_are_answered_up_to_their_last_question(tmp_path, chat_folder, monkeypatch, held_out):
     monkeypatch.setattr("longqlora.evaluation.answers.MAX_NEW_TOKENS", 4)
     write_parquet(str(tmp_path / "sft.parquet"), RECORDS, [record(number, 1 + number % 2) for number in range(10)])
-    paths = {"records": str(tmp_path / "sft.parquet"), "output": str(tmp_path / "a.json"), "markdown": str(tmp_path / "a.md")}
-    answer_held_out(model_path=chat_folder, held_out=held_out, label="chat", device="cpu", **paths)
-    rows = json.loads((tmp_path / "a.json").read_text())
+    rows = answer_held_out(model_path=chat_folder, records=str(tmp_path / "sft.parquet"), held_out=held_out, device="cpu")
     expected = [record(number, 1 + number % 2) for number in range(10)][10 - min(held_out, 10) :]
     assert [row["source"] for row in rows] == [row["source"] for row in expected]
     assert [row["messages"] for row in rows] == [row["messages"][:-1] for row in expected]
     assert [row["reference"] for row in rows] == [row["messages"][-1]["content"] for row in expected]
-    assert (tmp_path / "a.md").read_text().count("**Answer**") == len(rows)
+    assert all(isinstance(row["answer"], str) for row in rows)
+    assert render_answers("chat", rows).count("**Answer**") == len(rows)
 
 
 def test_an_answer_is_the_most_likely_continuation_of_the_prompt(tokenizer):
     tokens = {"bos_token": "<s>", "eos_token": "</s>"}
     chat = with_chat_template(PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **tokens))
     model = tiny_llama(max_position_embeddings=512)
-    model.generation_config.update(do_sample=True, temperature=5.0)  # what the base would like does not matter
+    model.generation_config.update(do_sample=True, temperature=5.0)  # the generation settings of the base are ignored
     messages = record(1)["messages"][:-1]
     first, again = (answer(model, chat, messages) for _ in range(2))
     assert first == again

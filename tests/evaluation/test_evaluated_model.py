@@ -1,17 +1,22 @@
-"""Systems as they are evaluated: adapters on the base, precisions, attention at inference, and what is beyond a context."""
+"""Models as they are evaluated: adapters on the base, precisions, attention in evaluation, and windows beyond the context."""
 
 import bitsandbytes
 import pytest
 import torch
-from conftest import LONGLORA, save_base, train_tiny
+from conftest import LONGLORA, evaluated_model, save_base, train_tiny
 from peft import PeftModel
 from transformers import LlamaForCausalLM, MptConfig
 
-from longqlora.evaluation.evaluated_model import EvaluatedModel
+from longqlora.config.settings import RopeExtension
+from longqlora.evaluation.evaluated_model import is_within_context, load_evaluated_model
 from longqlora.modeling.loading import load_model
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 512, (1, 64), generator=torch.Generator().manual_seed(0))
+
+
+def load(path: str, **fields):
+    return load_evaluated_model(evaluated_model(path, **fields), "cpu", 64)
 
 
 def logits_of(model, ids: torch.Tensor = IDS) -> torch.Tensor:
@@ -23,38 +28,30 @@ def logits_of(model, ids: torch.Tensor = IDS) -> torch.Tensor:
 def test_an_adapter_on_the_base_is_the_model_that_was_trained(model_folder, corpus, tmp_path, settings):
     adapter = str(tmp_path / "adapter")
     train_tiny(model_folder, corpus, adapter, steps=3, **settings)
-    scaled = {"path": model_folder, "target_context": 128, "precision": "float32"}
-    model = EvaluatedModel(**scaled, adapter=adapter).load(CPU, 64)
-    base = load_model(model_folder, device=CPU, precision="float32", target_context=128)
+    extension = RopeExtension(target_context=128)
+    model = load(model_folder, adapter=adapter, extension=extension)
+    base = load_model(model_folder, device=CPU, precision="float32", extension=extension)
     assert not any(module.training for module in model.modules())
     torch.testing.assert_close(logits_of(model), logits_of(PeftModel.from_pretrained(base, adapter).eval()))
-    assert not torch.allclose(logits_of(model), logits_of(EvaluatedModel(**scaled).load(CPU, 64)), atol=1e-4)
+    assert not torch.allclose(logits_of(model), logits_of(load(model_folder, extension=extension)), atol=1e-4)
 
 
 @pytest.mark.parametrize(("precision", "layer"), [("int8", bitsandbytes.nn.Linear8bitLt), ("nf4", bitsandbytes.nn.Linear4bit)])
-def test_quantised_weights_are_loaded_and_give_nearly_the_same(tmp_path, tokenizer, precision, layer):
+def test_quantized_weights_are_loaded_and_give_nearly_the_same_logits(tmp_path, tokenizer, precision, layer):
     folder = save_base(tmp_path / "base", tokenizer, hidden_size=64)
-    model = EvaluatedModel(folder, precision=precision).load(CPU, 64)
+    model = load(folder, precision=precision)
     assert isinstance(model.model.layers[0].mlp.up_proj, layer)
     exact = logits_of(LlamaForCausalLM.from_pretrained(folder).eval())
     assert 0 < (logits_of(model) - exact).norm() / exact.norm() < 0.2
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_weights_are_kept_in_the_type_that_is_asked_for(model_folder, precision):
-    assert EvaluatedModel(model_folder, precision=precision).load(CPU, 64).dtype is getattr(torch, precision)
+def test_weights_have_the_configured_type(model_folder, precision):
+    assert load(model_folder, precision=precision).dtype is getattr(torch, precision)
 
 
-def test_a_precision_that_is_unknown_is_refused(model_folder):
-    with pytest.raises(ValueError, match="precision 'int4' is unknown; known are auto, float32"):
-        EvaluatedModel(model_folder, precision="int4").load(CPU, 64)
-
-
-def test_sparse_attention_at_inference_differs_from_full_and_sees_no_future(model_folder):
-    full, sparse = (
-        EvaluatedModel(model_folder, precision="float32", attention=attention).load(CPU, 64)
-        for attention in ("full", "shifted_sparse")
-    )
+def test_sparse_attention_in_evaluation_differs_from_full_and_sees_no_future_token(model_folder):
+    full, sparse = (load(model_folder, attention=attention) for attention in ("full", "shifted_sparse"))
     torch.testing.assert_close(logits_of(sparse)[:, :8], logits_of(full)[:, :8])  # the first half of a group sees all before it
     assert (logits_of(sparse) - logits_of(full))[:, 32:].abs().max() > 1e-3
     for place in (7, 8, 16, 40, 63):
@@ -66,29 +63,31 @@ def test_sparse_attention_at_inference_differs_from_full_and_sees_no_future(mode
 
 
 def test_a_shorter_sequence_has_the_groups_of_the_window(model_folder):
-    sparse = EvaluatedModel(model_folder, precision="float32", attention="shifted_sparse").load(CPU, 64)
+    sparse = load(model_folder, attention="shifted_sparse")
     torch.testing.assert_close(logits_of(sparse, IDS[:, :41]), logits_of(sparse)[:, :41])
 
 
-def test_the_ratio_of_a_group_is_that_of_the_system(model_folder):
-    whole = EvaluatedModel(model_folder, precision="float32", attention="shifted_sparse", group_ratio=1.0).load(CPU, 64)
-    half = EvaluatedModel(model_folder, precision="float32", attention="shifted_sparse", group_ratio=0.5).load(CPU, 64)
+def test_the_group_ratio_reaches_the_attention(model_folder):
+    whole = load(model_folder, attention="shifted_sparse", group_ratio=1.0)
+    half = load(model_folder, attention="shifted_sparse", group_ratio=0.5)
     assert not torch.allclose(logits_of(whole), logits_of(half), atol=1e-4)
 
 
 def test_a_window_is_within_the_context_that_the_model_is_extended_to(model_folder):
-    base, linear = EvaluatedModel(model_folder), EvaluatedModel(model_folder, target_context=128)
-    assert [base.check_window(window) for window in (64, 65)] == [True, False]
-    assert [linear.check_window(window) for window in (65, 128, 129)] == [True, True, False]
+    base = evaluated_model(model_folder)
+    linear = evaluated_model(model_folder, extension=RopeExtension(target_context=128))
+    assert [is_within_context(base, window) for window in (64, 65)] == [True, False]
+    assert [is_within_context(linear, window) for window in (65, 128, 129)] == [True, True, False]
 
 
 def test_dynamic_scaling_adapts_to_any_window(model_folder):
-    assert EvaluatedModel(model_folder, target_context=128, rope_scaling="dynamic").check_window(10_000)
+    dynamic = RopeExtension(scaling="dynamic", target_context=128)
+    assert is_within_context(evaluated_model(model_folder, extension=dynamic), 10_000)
 
 
-def test_a_window_that_a_model_with_alibi_cannot_take_is_refused(tmp_path):
+def test_a_window_that_a_model_with_alibi_cannot_read_is_refused(tmp_path):
     MptConfig(d_model=32, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=512).save_pretrained(tmp_path / "mpt")
-    model = EvaluatedModel(str(tmp_path / "mpt"))
-    assert model.check_window(64)
+    model = evaluated_model(tmp_path / "mpt")
+    assert is_within_context(model, 64)
     with pytest.raises(ValueError, match=r"mpt: a window of 65 tokens is beyond the 64 that the model takes"):
-        model.check_window(65)
+        is_within_context(model, 65)

@@ -1,21 +1,30 @@
 import math
+from itertools import accumulate
+from unittest.mock import patch
 
 import numpy
 import pandas
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import evaluated_model, tiny_llama
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM, MptConfig, MptForCausalLM
 
+from longqlora.config.settings import Protocol, RopeExtension
 from longqlora.data.token_files import write_tokens
 from longqlora.evaluation import perplexity
-from longqlora.evaluation.perplexity import NonFiniteLogits, batches_of, evaluate_perplexity, position_edges, score
+from longqlora.evaluation.perplexity import NonFiniteLogits, batches_of, evaluate_perplexity, position_edges, score_windows
 from longqlora.evaluation.protocols import Window, make_windows
 from longqlora.jobs.launch import launch
 from longqlora.modeling.loading import load_model
 
 CPU = torch.device("cpu")
+
+
+def exact(window: int, stride: int | None = None) -> Protocol:
+    return Protocol(name="exact", window=window, stride=stride or window)
 
 
 def random_tokens(count: int, seed: int = 0) -> numpy.ndarray:
@@ -33,11 +42,9 @@ def evaluate(model, tokens_path, windows_path, *, window=32, stride=None, protoc
     return evaluate_perplexity(
         system="tiny model",
         dataset="random text",
-        model={"path": str(model), "precision": "float32", **fields},
+        model=evaluated_model(model, **fields),
         tokens_path=str(tokens_path),
-        protocol=protocol,
-        window=window,
-        stride=stride or window,
+        protocol=Protocol(name=protocol, window=window, stride=stride or window),
         device="cpu",
         windows_path=str(windows_path),
     )
@@ -61,8 +68,8 @@ def nll_by_token(model, tokens, windows: list[Window]) -> list[list[float]]:
 @pytest.mark.parametrize(("window", "stride"), [(16, 16), (16, 5), (64, 64), (7, 3)])
 def test_scoring_equals_one_forward_pass_a_token(model, monkeypatch, window, stride):
     monkeypatch.setattr(perplexity, "POSITIONS_PER_CHUNK", 8)  # chunks that do not divide the window
-    tokens, windows = random_tokens(60), make_windows("exact", [23, 24, 26, 60], window, stride)
-    by_window, by_position = score(model, tokens, windows)
+    tokens, windows = random_tokens(60), make_windows([23, 24, 26, 60], exact(window, stride))
+    by_window, by_position = score_windows(model, tokens, windows)
     expected = nll_by_token(model, tokens, windows)
     assert by_window["document"].tolist() == [part.document for part in windows]
     assert by_window["begin"].tolist() == [part.begin for part in windows]
@@ -79,31 +86,36 @@ def test_scoring_equals_one_forward_pass_a_token(model, monkeypatch, window, str
 
 
 def test_the_batch_and_its_padding_change_nothing(model, monkeypatch):
-    tokens, windows = random_tokens(200), make_windows("exact", [3, 30, 71, 150, 200], 16, 7)
+    tokens, windows = random_tokens(200), make_windows([3, 30, 71, 150, 200], exact(16, 7))
     assert len(batches_of(windows)) == 1
-    together = score(model, tokens, windows)
+    together = score_windows(model, tokens, windows)
     monkeypatch.setattr(perplexity, "TOKENS_PER_BATCH", 1)
     assert len(batches_of(windows)) == len(windows)
-    for batched, alone in zip(together, score(model, tokens, windows), strict=True):
+    for batched, alone in zip(together, score_windows(model, tokens, windows), strict=True):
         numpy.testing.assert_allclose(batched, alone, atol=1e-4)
 
 
-def test_a_short_window_is_scored_from_its_beginning_beside_a_long_one_that_is_not(model):
+def test_a_short_window_is_scored_from_its_beginning_in_a_batch_with_a_long_one_that_is_not(model):
     tokens, windows = random_tokens(40), [Window(0, 0, 10, 17), Window(0, 20, 21, 30)]
-    by_window, _ = score(model, tokens, windows)
+    by_window, _ = score_windows(model, tokens, windows)
     expected = nll_by_token(model, tokens, windows)
     numpy.testing.assert_allclose(by_window["nll"], [sum(losses) for losses in expected], atol=1e-4)
 
 
-def test_batches_hold_every_window_once_and_no_more_tokens_than_allowed(monkeypatch):
-    monkeypatch.setattr(perplexity, "TOKENS_PER_BATCH", 40)
-    windows = make_windows("exact", [3, 30, 71, 150, 200, 202], 16, 7)
-    batches = batches_of(windows)
+@given(
+    sizes=st.lists(st.integers(2, 300), min_size=1, max_size=20),
+    window=st.integers(1, 128),
+    tokens_per_batch=st.integers(1, 512),
+)
+def test_batches_hold_every_window_once_and_no_more_tokens_than_allowed(sizes, window, tokens_per_batch):
+    windows = make_windows(list(accumulate(sizes)), exact(window))
+    with patch.object(perplexity, "TOKENS_PER_BATCH", tokens_per_batch):
+        batches = batches_of(windows)
     assert sorted(index for batch in batches for index in batch) == list(range(len(windows)))
     lengths = [[windows[index].end - windows[index].begin for index in batch] for batch in batches]
-    flat = [length for batch in lengths for length in batch]
-    assert flat == sorted(flat, reverse=True)
-    assert all((batch[0] - 1) * len(batch) <= 40 for batch in lengths)
+    in_order = [length for batch in lengths for length in batch]
+    assert in_order == sorted(in_order, reverse=True)
+    assert all(len(batch) == 1 or (batch[0] - 1) * len(batch) <= tokens_per_batch for batch in lengths)
 
 
 # --- loss by position ------------------------------------------------------------------------------------------------------
@@ -111,7 +123,7 @@ def test_batches_hold_every_window_once_and_no_more_tokens_than_allowed(monkeypa
 
 def test_positions_are_binned_by_quarters_of_an_octave():
     assert position_edges(1).tolist() == [1, 2]
-    assert position_edges(8).tolist() == [1, 2, 3, 4, 5, 6, 7, 9]  # none is of the last one alone
+    assert position_edges(8).tolist() == [1, 2, 3, 4, 5, 6, 7, 9]  # no bin for the last position alone
     assert position_edges(70).tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 13, 16, 19, 23, 27, 32, 38, 45, 54, 64, 71]
 
 
@@ -122,15 +134,15 @@ def test_every_position_lies_in_one_bin(window):
     assert (numpy.diff(edges) > 0).all()
 
 
-def test_the_bins_hold_what_was_lost_there(monkeypatch):
+def test_the_bins_hold_the_losses_of_their_positions(monkeypatch):
     """A model whose loss at each token is the number of tokens before it."""
 
     def losses(model, tokens, skipped=0):
         return torch.arange(1, tokens.shape[1]).float().expand(len(tokens), -1)[:, skipped:]
 
     monkeypatch.setattr(perplexity, "nll_of_batch", losses)
-    windows = make_windows("exact", [21, 26], 16, 4)
-    by_window, by_position = score(tiny_llama(), random_tokens(26), windows)
+    windows = make_windows([21, 26], exact(16, 4))
+    by_window, by_position = score_windows(tiny_llama(), random_tokens(26), windows)
     assert by_window["nll"].tolist() == [sum(range(1, 17)), 13 + 14 + 15 + 16, 1 + 2 + 3 + 4]
     found = {row.tokens_before: (row.num_scored, row.nll) for row in by_position.itertuples()}
     assert found == {
@@ -141,8 +153,8 @@ def test_the_bins_hold_what_was_lost_there(monkeypatch):
 
 @pytest.mark.parametrize(("protocol", "stride"), [("exact", 64), ("exact", 10), ("longqlora", 64), ("longlora", 32)])
 def test_the_losses_by_position_add_up_to_all(model, protocol, stride):
-    windows = make_windows(protocol, [100, 250, 300], 64, stride)
-    by_window, by_position = score(model, random_tokens(300), windows)
+    windows = make_windows([100, 250, 300], Protocol(name=protocol, window=64, stride=stride))
+    by_window, by_position = score_windows(model, random_tokens(300), windows)
     assert by_position["num_scored"].sum() == by_window["num_scored"].sum() == sum(part.num_scored for part in windows)
     assert by_position["nll"].sum() == pytest.approx(by_window["nll"].sum(), rel=1e-9)
     assert (by_position["num_scored"] > 0).all()
@@ -164,7 +176,7 @@ def published_longlora(model, data: torch.Tensor, seq_len: int, stride: int) -> 
 
 
 def published_longqlora(model, data: torch.Tensor, seq_len: int) -> float:
-    """The pieces of LongQLoRA's evaluation data set, the last one as long as it comes."""
+    """The pieces of LongQLoRA's evaluation data set; the last one may be shorter."""
     pieces = [data[start : start + seq_len] for start in range(0, len(data), seq_len)]
     return math.exp(numpy.mean([window_loss(model, piece) for piece in pieces]))
 
@@ -185,9 +197,9 @@ def test_the_published_protocols_give_what_the_published_loops_give(model_folder
 # --- records ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_record_says_what_was_scored_and_the_windows_lie_beside_it(model_folder, tmp_path):
+def test_the_result_describes_the_measurement_and_the_windows_are_written(model_folder, tmp_path):
     path = write_stream(tmp_path / "t.bin", [80, 33, 5])
-    record = evaluate(model_folder, path, tmp_path / "w.parquet", stride=16, target_context=128)
+    record = evaluate(model_folder, path, tmp_path / "w.parquet", stride=16, extension=RopeExtension(target_context=128))
     windows = pandas.read_parquet(tmp_path / "w.parquet")
     assert (record["num_tokens"], record["num_scored"], record["num_documents"]) == (118, 79 + 32 + 4, 3)
     assert record["num_windows"] == len(windows)
@@ -216,7 +228,7 @@ def test_a_window_beyond_the_context_is_scored_and_marked(model_folder, tmp_path
     assert evaluate(model_folder, path, tmp_path / "w.parquet", window=64)["is_within_context"] is True
 
 
-def test_what_is_suspicious_of_the_set_stands_in_the_record(model_folder, tmp_path):
+def test_a_warning_about_the_set_is_recorded(model_folder, tmp_path):
     path = write_stream(tmp_path / "t.bin", [40])
     described = (tmp_path / "t.json").read_text()
     (tmp_path / "t.json").write_text(described[:-1] + ', "warning": "another tokenizer?"}')
@@ -255,6 +267,7 @@ def single_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.distributed
 def test_two_processes_give_what_one_gives_bit_for_bit(model_folder, tmp_path, monkeypatch, single_thread):
     path, records = write_stream(tmp_path / "t.bin", [9000, 70, 12000, 3, 9000]), []
     for processes in (1, 2):
@@ -264,17 +277,15 @@ def test_two_processes_give_what_one_gives_bit_for_bit(model_folder, tmp_path, m
             threads=processes,
             system="tiny model",
             dataset="random text",
-            model={"path": model_folder, "precision": "float32"},
+            model=evaluated_model(model_folder),
             tokens_path=path,
-            protocol="exact",
-            window=64,
-            stride=40,
+            protocol=exact(64, 40),
             device="cpu",
             windows_path=str(tmp_path / f"{processes}.parquet"),
         )
         records.append(answer)
     one, two = (pandas.read_parquet(tmp_path / f"{processes}.parquet") for processes in (1, 2))
-    windows = make_windows("exact", [9000, 9070, 21070, 21073, 30073], 64, 40)
+    windows = make_windows([9000, 9070, 21070, 21073, 30073], exact(64, 40))
     assert len(batches_of(windows)) > 3  # both have something to do
     pandas.testing.assert_frame_equal(one, two, check_exact=True)
     assert records[0] == records[1]  # loss_by_position and all
@@ -295,17 +306,15 @@ def test_a_model_without_rotary_positions_is_evaluated_as_it_is(tmp_path):
         expected = cross_entropy(model(tokens[:, :-1]).logits[0], tokens[0, 1:]).item()
     assert record["mean_nll"] == pytest.approx(expected, abs=1e-5)
     assert (record["model_context"], record["num_scored"]) == (64, 64)
-    with pytest.raises(ValueError, match="a window of 65 tokens is beyond the 64 that the model takes"):
-        evaluate(tmp_path / "mpt", path, tmp_path / "w.parquet", window=65)
 
 
 @pytest.mark.parametrize("rope_scaling", ["linear", "dynamic", "yarn", "llama3"])
-def test_an_untrained_model_is_evaluated_with_the_scaling_that_is_asked_for(model_folder, tmp_path, rope_scaling):
+def test_an_untrained_model_is_evaluated_with_the_configured_scaling(model_folder, tmp_path, rope_scaling):
     path = write_stream(tmp_path / "t.bin", [129])
-    scaled = {"target_context": 128, "rope_scaling": rope_scaling}
-    record = evaluate(model_folder, path, tmp_path / "w.parquet", window=128, **scaled)
+    extension = RopeExtension(scaling=rope_scaling, target_context=128)
+    record = evaluate(model_folder, path, tmp_path / "w.parquet", window=128, extension=extension)
     assert record["is_within_context"] is True
-    model = load_model(model_folder, device=CPU, target_context=128, rope_scaling=rope_scaling).eval()
+    model = load_model(model_folder, device=CPU, extension=extension).eval()
     tokens = torch.tensor(numpy.fromfile(path, "<u2").astype("int64"))[None]
     with torch.no_grad():
         logits = model(tokens[:, :-1]).logits

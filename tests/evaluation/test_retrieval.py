@@ -3,22 +3,22 @@ import re
 import numpy
 import pytest
 import torch
-from conftest import save_base
+from conftest import evaluated_model, save_base
 from transformers import MptConfig, MptForCausalLM
 
+from longqlora.config.settings import RetrievalSettings
 from longqlora.data.token_files import tokenize_documents
 from longqlora.evaluation import retrieval
-from longqlora.evaluation.evaluated_model import EvaluatedModel
+from longqlora.evaluation.evaluated_model import load_evaluated_model
 from longqlora.evaluation.perplexity import NonFiniteLogits
-from longqlora.evaluation.retrieval import answer, evaluate_retrieval, recognise
-from longqlora.evaluation.retrieval_tasks import CHOICES, CUE_TOKENS, PASSAGE_TOKENS, Prompt, make_prompts
+from longqlora.evaluation.retrieval import answer, evaluate_retrieval, score_repetitions
+from longqlora.evaluation.retrieval_tasks import NUM_CANDIDATES, PASSAGE_TOKENS, UNSCORED_TOKENS, Prompt, make_prompts
 
-CPU = torch.device("cpu")
 TASKS = ("passkey", "single_needle", "multi_key", "multi_value")
 
 
 class Reader:
-    """Stands in for a model: it finds by looking what the question at the end of a prompt asks for."""
+    """Replaces a model: it looks up in the prompt what the question at its end asks for."""
 
     def __init__(self, model, tokenizer, share: float = 1):
         self.model, self.tokenizer, self.share = model, tokenizer, share
@@ -50,28 +50,34 @@ def base(tmp_path_factory, tokenizer) -> str:
 
 @pytest.fixture
 def ask(base, corpus):
-    def run(**changes):
-        usual = {
-            "model": {"path": base, "precision": "float32"}, "tokenizer": base, "filler": corpus, "tasks": list(TASKS),
-            "length": 600, "depths": [0, 1], "samples": 3, "seed": 1, "device": "cpu",
-        }  # fmt: skip
-        return evaluate_retrieval(**{**usual, **changes})
+    def run(model=None, filler=corpus, length=600, **settings):
+        usual = {"tasks": list(TASKS), "depths": [0.0, 1.0], "samples": 3, "seed": 1}
+        return evaluate_retrieval(
+            model=model or evaluated_model(base),
+            tokenizer=base,
+            filler=filler,
+            length=length,
+            settings=RetrievalSettings(**{**usual, **settings}),
+            device="cpu",
+        )
 
     return run
 
 
 @pytest.fixture
 def reading(monkeypatch, tokenizer):
-    """Put a Reader in the place of every model that is loaded."""
+    """Replace every model that is loaded by a Reader."""
 
-    def stand_in(**options):
-        load = EvaluatedModel.load
-        monkeypatch.setattr(EvaluatedModel, "load", lambda self, *given: Reader(load(self, *given), tokenizer, **options))
+    def replace(**options):
+        def load(*given):
+            return Reader(load_evaluated_model(*given), tokenizer, **options)
 
-    return stand_in
+        monkeypatch.setattr(retrieval, "load_evaluated_model", load)
+
+    return replace
 
 
-def test_who_reads_the_prompt_finds_everything(ask, reading):
+def test_a_model_that_reads_the_prompt_finds_everything(ask, reading):
     reading()
     record = ask()
     assert [(cell["task"], cell["depth"]) for cell in record["cells"]] == [(task, depth) for task in TASKS for depth in (0, 1)]
@@ -79,7 +85,7 @@ def test_who_reads_the_prompt_finds_everything(ask, reading):
     assert {cell["samples"] for cell in record["cells"]} == {3}
 
 
-def test_who_names_half_of_several_numbers_gets_half_of_them(ask, reading):
+def test_an_answer_with_half_of_several_numbers_scores_one_half(ask, reading):
     reading(share=0.5)
     assert ask(tasks=["multi_value"])["accuracy"] == 0.5
 
@@ -91,10 +97,10 @@ def test_an_untrained_model_finds_next_to_nothing(ask):
 
 
 def test_a_record_says_how_it_was_measured(ask, base):
-    record = ask(tasks=["induction"], length=64, samples=1, model={"path": base, "precision": "bfloat16"})
+    record = ask(tasks=["induction"], length=64, samples=1, model=evaluated_model(base, precision="bfloat16"))
     stamp = {"precision": "bfloat16", "attention": "full", "model": base, "seed": 1, "is_within_context": True}
     assert stamp.items() <= record.items()
-    assert ask(tasks=["induction"], length=900, samples=1, depths=[0])["is_within_context"] is False
+    assert ask(tasks=["induction"], length=900, samples=1, depths=[0.0])["is_within_context"] is False
 
 
 def test_prompts_are_answered_in_batches_and_each_gets_its_own_score(model, tokenizer, corpus, monkeypatch):
@@ -115,9 +121,9 @@ def greedy(model, ids: list[int], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("attention", ["full", "shifted_sparse"])
-def test_a_model_continues_greedily_with_the_attention_that_is_asked_for(base, tokenizer, attention, monkeypatch):
+def test_a_model_continues_greedily_with_the_configured_attention(base, tokenizer, attention, monkeypatch):
     """The answers are what the model says token by token."""
-    model = EvaluatedModel(base, precision="float32", attention=attention).load(CPU, 64)
+    model = load_evaluated_model(evaluated_model(base, attention=attention), "cpu", 64)
     texts = []
     monkeypatch.setattr(retrieval, "score_answer", lambda prompt, text: texts.append(text) or 0)
     prompts = [Prompt(numpy.random.default_rng(seed).integers(3, 512, 60).tolist(), ["1"]) for seed in range(3)]
@@ -129,46 +135,44 @@ def losses_by_hand(model, text: list[int]) -> float:
     with torch.no_grad():
         logits = model(torch.tensor(text)[None]).logits[0, :-1]
     losses = torch.nn.functional.cross_entropy(logits, torch.tensor(text[1:]), reduction="none")
-    return losses[CUE_TOKENS - PASSAGE_TOKENS :].double().sum().item()
+    return losses[UNSCORED_TOKENS - PASSAGE_TOKENS :].double().sum().item()
 
 
 def test_a_passage_is_found_where_it_is_likelier_after_itself_than_after_any_other(model, monkeypatch):
     monkeypatch.setattr(retrieval, "TOKENS_PER_BATCH", 3 * 60)
-    repetitions = numpy.random.default_rng(0).integers(3, 512, (12, CHOICES, 60))
+    repetitions = numpy.random.default_rng(0).integers(3, 512, (12, NUM_CANDIDATES, 60))
     repetitions[:, :, -PASSAGE_TOKENS:] = repetitions[:, :1, -PASSAGE_TOKENS:]
     expected = []
-    for choices in repetitions.tolist():
-        losses = [losses_by_hand(model, text) for text in choices]
+    for candidates in repetitions.tolist():
+        losses = [losses_by_hand(model, text) for text in candidates]
         expected.append(float(losses[0] < min(losses[1:])))
-    assert recognise(model, repetitions.tolist()) == expected
+    assert score_repetitions(model, repetitions.tolist()) == expected
     assert 0 < sum(expected) < 12  # by chance
 
 
 def test_a_model_that_does_not_see_the_passage_has_not_found_it(model):
-    same = numpy.tile(numpy.random.default_rng(0).integers(3, 512, 60), (1, CHOICES, 1)).tolist()
-    assert recognise(model, same) == [0]
+    same = numpy.tile(numpy.random.default_rng(0).integers(3, 512, 60), (1, NUM_CANDIDATES, 1)).tolist()
+    assert score_repetitions(model, same) == [0]
 
 
 def test_a_loss_that_is_not_a_number_is_an_error_and_no_miss(model):
     with torch.no_grad():
         model.lm_head.weight[3, 0] = float("nan")
-    repetitions = numpy.random.default_rng(0).integers(3, 512, (1, CHOICES, 60)).tolist()
+    repetitions = numpy.random.default_rng(0).integers(3, 512, (1, NUM_CANDIDATES, 60)).tolist()
     with pytest.raises(NonFiniteLogits, match="the loss of a repeated passage is not a number"):
-        recognise(model, repetitions)
+        score_repetitions(model, repetitions)
 
 
 def test_a_model_without_rotary_positions_can_be_asked(tmp_path, ask):
     torch.manual_seed(0)
     config = MptConfig(d_model=32, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=512)
     MptForCausalLM(config).save_pretrained(tmp_path / "mpt")
-    asked = {"model": {"path": str(tmp_path / "mpt"), "precision": "float32"}, "tasks": ["induction"]}
-    assert 0 <= ask(**asked, length=64)["accuracy"] <= 1
-    with pytest.raises(ValueError, match="a window of 65 tokens is beyond the 64 that the model takes"):
-        ask(**asked, length=65)
+    model = evaluated_model(tmp_path / "mpt")
+    assert 0 <= ask(model=model, tasks=["induction"], length=64)["accuracy"] <= 1
 
 
-def test_a_length_that_is_too_short_is_told_before_the_model_is_loaded(ask, monkeypatch):
-    monkeypatch.setattr(EvaluatedModel, "load", lambda *_: pytest.fail("loaded"))
+def test_a_length_that_is_too_short_is_refused_before_the_model_is_loaded(ask, monkeypatch):
+    monkeypatch.setattr(retrieval, "load_evaluated_model", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ValueError, match="64 tokens are too short for the task passkey"):
         ask(length=64)
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longqlora.evaluation.retrieval_tasks import (
-    CHOICES,
+    NUM_CANDIDATES,
     NUM_NEEDLES,
     PASSAGE_TOKENS,
     Prompt,
@@ -74,6 +74,11 @@ def test_all_needles_stand_in_the_text_and_the_question_asks_for_the_answer(draw
         assert not any(answer in question for answer in prompt.answers)
 
 
+def test_an_integer_depth_draws_the_same_prompts_as_a_float(draw, repeat):
+    assert draw("multi_key", depth=1) == draw("multi_key", depth=1.0)
+    assert repeat(depth=0) == repeat(depth=0.0)
+
+
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("depth", [0, 0.25, 0.5, 1])
 def test_the_needle_that_is_asked_for_lies_at_the_depth(draw, tokenizer, task, depth):
@@ -118,12 +123,12 @@ def repeat(filler):
 @pytest.mark.parametrize("depth", [0, 0.3, 1])
 def test_the_texts_of_an_induction_differ_in_the_passage_at_the_depth_alone(repeat, depth):
     at = round(depth * (300 - 2 * PASSAGE_TOKENS))
-    for choices in repeat(depth=depth):
-        assert len(choices) == CHOICES
-        assert {len(text) for text in choices} == {300}
-        assert len({tuple(text[:at] + text[at + PASSAGE_TOKENS :]) for text in choices}) == 1
-        repeated = choices[0][-PASSAGE_TOKENS:]
-        assert [text[at : at + PASSAGE_TOKENS] == repeated for text in choices] == [True] + [False] * (CHOICES - 1)
+    for candidates in repeat(depth=depth):
+        assert len(candidates) == NUM_CANDIDATES
+        assert {len(text) for text in candidates} == {300}
+        assert len({tuple(text[:at] + text[at + PASSAGE_TOKENS :]) for text in candidates}) == 1
+        repeated = candidates[0][-PASSAGE_TOKENS:]
+        assert [text[at : at + PASSAGE_TOKENS] == repeated for text in candidates] == [True] + [False] * (NUM_CANDIDATES - 1)
 
 
 def test_the_same_arguments_draw_the_same_repetitions_and_others_others(repeat):

@@ -3,19 +3,23 @@ import math
 import numpy
 import pandas
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from longqlora.config.settings import Protocol
 from longqlora.evaluation.statistics import (
-    ENOUGH_DOCUMENTS,
+    MIN_DOCUMENTS,
     Estimate,
     mean_nll,
-    overlap_of,
+    num_overlapping_windows,
     paired_difference,
     ratio_estimate,
-    student_quantile,
-    units_of,
+    sampling_units,
 )
 
-EXACT = {"protocol": "exact", "window": 8, "stride": 8}
+EXACT = Protocol(name="exact", window=8, stride=8)
+LONGLORA = Protocol(name="longlora", window=8, stride=8)
+LOSSES = st.lists(st.floats(-100, 100), min_size=2, max_size=40)
 
 
 def windows_of(nll, num_scored=None, document=None) -> pandas.DataFrame:
@@ -25,17 +29,18 @@ def windows_of(nll, num_scored=None, document=None) -> pandas.DataFrame:
 
 
 @pytest.mark.parametrize(("degrees", "value"), [(1, 12.706), (2, 4.303), (3, 3.182), (5, 2.571), (10, 2.228), (30, 2.042)])
-def test_quantiles_are_those_of_the_table(degrees, value):
-    assert student_quantile(0.975, degrees) == pytest.approx(value, rel=0.01 if degrees == 3 else 0.002)
-    assert student_quantile(0.025, degrees) == pytest.approx(-student_quantile(0.975, degrees))
+def test_intervals_are_those_of_the_published_table_of_students_t(degrees, value):
+    low, high = Estimate(mean=1.0, standard_error=0.1, num_units=degrees + 1).interval()
+    assert (low, high) == (pytest.approx(1 - 0.1 * value, abs=1e-4), pytest.approx(1 + 0.1 * value, abs=1e-4))
 
 
 def test_the_mean_is_weighted_by_tokens_or_over_windows_as_the_protocol_says():
     windows = windows_of([10.0, 3.0], num_scored=[10, 1])
     exact, _ = mean_nll(windows, EXACT)
     assert exact.mean == pytest.approx(13 / 11)
-    for protocol in ("longqlora", "longlora"):
-        assert mean_nll(windows, EXACT | {"protocol": protocol})[0].mean == pytest.approx((1 + 3) / 2)
+    for name in ("longqlora", "longlora"):
+        protocol = Protocol(name=name, window=8, stride=8)
+        assert mean_nll(windows, protocol)[0].mean == pytest.approx((1 + 3) / 2)
 
 
 def test_windows_with_the_same_mean_have_no_error_whatever_their_sizes():
@@ -48,9 +53,17 @@ def test_a_single_unit_has_no_error_and_no_interval():
     assert (estimate.mean, estimate.standard_error, estimate.interval()) == (1.5, None, None)
 
 
-def test_the_interval_is_students():
-    low, high = Estimate(mean=1.0, standard_error=0.1, num_units=3).interval()
-    assert (low, high) == (pytest.approx(1 - 0.4303, abs=1e-4), pytest.approx(1 + 0.4303, abs=1e-4))
+@given(losses=LOSSES, factor=st.floats(0.01, 100), overlap=st.integers(0, 3), data=st.data())
+def test_an_estimate_scales_with_its_values_and_inversely_with_its_weights(losses, factor, overlap, data):
+    sizes = data.draw(st.lists(st.integers(1, 50), min_size=len(losses), max_size=len(losses)))
+    values, weights = numpy.array(losses), numpy.array(sizes, dtype=float)
+    estimate = ratio_estimate(values, weights, overlap)
+    for values_factor, weights_factor in [(factor, 1), (1, factor), (factor, factor)]:
+        scaled = ratio_estimate(values_factor * values, weights_factor * weights, overlap)
+        ratio = values_factor / weights_factor
+        assert scaled.num_units == estimate.num_units
+        assert scaled.mean == pytest.approx(ratio * estimate.mean, rel=1e-9, abs=1e-9)
+        assert scaled.standard_error == pytest.approx(ratio * estimate.standard_error, rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize("sizes", [numpy.full(25, 8), numpy.arange(4, 79, 3)], ids=["equal units", "unequal units"])
@@ -66,11 +79,11 @@ def test_the_standard_error_is_the_deviation_of_the_mean_over_repeated_draws(siz
     assert math.sqrt(squares) == pytest.approx(deviation, rel=0.06)
 
 
-def test_overlapping_windows_are_not_taken_for_independent():
+def test_overlapping_windows_are_not_treated_as_independent():
     """Windows over noise, each sharing three quarters of its tokens with the one before."""
     rng, window, stride = numpy.random.default_rng(0), 32, 8
-    protocol = {"protocol": "longlora", "window": window, "stride": stride}
-    assert overlap_of(protocol) == 3
+    protocol = Protocol(name="longlora", window=window, stride=stride)
+    assert num_overlapping_windows(protocol) == 3
     right, naive = [], []
     for _ in range(1000):
         noise = rng.normal(2.0, 1.0, 4000)
@@ -85,20 +98,20 @@ def test_overlapping_windows_are_not_taken_for_independent():
 
 @pytest.mark.parametrize(("window", "stride", "overlap"), [(1024, 256, 3), (1000, 256, 3), (256, 256, 0), (257, 256, 1)])
 def test_a_window_overlaps_those_that_began_less_than_a_window_before_it(window, stride, overlap):
-    assert overlap_of({"protocol": "longlora", "window": window, "stride": stride}) == overlap
-    assert overlap_of({"protocol": "exact", "window": window, "stride": stride}) == 0
+    assert num_overlapping_windows(Protocol(name="longlora", window=window, stride=stride)) == overlap
+    assert num_overlapping_windows(Protocol(name="exact", window=window, stride=stride)) == 0
 
 
-def test_documents_are_the_units_where_there_are_enough_of_them():
-    for documents, unit, units in [(ENOUGH_DOCUMENTS, "documents", ENOUGH_DOCUMENTS), (ENOUGH_DOCUMENTS - 1, "windows", 58)]:
+def test_documents_are_the_sampling_units_if_there_are_enough_of_them():
+    for documents, unit, units in [(MIN_DOCUMENTS, "documents", MIN_DOCUMENTS), (MIN_DOCUMENTS - 1, "windows", 58)]:
         numbers = numpy.repeat(numpy.arange(documents), 2)
         windows = windows_of(numpy.arange(2.0 * documents), document=numbers)
-        values, weights, name = units_of(windows, equally=False)
+        values, weights, name = sampling_units(windows, EXACT)
         assert (name, len(values), values.sum(), weights.sum()) == (unit, units, windows["nll"].sum(), 16 * documents)
-        assert units_of(windows, equally=True)[2] == "windows"
+        assert sampling_units(windows, LONGLORA)[2] == "windows"
 
 
-def test_what_is_alike_in_a_document_does_not_count_as_independent():
+def test_windows_of_one_document_do_not_count_as_independent():
     """Ten windows of each document have the same loss: the error is that of 40 documents, not of 400 windows."""
     means = numpy.random.default_rng(0).normal(3.0, 0.5, 40)
     windows = windows_of(8 * numpy.repeat(means, 10), document=numpy.repeat(numpy.arange(40), 10))
@@ -108,7 +121,7 @@ def test_what_is_alike_in_a_document_does_not_count_as_independent():
 def test_paired_intervals_hold_the_true_difference_as_often_as_they_say():
     rng, held, widths = numpy.random.default_rng(0), 0, []
     for _ in range(800):
-        hard = rng.normal(20, 8, 12)  # what is hard for both
+        hard = rng.normal(20, 8, 12)  # how hard each window is for both systems
         one, other = windows_of(hard + rng.normal(0.4, 0.5, 12)), windows_of(hard + rng.normal(0, 0.5, 12))
         low, high = paired_difference(one, other, EXACT).interval()
         held += low <= 0.4 / 8 <= high
@@ -123,7 +136,20 @@ def test_a_difference_is_below_zero_where_the_first_is_better():
     assert (estimate.mean, estimate.standard_error) == (-1.0, 0.0)
     windows, others = (windows_of(nll, num_scored=[10, 1]) for nll in ([10.0, 3.0], [0.0, 0.0]))
     assert paired_difference(windows, others, EXACT).mean == pytest.approx(13 / 11)
-    assert paired_difference(windows, others, EXACT | {"protocol": "longlora"}).mean == pytest.approx(2)
+    assert paired_difference(windows, others, LONGLORA).mean == pytest.approx(2)
+
+
+@given(
+    losses=LOSSES, protocol=st.sampled_from([EXACT, LONGLORA, Protocol(name="longlora", window=8, stride=3)]), data=st.data()
+)
+def test_the_difference_changes_its_sign_when_the_systems_change_places(losses, protocol, data):
+    others = data.draw(st.lists(st.floats(-100, 100), min_size=len(losses), max_size=len(losses)))
+    sizes = data.draw(st.lists(st.integers(1, 50), min_size=len(losses), max_size=len(losses)))
+    one, other = windows_of(losses, num_scored=sizes), windows_of(others, num_scored=sizes)
+    forward, backward = paired_difference(one, other, protocol), paired_difference(other, one, protocol)
+    assert backward.mean == -forward.mean
+    assert backward.standard_error == forward.standard_error
+    assert backward.interval() == (-forward.interval()[1], -forward.interval()[0])
 
 
 @pytest.mark.parametrize("change", [{"begin": [0, 2]}, {"num_scored": [8, 7]}, {"document": [0, 1]}])

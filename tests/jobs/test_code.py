@@ -1,20 +1,16 @@
-"""What of the code counts for a rerun: which files, and what they say."""
+"""Which code a rule's result depends on, and which edits of it change its digest."""
 
 import os
-import re
-import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
-import yaml
 
-from longqlora.jobs.code import Code, describe_code
+from longqlora.jobs.code import WITHOUT_EFFECT, Code, describe_code
 from longqlora.jobs.digests import FileFacts, digest_of_values, stamp
 
-SAID = """
+SOURCE = """
 import json
 from longqlora.b import x
 
@@ -50,9 +46,9 @@ def digest(folder: Path, text: str) -> str:
         lambda text: text.replace("not b", "(not b)").replace("\n", "\n\n").replace("= 3", "= 0x3"),
     ],
 )
-def test_comments_docstrings_and_format_say_nothing(tmp_path, change):
-    assert change(SAID) != SAID
-    assert digest(tmp_path, change(SAID)) == digest(tmp_path, SAID)
+def test_comments_docstrings_and_formatting_do_not_change_the_digest(tmp_path, change):
+    assert change(SOURCE) != SOURCE
+    assert digest(tmp_path, change(SOURCE)) == digest(tmp_path, SOURCE)
 
 
 @pytest.mark.parametrize(
@@ -63,43 +59,66 @@ def test_comments_docstrings_and_format_say_nothing(tmp_path, change):
         ("def method", "async def method"), ("c=(1, 2)", "c=[1, 2]"), ("int", "str"), ("*b", "b"), ("{{b}}", "{b}"),
     ],
 )  # fmt: skip
-def test_whatever_else_changes_does_count(tmp_path, old, new):
-    assert digest(tmp_path, SAID.replace(old, new)) != digest(tmp_path, SAID)
+def test_every_other_edit_changes_the_digest(tmp_path, old, new):
+    assert digest(tmp_path, SOURCE.replace(old, new)) != digest(tmp_path, SOURCE)
 
 
-def pythons() -> list[str]:
-    """Other Pythons of this machine that are 3.11 or newer."""
-    found = []
-    for minor in range(11, 15):
-        names = [shutil.which(f"python3.{minor}")]
-        names += [
-            str(path)
-            for path in Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob(f"versions/3.{minor}.*/bin/python")
-        ]
-        for name in filter(None, names):
-            asked = [name, "-c", "import sys; print(sys.version_info[1])"]
-            answer = subprocess.run(asked, capture_output=True, text=True)
-            if answer.stdout.strip() == str(minor) != str(sys.version_info[1]):
-                found.append(name)
-                break
-    return found
+SYNTAX = r'''
+from __future__ import annotations
+
+import asyncio as a, os.path
+from longqlora.data import packing
+from . import sibling
+
+CONSTANT: int = 0x1F + 1_000 + 10**30
+"""Of a constant."""
+text = u"é \U0001fae8 \x7f" "joined" + f"{a!r:>{CONSTANT}} {{x}} {os=}" f"" "end" + rf"\d{1:{2}.{3}}" + f"{'a' 'b'}"
+data, number, *rest = b"\xff", 1j, ..., None, -1.5e-300, float("inf")
 
 
-def test_other_pythons_find_the_same_digests(root):
-    others = pythons()
-    if not others:
-        pytest.skip("no other Python from 3.11 on is installed")
-    code = (
-        "import sys; sys.path.insert(0, '.')\n"
-        "from pathlib import Path\n"
-        "from longqlora.jobs.code import describe_code\n"
-        "for path in sorted(path for name in ('longqlora', 'workflow', 'tests') for path in Path(name).rglob('*.py')):\n"
-        "    print(path, describe_code(path)['digest'])\n"
-    )
-    expected = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
-    assert expected.count("\n") > 80
-    for python in others:
-        assert subprocess.run([python, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout == expected
+@a.decorator(1, key=[*rest], **{})
+class A(Base, metaclass=Meta):
+    value: dict[str, int | None] = {"a": 1, **other}
+
+    async def method(self, x, /, y: int = 3, *z, k=(1, 2), **d) -> "str":
+        """A docstring."""
+        global g
+        async with x as (p, q), y:
+            await z
+        async for i in k:
+            yield i
+        else:
+            pass
+        try:
+            raise ValueError from None
+        except* (TypeError, OSError) as error:
+            del error
+        finally:
+            assert x, f"{x}"
+
+    def branches(self, n):
+        nonlocal_ = lambda *a, b=1: (yield from a)
+        while (m := n[1:2, ::3]) and not m or n < 1 <= 2 != 3 is not None:
+            n @= 1 if m else 2
+            continue
+        return [i async for i in n if i], {i for i in n}, {i: i for i in n}, (i for i in n)
+
+
+match CONSTANT:
+    case {"a": [1, *_], **kw} | A(x=1, y=None) if kw:
+        ...
+    case (1 | -2) as z:
+        pass
+    case _:
+        pass
+'''
+
+
+def test_every_python_computes_the_same_digests(tmp_path):
+    """A job may run on another Python than the workflow. If digests are computed in another way, every rule runs again: then
+    the changelog must say so."""
+    assert digest(tmp_path, SOURCE) == "47351ad31d17"
+    assert digest(tmp_path, SYNTAX) == "bd46cab599d9"
 
 
 @pytest.fixture
@@ -108,11 +127,13 @@ def package(tmp_path) -> Path:
     files = {
         "longqlora/__init__.py": "",
         "longqlora/a.py": "from longqlora.b import x\n",
-        "longqlora/b.py": "def f():\n    import longqlora.c\n    from longqlora.jobs import log\n",
-        "longqlora/c.py": "import longqlora.a\nimport longqlora.modeling.compatibility\n",  # a circle
+        "longqlora/b.py": "import longqlora.config.settings\ndef f():\n    import longqlora.c, longqlora.jobs.log\n",
+        "longqlora/c.py": "import longqlora.a\nimport longqlora.modeling.compatibility\n",  # a cycle
         "longqlora/d.py": "import os\n",
         "longqlora/unused.py": "",
         "longqlora/modeling/compatibility.py": "",
+        "longqlora/config/__init__.py": "",
+        "longqlora/config/settings.py": "",
         "longqlora/jobs/__init__.py": "",
         "longqlora/jobs/log.py": "",
         "script.py": "from longqlora.a import x\nfrom longqlora import d\nimport json\n",
@@ -146,67 +167,95 @@ def test_an_import_that_is_new_is_followed(package):
     assert "longqlora/unused.py" in code_of(package).files_behind("script.py")
 
 
-def modules_behind(root: Path, script: str) -> set[str]:
-    files = Code(root, FileFacts()).files_behind(f"workflow/scripts/{script}.py")
-    assert f"workflow/scripts/{script}.py" in files
-    return {file.removeprefix("longqlora/").removesuffix(".py") for file in files if file.startswith("longqlora/")}
+# --- the scripts of this project -------------------------------------------------------------------------------------------
 
 
-TOKENS = {"data/token_files", "data/token_descriptions"}
-LOADING = {"modeling/loading", "modeling/devices", "modeling/rope"}
+@pytest.fixture(scope="session")
+def code(root) -> Code:
+    return Code(root, FileFacts())
 
 
-def test_training_depends_on_what_can_change_weights_and_on_nothing_else(root):
-    base = {"data/packing", "modeling/chunked_loss"} | TOKENS | LOADING
-    trained = {"modeling/attention", "training/adapters", "training/trainer", "training/train"}
-    assert modules_behind(root, "train") == base | trained
-    assert modules_behind(root, "merge_adapter") == base | {
-        "modeling/model_files", "publishing/merge_report", "publishing/merging", "publishing/weights"
-    }  # fmt: skip
+@pytest.fixture(scope="session")
+def scripts(root) -> list[str]:
+    return sorted(path.relative_to(root).as_posix() for path in (root / "workflow/scripts").glob("*.py"))
 
 
-def test_stages_depend_on_what_they_use_and_on_nothing_else(root):
-    shown = {"config/ablations", "evaluation/statistics", "evaluation/protocols", "reporting/tables"}
-    assert modules_behind(root, "render_table") == shown
-    for script in ("plot_perplexity", "plot_loss_by_position", "report_retrieval", "report_ablation"):
-        assert modules_behind(root, script) == shown | {"reporting/figures", "reporting/plots"}
-    evaluation = {"evaluated_model", "statistics", "perplexity", "protocols"}
-    evaluation = {f"evaluation/{name}" for name in evaluation} | TOKENS | LOADING | {"modeling/attention"}
-    assert modules_behind(root, "evaluate_perplexity") == evaluation
-    assert modules_behind(root, "evaluate_retrieval") == evaluation | {"evaluation/retrieval_tasks", "evaluation/retrieval"}
-    assert modules_behind(root, "publish_model") == TOKENS | {
-        "data/chat_template", "modeling/model_files", "publishing/model_card", "publishing/model_folder"
-    }  # fmt: skip
-    assert modules_behind(root, "plot_loss") == {"reporting/figures", "reporting/loss_curves"}
+def rooms_behind(code: Code, name: str) -> set[str]:
+    """The rooms of the package whose files a script depends on."""
+    files = code.files_behind(f"workflow/scripts/{name}.py")
+    assert f"workflow/scripts/{name}.py" in files
+    return {file.split("/")[1] for file in files if file.startswith("longqlora/")}
 
 
-def test_what_does_not_count_imports_nothing_that_does(root):
-    """Else an edit of such a module would go unnoticed."""
-    code = Code(root, FileFacts())
-    for path in [*(root / "longqlora/jobs").glob("*.py"), root / "longqlora/modeling/compatibility.py"]:
-        assert code.files_behind(path.relative_to(root).as_posix()) == []
+@pytest.mark.parametrize(
+    ("names", "independent_of"),
+    [
+        (["sample_corpus", "sample_shard", "build_sft_set"], {"modeling", "training", "publishing", "evaluation", "reporting"}),
+        (["tokenize_corpus", "tokenize_sft"], {"modeling", "training", "publishing", "evaluation", "reporting"}),
+        (["train"], {"publishing", "evaluation", "reporting"}),
+        (["merge_adapter", "publish_model"], {"training", "evaluation", "reporting"}),
+        (["evaluate_perplexity", "evaluate_retrieval"], {"training", "publishing", "reporting"}),
+        (["render_table", "plot_perplexity", "report_retrieval", "report_ablation"], {"modeling", "training", "publishing"}),
+    ],
+)
+def test_an_edit_in_a_room_does_not_rerun_scripts_that_are_independent_of_it(code, names, independent_of):
+    for name in names:
+        assert not rooms_behind(code, name) & independent_of
 
 
-def test_packages_say_nothing_by_themselves(root):
-    """Nobody follows an import to the __init__.py of a package."""
+def test_each_stage_depends_on_its_own_modules(code):
+    for name, module in {
+        "train": "training/trainer", "merge_adapter": "publishing/merging", "publish_model": "publishing/model_card",
+        "evaluate_perplexity": "evaluation/perplexity", "evaluate_retrieval": "evaluation/retrieval_tasks",
+        "render_table": "reporting/tables", "plot_loss": "reporting/loss_curves", "sample_corpus": "data/corpus",
+        "tokenize_sft": "data/token_files",
+    }.items():  # fmt: skip
+        assert f"longqlora/{module}.py" in code.files_behind(f"workflow/scripts/{name}.py")
+
+
+def test_logging_processes_and_settings_change_no_result(code, scripts):
+    """Their edits rerun nothing; values of settings reach a job as params."""
+    for script in scripts:
+        assert not [file for file in code.files_behind(script) if file.startswith(WITHOUT_EFFECT)]
+
+
+def test_what_reruns_nothing_imports_nothing_that_does(root, code):
+    """Otherwise an edit of a module that is imported only from there would not be noticed."""
+    for path in (root / "longqlora").rglob("*.py"):
+        name = path.relative_to(root).as_posix()
+        if name.startswith(WITHOUT_EFFECT):
+            assert code.files_behind(name) == [], name
+
+
+def test_results_depend_on_no_part_of_the_configuration_but_the_types_of_settings(code, scripts):
+    """Other modules of ``config`` compute values, and their edits rerun nothing."""
+    for script in scripts:
+        for file in code.files_behind(script):
+            imported = {module for module in code.describe(file)["imports"] if module.startswith("longqlora.config.")}
+            assert all(module.startswith("longqlora.config.settings") for module in imported), file
+
+
+def test_packages_have_no_code_of_their_own(root):
+    """Imports are followed to modules, not to the ``__init__.py`` of their packages."""
     assert all(not path.read_text() for path in (root / "longqlora").rglob("__init__.py"))
 
 
-def test_tables_plots_and_sampling_import_no_torch(root):
-    modules = ", ".join(
-        f"longqlora.{name}"
-        for name in ("reporting.tables", "reporting.plots", "reporting.loss_curves", "data.sampling", "config.experiment")
-    )
-    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+@pytest.mark.process
+def test_scripts_that_render_import_no_torch(root, code):
+    """Importing it takes seconds, and a table or plot is rendered again more often than anything else."""
+    names = ("render_table", "plot_perplexity", "plot_loss", "report_retrieval", "report_ablation", "plot_text_lengths")
+    files = {file for name in names for file in code.files_behind(f"workflow/scripts/{name}.py")}
+    modules = sorted(file.removesuffix(".py").replace("/", ".") for file in files if file.startswith("longqlora/"))
+    run = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", run], cwd=root).returncode == 0
 
 
-def test_digests_depend_on_values_alone():
+def test_digests_of_values_do_not_depend_on_the_order_of_keys():
     assert digest_of_values({"a": 1, "b": 2}) == digest_of_values({"b": 2, "a": 1})
     assert digest_of_values({"a": 1}) != digest_of_values({"a": 2})
 
 
-def test_a_record_is_stamped_with_code_and_configuration_apart():
+def test_a_record_has_separate_digests_of_code_and_configuration():
     from snakemake.iocontainers import Params
 
     def params(code: list[str], **configured) -> Params:
@@ -226,7 +275,7 @@ def test_a_record_is_stamped_with_code_and_configuration_apart():
 # --- files that the user keeps ---------------------------------------------------------------------------------------------
 
 
-def test_a_file_is_read_again_only_when_its_size_or_date_is_another(tmp_path):
+def test_a_file_is_read_again_only_if_its_size_or_date_has_changed(tmp_path):
     file, store, read = tmp_path / "weights", tmp_path / "facts.json", []
     file.write_bytes(b"1234")
 
@@ -244,7 +293,7 @@ def test_a_file_is_read_again_only_when_its_size_or_date_is_another(tmp_path):
     assert FileFacts(store).find("length", [file], length) == [5]
 
 
-def test_a_fingerprint_tells_contents_not_dates_and_names_the_files(tmp_path):
+def test_a_fingerprint_names_files_and_depends_on_their_contents_not_their_dates(tmp_path):
     files = [tmp_path / name for name in ("a", "b", "c", "d")]
     for file in files:
         file.write_text(file.name)
@@ -258,38 +307,9 @@ def test_a_fingerprint_tells_contents_not_dates_and_names_the_files(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [lambda store: store.write_text("{"), lambda store: (store.unlink(), store.mkdir())])
-def test_a_damaged_store_costs_only_time(tmp_path, damage):
+def test_with_a_damaged_store_facts_are_computed_again(tmp_path, damage):
     file, store = tmp_path / "file", tmp_path / "facts.json"
     file.write_text("x")
     before = FileFacts(store).fingerprint([file])
     damage(store)
     assert FileFacts(store).fingerprint([file]) == before
-
-
-# --- environments ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_conda_environment_has_the_pins_of_the_package(root):
-    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    environment = yaml.safe_load((root / "environment.yml").read_text())
-    (pip,) = [part["pip"] for part in environment["dependencies"] if isinstance(part, dict)]
-    assert pip == [dependency.split(";")[0] for dependency in project["dependencies"]]  # conda's Python is below 3.14
-
-
-def test_every_channel_of_the_conda_environment_is_one(root):
-    """From 26.7 on conda takes the keyword nodefaults for the name of a channel, and fails."""
-    environment = yaml.safe_load((root / "environment.yml").read_text())
-    assert environment["channels"] == ["conda-forge"]
-    assert environment.keys() == {"name", "channels", "dependencies"}
-    plain = [part for part in environment["dependencies"] if isinstance(part, str)]
-    assert all(re.fullmatch(r"[a-z0-9._-]+([<>=!,.0-9]+)?", part) for part in plain)
-
-
-def test_every_rule_that_runs_a_script_names_the_environment_its_code_and_a_log(root):
-    for path in (root / "workflow/rules").glob("*.smk"):
-        for rule in re.split(r"(?m)^rule ", path.read_text())[1:]:
-            script = re.search(r'script:\n        "../scripts/(\w+).py"', rule)
-            if script:
-                assert '"../../environment.yml"' in rule, rule.split(":")[0]
-                assert "log:" in rule
-                assert f'*code_of("{script[1]}")' in rule

@@ -1,4 +1,4 @@
-"""Jobs in real processes that reserve the GPUs of a machine of which only the list exists."""
+"""Jobs in real processes reserve GPUs of a simulated machine."""
 
 import ctypes
 import json
@@ -52,7 +52,7 @@ for _ in range(25):
 
 
 class Process:
-    """A Python process that runs until it is told to end; what it logs and prints is read line by line."""
+    """A Python process that runs until the test tells it to end; its output is read line by line."""
 
     def __init__(self, code: str, *arguments: object, **environment: str):
         self.process = subprocess.Popen(
@@ -78,7 +78,7 @@ class Process:
 
 @pytest.fixture
 def start():
-    """Starts processes, and kills at the end of the test those that still run."""
+    """Starts processes, and at the end of the test kills those that still run."""
     started = []
 
     def start(*arguments: object, **environment: str) -> Process:
@@ -93,30 +93,31 @@ def start():
 
 @pytest.fixture
 def job(start, tmp_path):
-    """Starts a job that holds GPUs until it is told to end."""
+    """Starts a job that reserves GPUs until the test tells it to end."""
     return lambda count=1, machine=TWO, **environment: start(HOLD, machine, count, str(tmp_path / "locks"), **environment)
 
 
 @pytest.fixture
 def reserve(tmp_path, monkeypatch):
-    """Reserves GPUs in this process, where neither CUDA_VISIBLE_DEVICES nor a reservation is set."""
+    """Reserves GPUs in this process, without CUDA_VISIBLE_DEVICES and without an earlier reservation."""
     monkeypatch.delenv(HELD_LOCKS, raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return lambda count, machine=TWO: reserve_gpus("cuda", count, driver=lambda: machine, folder=tmp_path / "locks")
 
 
 def reserved(process: Process) -> str:
-    """Entries that a job has reserved, once it has."""
+    """Wait until a job has reserved GPUs, and return their entries in CUDA_VISIBLE_DEVICES."""
     line = process.line()
     assert line.startswith("reserved CUDA_VISIBLE_DEVICES="), line
     return line.partition("=")[2]
 
 
 def is_waiting(process: Process) -> bool:
-    """Whether the next thing that a job says is that it waits."""
+    """Whether the next line of a job's output says that it waits."""
     return process.line().startswith("waiting for free GPUs")
 
 
+@pytest.mark.process
 def test_jobs_at_the_same_time_get_different_gpus_and_one_too_many_waits_until_another_ends(job):
     first, second = job(), job()
     assert {reserved(first), reserved(second)} == {"0", "1"}
@@ -126,6 +127,7 @@ def test_jobs_at_the_same_time_get_different_gpus_and_one_too_many_waits_until_a
     assert reserved(third) in ("0", "1")
 
 
+@pytest.mark.process
 def test_a_killed_job_frees_its_gpu(job):
     first = job(2)
     assert reserved(first) == "0,1"
@@ -135,6 +137,7 @@ def test_a_killed_job_frees_its_gpu(job):
     assert reserved(second) == "0"
 
 
+@pytest.mark.process
 def test_a_gpu_stays_reserved_while_a_worker_of_a_killed_job_lives(job, start):
     killed = job(2)
     reserved(killed)
@@ -147,6 +150,7 @@ def test_a_gpu_stays_reserved_while_a_worker_of_a_killed_job_lives(job, start):
     assert reserved(other) == "0"
 
 
+@pytest.mark.process
 def test_a_worker_whose_job_is_gone_does_not_share_the_gpu_of_the_next_job(job, monkeypatch):
     killed = job()
     reserved(killed)
@@ -170,29 +174,34 @@ def test_without_a_reservation_there_is_nothing_to_share(monkeypatch):
     share_reservation()
 
 
+@pytest.mark.process
 def test_a_job_that_waits_for_two_gpus_holds_none(job):
     assert reserved(job()) == "0"
     assert is_waiting(job(2))
     assert reserved(job()) == "1"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("count", [1, 2])
 def test_jobs_that_take_turns_never_deadlock_nor_share_a_gpu(start, tmp_path, count):
     jobs = [start(TAKE_TURNS, TWO, count, str(tmp_path)) for _ in range(3)]
     assert [job.end() for job in jobs] == [0, 0, 0]
 
 
+@pytest.mark.process
 def test_jobs_that_know_different_gpus_by_the_same_index_do_not_wait_for_each_other(job):
     first, second = job(machine=["GPU-aaaa"]), job(machine=["GPU-bbbb"])
     assert reserved(first) == reserved(second) == "0"
 
 
+@pytest.mark.process
 def test_an_index_and_a_uuid_of_one_gpu_exclude_each_other(job):
     first = job(CUDA_VISIBLE_DEVICES="1")
     assert reserved(first) == "1"
     assert is_waiting(job(CUDA_VISIBLE_DEVICES="GPU-bbbb"))
 
 
+@pytest.mark.process
 def test_sigterm_ends_a_job_that_waits(job):
     first = job(2)
     reserved(first)
@@ -257,11 +266,11 @@ def test_uuids_are_taken_as_they_are_where_the_machines_are_unknown():
 @pytest.mark.parametrize(
     ("machine", "visible", "message"),
     [
-        (TWO, None, "3 GPUs are asked for, but this machine has 2; lower training.num_processes or evaluation.num_processes"),
-        (FOUR, "0,2", "3 GPUs are asked for, but CUDA_VISIBLE_DEVICES='0,2' allows 2; lower .* device: cpu"),
-        (TWO, "", "device: cuda is configured, but CUDA_VISIBLE_DEVICES='' allows no GPU; 'cpu' would"),
-        ([], None, "device: cuda is configured, but nvidia-smi and torch see no GPU on this machine; 'cpu' would"),
-        ([], "MIG-x", "nvidia-smi and torch see no GPU"),
+        (TWO, None, "3 GPUs are needed, but this machine has 2; lower training.num_processes or evaluation.num_processes"),
+        (FOUR, "0,2", "3 GPUs are needed, but CUDA_VISIBLE_DEVICES='0,2' allows 2; lower .* device: cpu"),
+        (TWO, "", "device: cuda is configured, but CUDA_VISIBLE_DEVICES='' allows no GPU; device: cpu runs without one"),
+        ([], None, "device: cuda is configured, but nvidia-smi and torch find no GPU on this machine; device: cpu runs"),
+        ([], "MIG-x", "nvidia-smi and torch find no GPU"),
     ],
 )
 def test_too_few_gpus_are_an_error_that_names_the_limit_and_what_to_change(reserve, monkeypatch, machine, visible, message):
@@ -279,13 +288,13 @@ def test_a_cpu_needs_no_gpu(tmp_path):
 
 
 def test_lock_files_are_everybodys_whatever_the_umask(reserve, tmp_path):
-    former = os.umask(0o077)
+    previous = os.umask(0o077)
     try:
         with reserve(1):
             pass
         assert os.umask(0o077) == 0o077
     finally:
-        os.umask(former)
+        os.umask(previous)
     assert stat.S_IMODE((tmp_path / "locks").stat().st_mode) == 0o1777
     assert stat.S_IMODE((tmp_path / "locks" / "GPU-aaaa.lock").stat().st_mode) == 0o666
 
@@ -319,7 +328,7 @@ def test_a_symbolic_link_in_place_of_a_lock_file_is_not_written_through(reserve,
 
 @pytest.mark.parametrize(("status", "started"), [(0, True), (3, False), (None, False)])
 def test_cuda_that_has_started_is_noticed(monkeypatch, status, started):
-    """Its driver's library answers only then; there is none where ``status`` is None."""
+    """The driver's library returns ``status``; if that is None, the library is missing."""
 
     class Driver:
         def __init__(self, _):
@@ -342,13 +351,13 @@ def test_cuda_must_not_have_started_unless_the_job_takes_all_gpus(reserve, monke
 
 
 def test_a_second_reservation_in_a_job_is_an_error_where_it_would_wait_for_itself(reserve):
-    with reserve(1), pytest.raises(RuntimeError, match="already reserved"), reserve(1):
+    with reserve(1), pytest.raises(RuntimeError, match="has already reserved GPUs"), reserve(1):
         pass
 
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """Puts a program nvidia-smi, or none, on the path, and beside it a torch that sees so many GPUs."""
+    """Simulates a machine: a program nvidia-smi on the path, or none, and a torch that counts this number of GPUs."""
 
     def machine(nvidia_smi: str | None, num_torch_gpus: int) -> None:
         programs, modules = tmp_path / "programs", tmp_path / "modules"
@@ -367,11 +376,13 @@ def machine(tmp_path, monkeypatch):
     return machine
 
 
+@pytest.mark.process
 def test_nvidia_smi_lists_gpus_by_uuid(machine):
     machine('[ "$*" = "--query-gpu=uuid --format=csv,noheader" ] && echo GPU-aaaa && echo GPU-bbbb', 0)
     assert list_gpus() == TWO
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("nvidia_smi", [None, "echo No devices were found; exit 6", "echo GPU-aaaa; exit 15"])
 def test_torch_counts_the_machines_gpus_where_nvidia_smi_does_not(machine, monkeypatch, nvidia_smi):
     machine(nvidia_smi, 2)
@@ -379,6 +390,7 @@ def test_torch_counts_the_machines_gpus_where_nvidia_smi_does_not(machine, monke
     assert list_gpus() == ["0", "1"]
 
 
+@pytest.mark.process
 def test_the_module_imports_nothing_that_could_start_cuda():
     code = "import sys, longqlora.jobs.gpus; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(ROOT)).returncode == 0

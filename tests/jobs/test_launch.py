@@ -14,16 +14,18 @@ import torch
 from conftest import PROGRESS, ROOT, SETTINGS, save_base
 from safetensors.torch import load_file
 
+from longqlora.config.settings import RopeExtension
 from longqlora.data.token_files import tokenize_documents
 from longqlora.jobs.launch import launch
 from longqlora.modeling.devices import compute_dtype
-from longqlora.training.train import deepspeed_config, train
+from longqlora.training.arguments import deepspeed_config
+from longqlora.training.train import TrainingFiles, train
 
 needs_deepspeed = pytest.mark.skipif(
     not find_spec("deepspeed") or not shutil.which("g++"), reason="needs deepspeed, which compiles with g++"
 )
 TOLERANCE = 1e-4 if compute_dtype(torch.device("cpu")) is torch.float32 else 3e-2  # a bfloat16 has three digits
-STEPS = SETTINGS | {"steps": 6, "gradient_accumulation": 2, "batch_size": 1}
+STEPS = {"steps": 6, "gradient_accumulation": 2, "batch_size": 1}
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +37,21 @@ def inputs(tmp_path_factory, tokenizer, texts) -> dict[str, str]:
 
 
 def arguments(inputs, output, **settings) -> dict:
-    places = {"output": str(output), "events": f"{output}-events", "checkpoint_dir": f"{output}-checkpoints"}
-    context = {"target_context": 128, "rope_scaling": "linear", "seed": 1, "device": "cpu"}
-    return inputs | places | context | {"settings": STEPS | settings, "progress": PROGRESS | {"checkpoint_steps": 2}}
+    """Keyword arguments of ``train``."""
+    folders = {"output": str(output), "tensorboard_dir": f"{output}-events", "checkpoint_dir": f"{output}-checkpoints"}
+    return {
+        "files": TrainingFiles(**inputs, **folders),
+        "extension": RopeExtension(target_context=128),
+        "settings": SETTINGS.model_copy(update=STEPS | settings),
+        "progress": PROGRESS.model_copy(update={"checkpoint_steps": 2}),
+        "seed": 1,
+        "device": "cpu",
+    }
 
 
 def train_in_processes(**asked) -> dict:
     settings = asked["settings"]
-    return launch(train, threads=2, num_processes=settings["num_processes"], by_torchrun=settings["zero_stage"] > 0, **asked)
+    return launch(train, threads=2, num_processes=settings.num_processes, by_torchrun=settings.zero_stage > 0, **asked)
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +94,15 @@ def test_two_processes_train_what_one_trains_with_twice_the_batch(inputs, single
 def test_two_processes_that_are_killed_resume(inputs, single, tmp_path, settings):
     output = tmp_path / "adapter"
     asked = arguments(inputs, output, num_processes=2, **settings)
-    started = f"from test_launch import train_in_processes; train_in_processes(**{asked!r})"
-    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}, {str(Path(__file__).parent)!r}]; {started}"
+    started = (
+        "from test_launch import arguments, train_in_processes\n"
+        f"train_in_processes(**arguments({inputs!r}, {str(output)!r}, num_processes=2, **{settings!r}))"
+    )
+    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}, {str(Path(__file__).parent)!r}]\n{started}"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, start_new_session=True)
-    deadline = time.monotonic() + 240
-    while (
-        not (Path(asked["checkpoint_dir"]) / "checkpoint-2").exists() and time.monotonic() < deadline and process.poll() is None
-    ):
+    deadline, checkpoint = time.monotonic() + 240, Path(asked["files"].checkpoint_dir) / "checkpoint-2"
+    while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)  # handed on to both: they end together, with a checkpoint
     process.wait(timeout=120)
@@ -111,7 +121,7 @@ def test_accumulated_batches_of_different_lengths_weigh_by_their_tokens(inputs, 
 
 
 def test_a_failing_process_is_an_error(inputs, tmp_path):
-    asked = arguments(inputs, tmp_path / "adapter", num_processes=2) | {"target_context": 32}
+    asked = arguments(inputs, tmp_path / "adapter", num_processes=2) | {"extension": RopeExtension(target_context=32)}
     with pytest.raises(RuntimeError, match="one of 2 processes failed"):
         train_in_processes(**asked)
 

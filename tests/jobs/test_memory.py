@@ -12,7 +12,7 @@ from bitsandbytes.optim import PagedAdamW32bit
 
 from longqlora.jobs.memory import is_out_of_memory, memory_explained
 from longqlora.training import trainer
-from longqlora.training.trainer import load_paged_state, paged_bytes
+from longqlora.training.trainer import load_paged_state, paged_state_bytes
 
 WORDINGS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB"),
@@ -65,6 +65,7 @@ def test_an_explanation_is_not_explained_again():
     assert "in the job" not in str(caught.value)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("user", "expected"),
     [
@@ -116,14 +117,14 @@ def paged(monkeypatch):
 def test_a_loaded_state_is_paged_where_it_was_before_it_was_saved(paged, tmp_path):
     weights = torch.randn(400, 300), torch.randn(10)  # the second is too small to be paged
     saved, resumed = paged(*weights), paged(*weights)
-    assert paged_bytes(saved) == 2 * 4 * 400 * 300
+    assert paged_state_bytes(saved) == 2 * 4 * 400 * 300
     torch.save(saved.state_dict(), tmp_path / "optimizer.pt")
     state_dict = torch.load(tmp_path / "optimizer.pt", weights_only=True)
     for state in state_dict["state"].values():
         for value in state[PagedAdamW32bit._FSDP_WRAPPED_QUANT_STATE_KEY].values():
             value.is_paged = False  # the mark is saved with it, but what is read from a file is not
     load_paged_state(resumed, state_dict)
-    assert paged_bytes(resumed) == paged_bytes(saved)
+    assert paged_state_bytes(resumed) == paged_state_bytes(saved)
     for one, other in zip(saved.state.values(), resumed.state.values(), strict=True):
         assert one.keys() == other.keys()
         assert all(torch.equal(torch.as_tensor(one[name]), torch.as_tensor(other[name])) for name in one)
@@ -136,7 +137,7 @@ def test_the_trainer_loads_the_state_of_a_paged_optimizer_so(monkeypatch, tmp_pa
     monkeypatch.setattr(trainer, "load_paged_state", lambda optimizer, state: loaded.append(type(optimizer).__name__))
     settings = {"optimizer": "paged_adamw_32bit", "checkpoint_steps": 1}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("longqlora.training.trainer.any_process", lambda flag: True)
+        patch.setattr("longqlora.training.trainer.any_rank", lambda flag: True)
         with pytest.raises(trainer.Interrupted):
             train_tiny(model_folder, corpus, tmp_path / "adapter", steps=2, **settings)
     loaded.clear()  # accelerate loads the empty state of a new optimizer

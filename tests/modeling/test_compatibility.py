@@ -13,7 +13,7 @@ MODEL = {
 
 
 def problems(model: dict, target_context: int = 256, **settings) -> list[str]:
-    return list(extension_problems(MODEL | model, target_context, SETTINGS | settings))
+    return list(extension_problems(MODEL | model, target_context, SETTINGS.model_copy(update=settings)))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])

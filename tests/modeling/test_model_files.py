@@ -10,7 +10,7 @@ from conftest import save_base, tiny_llama
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from longqlora.modeling.model_files import model_files, tokenizer_files, weight_files
+from longqlora.modeling.model_files import is_hub_id, model_files, tokenizer_files, weight_files
 from longqlora.publishing.weights import read_weights
 
 
@@ -51,7 +51,7 @@ def test_shards_that_are_missing_are_named(model_folder):
     save_other_shards(folder, number=3)
     (folder / "model.safetensors").unlink()
     (folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"index.json: names 3 files, of which model-00002-of-00003.safetensors is missing"):
+    with pytest.raises(ValueError, match=r"index.json: names 3 files, but model-00002-of-00003.safetensors is missing"):
         weight_files(folder)
 
 
@@ -63,3 +63,24 @@ def test_what_counts_of_a_folder_is_what_decides_its_numbers(tmp_path, tokenizer
     assert [file.name for file in model_files(str(folder))] == ["config.json", "model.safetensors"]
     assert {file.name for file in tokenizer_files(str(folder))} == {"tokenizer.json", "tokenizer_config.json"}
     assert "chat_template.jinja" in {file.name for file in tokenizer_files(str(folder), with_chat_template=True)}
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("owner/name", True),
+        ("owner/Name-7b_v1.5", True),
+        ("name", False),
+        ("a/b/c", False),
+        ("/models/name", False),
+        ("../x", False),
+    ],
+)
+def test_a_hub_id_has_an_owner_and_a_name(path, expected):
+    assert is_hub_id(path) is expected
+
+
+def test_a_folder_of_this_machine_is_not_a_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner/name").mkdir(parents=True)
+    assert not is_hub_id("owner/name")

@@ -1,5 +1,6 @@
 import logging
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from transformers import AutoConfig, GPT2Config, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from longqlora.config.settings import RopeExtension, RopeScaling
 from longqlora.modeling.loading import load_config, load_model
-from longqlora.modeling.rope import ROPE_SCALINGS, context_of, extend_context, interpolation_factor, rope_of
+from longqlora.modeling.rope import context_of, extend_context, interpolation_factor, rope_of
 
+SCALINGS = get_args(RopeScaling)
 THETA, WIDTH, ORIGINAL, TARGET = 500000.0, 128, 64, 160  # of a head with many frequencies; the factor is no whole number
 FREQUENCIES = THETA ** -(torch.arange(0, WIDTH, 2, dtype=torch.float64) / WIDTH)
 
@@ -22,7 +25,7 @@ def config_of(rope_scaling: str, target: int = TARGET) -> LlamaConfig:
         max_position_embeddings=ORIGINAL,
         rope_parameters={"rope_type": "default", "rope_theta": THETA},
     )
-    return extend_context(config, target, rope_scaling)
+    return extend_context(config, RopeExtension(scaling=rope_scaling, target_context=target))
 
 
 def frequencies(rope_scaling: str, num_tokens: int, target: int = TARGET) -> torch.Tensor:
@@ -39,24 +42,19 @@ def test_factor_is_the_whole_number_that_covers_the_target(target, original, fac
     assert interpolation_factor(target, original) == factor
 
 
-@pytest.mark.parametrize("rope_scaling", ROPE_SCALINGS)
+@pytest.mark.parametrize("rope_scaling", SCALINGS)
 def test_a_target_below_the_models_own_context_is_refused(rope_scaling):
     with pytest.raises(ValueError, match="2048 is below the model's own context of 4096"):
-        extend_context(LlamaConfig(max_position_embeddings=4096), 2048, rope_scaling)
-
-
-def test_an_unknown_scaling_is_refused_with_those_that_are_known():
-    with pytest.raises(ValueError, match=r"'ntk' is unknown; known are linear, dynamic, yarn, llama3"):
-        extend_context(LlamaConfig(max_position_embeddings=64), 128, "ntk")
+        extend_context(LlamaConfig(max_position_embeddings=4096), RopeExtension(scaling=rope_scaling, target_context=2048))
 
 
 def test_the_models_own_theta_is_kept(model_folder):
-    config = load_config(model_folder, 128)
+    config = load_config(model_folder, RopeExtension(target_context=128))
     assert config.rope_parameters == {"rope_type": "linear", "factor": 2.0, "rope_theta": 500000.0}
     assert config.max_position_embeddings == 128
 
 
-@pytest.mark.parametrize("rope_scaling", ROPE_SCALINGS)
+@pytest.mark.parametrize("rope_scaling", SCALINGS)
 def test_each_scaling_survives_saving_and_transformers_has_nothing_to_complain_of(rope_scaling, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # to caplog
     config = config_of(rope_scaling)
@@ -70,15 +68,17 @@ def test_each_scaling_survives_saving_and_transformers_has_nothing_to_complain_o
     assert caplog.text == ""
 
 
-@pytest.mark.parametrize("rope_scaling", ROPE_SCALINGS)
+@pytest.mark.parametrize("rope_scaling", SCALINGS)
 def test_a_model_extended_to_its_own_context_is_the_same(rope_scaling):
     config = config_of(rope_scaling, ORIGINAL)
     assert (config.rope_parameters["rope_type"], config.max_position_embeddings) == ("default", ORIGINAL)
 
 
-@pytest.mark.parametrize("rope_scaling", ROPE_SCALINGS)
+@pytest.mark.parametrize("rope_scaling", SCALINGS)
 def test_a_loaded_model_rotates_by_what_transformers_computes(model_folder, rope_scaling):
-    model = load_model(model_folder, device=torch.device("cpu"), target_context=160, rope_scaling=rope_scaling)
+    model = load_model(
+        model_folder, device=torch.device("cpu"), extension=RopeExtension(scaling=rope_scaling, target_context=160)
+    )
     model(torch.zeros(1, 160, dtype=torch.long))
     expected, scaling = ROPE_INIT_FUNCTIONS[rope_scaling](model.config, "cpu", seq_len=160)
     plain = torch.tensor([THETA ** -(i / 8) for i in range(0, 8, 2)])
@@ -123,7 +123,7 @@ def test_llama3_keeps_short_wavelengths_and_divides_long_ones():
 def test_interpolated_positions_are_the_original_ones_divided(model_folder):
     cpu = torch.device("cpu")
     original = load_model(model_folder, device=cpu)
-    extended = load_model(model_folder, device=cpu, target_context=128)
+    extended = load_model(model_folder, device=cpu, extension=RopeExtension(target_context=128))
     hidden = torch.zeros(1, 1, 32)
     even = torch.arange(0, 128, 2)[None]
     for ours, reference in zip(
@@ -134,7 +134,8 @@ def test_interpolated_positions_are_the_original_ones_divided(model_folder):
 
 def test_within_the_original_context_a_dynamic_model_is_the_original_one(model_folder):
     cpu, ids = torch.device("cpu"), torch.arange(3, 63)[None]
-    original, dynamic = (load_model(model_folder, device=cpu, target_context=n, rope_scaling="dynamic") for n in (None, 128))
+    extension = RopeExtension(scaling="dynamic", target_context=128)
+    original, dynamic = (load_model(model_folder, device=cpu, extension=asked) for asked in (None, extension))
     with torch.no_grad():
         torch.testing.assert_close(dynamic(ids).logits, original(ids).logits)
         dynamic(torch.zeros(1, 128, dtype=torch.long))  # a long text in between changes nothing
@@ -143,16 +144,16 @@ def test_within_the_original_context_a_dynamic_model_is_the_original_one(model_f
 
 def test_a_model_without_rope_or_scaled_already_is_refused():
     with pytest.raises(ValueError, match="gpt2 has no rotary position embeddings"):
-        extend_context(GPT2Config(), 2048)
+        extend_context(GPT2Config(), RopeExtension(target_context=2048))
     scaled = tiny_llama(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}).config
     with pytest.raises(ValueError, match="scaled already"):
-        extend_context(scaled, 128)
+        extend_context(scaled, RopeExtension(target_context=128))
 
 
-@pytest.mark.parametrize("rope_scaling", ROPE_SCALINGS)
+@pytest.mark.parametrize("rope_scaling", SCALINGS)
 def test_a_record_is_stamped_with_the_scaling_its_factor_and_the_target(model_folder, tmp_path, rope_scaling):
     assert rope_of(load_config(model_folder)) == {"rope_scaling": "none", "rope_factor": 1.0, "target_context": 64}
-    extended = load_config(model_folder, 160, rope_scaling)
+    extended = load_config(model_folder, RopeExtension(scaling=rope_scaling, target_context=160))
     factor = 3.0 if rope_scaling == "linear" else 2.5  # Position Interpolation's factors are whole
     assert rope_of(extended) == {"rope_scaling": rope_scaling, "rope_factor": factor, "target_context": 160}
     extended.save_pretrained(tmp_path / "merged")

@@ -11,15 +11,17 @@ from conftest import LONGLORA, save_base, tiny_llama, train_tiny
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from longqlora.config.settings import MergeSettings, RopeExtension
 from longqlora.data import packing
 from longqlora.data.packing import load_held_out
 from longqlora.data.token_files import read_tokens
 from longqlora.modeling.loading import load_model
 from longqlora.publishing import merge_report
 from longqlora.publishing.merge_report import (
+    MergeFiles,
     MergeRejected,
     check_merge,
-    compare,
+    compare_distributions,
     compare_models,
     measure,
     merge_adapter,
@@ -31,6 +33,15 @@ CPU = torch.device("cpu")
 IDS = torch.arange(5, 60)[None]
 
 
+def merge(base, adapter, data, output, card, *, max_perplexity_ratio: float) -> dict:
+    return merge_adapter(
+        files=MergeFiles(base, str(adapter), data, str(output)),
+        card=card,
+        settings=MergeSettings(max_perplexity_ratio=max_perplexity_ratio),
+        device="cpu",
+    )
+
+
 @pytest.fixture
 def publish(model_folder, corpus, tmp_path):
     """Train a few steps, merge and publish; return the merge report and the folder of the published model."""
@@ -38,8 +49,7 @@ def publish(model_folder, corpus, tmp_path):
     def run(base: str = model_folder, rope_scaling: str = "linear", name: str = "merged", **settings):
         card = train_tiny(base, corpus, tmp_path / f"{name}-adapter", rope_scaling=rope_scaling, **{"steps": 3, **settings})
         weights, output = str(tmp_path / f"{name}-weights"), tmp_path / name
-        adapter, how = f"{output}-adapter", {"max_perplexity_ratio": 2, "device": "cpu"}
-        report = merge_adapter(base_model=base, adapter=adapter, output=weights, card=card, data=corpus, **how)
+        report = merge(base, f"{output}-adapter", corpus, weights, card, max_perplexity_ratio=2.0)
         places = {"weights": weights, "output": str(output), "base_model": base, "tokenizer": base}
         publish_model(**places, label="My model", card=card, report=report)
         return report, output
@@ -63,7 +73,7 @@ def windows_of(tokens, length: int) -> list[dict[str, torch.Tensor]]:
 def test_divergence_and_agreement_of_distributions_written_by_hand():
     trained = torch.tensor([[0.5, 0.25, 0.25], [0.8, 0.1, 0.1]]).log()
     other = torch.tensor([[0.25, 0.5, 0.25], [0.8, 0.1, 0.1]]).log()
-    found = compare(trained, other)
+    found = compare_distributions(trained, other)
     by_hand = (0.5 * math.log(2) - 0.25 * math.log(2)) / 2  # mean over two positions, the second equal
     assert found["kl_divergence"] == pytest.approx(by_hand, rel=1e-5)
     assert found["top_1_agreement"] == 0.5
@@ -99,7 +109,7 @@ def test_others_are_compared_with_the_first_and_each_is_loaded_when_the_one_befo
 
 @pytest.mark.parametrize(("num_tokens", "window"), [(40, 128), (500, 64), (3000, 128)])
 def test_distributions_are_those_of_the_model_spread_over_the_text(model, monkeypatch, num_tokens, window):
-    monkeypatch.setattr(merge_report, "LOGIT_POSITIONS", 100)
+    monkeypatch.setattr(merge_report, "COMPARED_POSITIONS", 100)
     tokens = numpy.random.default_rng(0).integers(3, 512, num_tokens)
     _, rows = measure(model, windows_of(tokens, window))
     assert 50 < len(rows) <= 200 or num_tokens == len(rows) == 40
@@ -126,7 +136,7 @@ def test_the_loss_is_that_of_transformers_over_all_labels(model, num_tokens, win
 
 
 def test_distributions_are_taken_from_texts_that_are_shorter_than_the_distance_of_two_places(model, monkeypatch):
-    monkeypatch.setattr(merge_report, "LOGIT_POSITIONS", 10)
+    monkeypatch.setattr(merge_report, "COMPARED_POSITIONS", 10)
     tokens = numpy.random.default_rng(0).integers(3, 512, 400)
     _, rows = measure(model, windows_of(tokens, 16))  # a place every 40 tokens
     assert len(rows) == 10
@@ -165,8 +175,7 @@ def test_an_adapter_merged_into_other_weights_than_it_was_trained_on_is_not_publ
 ):
     card = train_tiny(model_folder, corpus, tmp_path / "adapter", steps=40, method="lora", learning_rate=2e-2)
     untrained = save_base(tmp_path / "other", tokenizer, rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
-    given = {"adapter": str(tmp_path / "adapter"), "card": card, "data": corpus, "max_perplexity_ratio": 1.05, "device": "cpu"}
-    merge_adapter(base_model=model_folder, output=str(tmp_path / "same"), **given)
+    merge(model_folder, tmp_path / "adapter", corpus, tmp_path / "same", card, max_perplexity_ratio=1.05)
     other = AutoModelForCausalLM.from_pretrained(untrained)
     with torch.no_grad():
         other.lm_head.weight.normal_(std=1)
@@ -179,7 +188,7 @@ def test_an_adapter_merged_into_other_weights_than_it_was_trained_on_is_not_publ
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(merge_report, "merge_weights", merge_other)
         with pytest.raises(MergeRejected, match="so it is not published"):
-            merge_adapter(base_model=model_folder, output=str(tmp_path / "different"), **given)
+            merge(model_folder, tmp_path / "adapter", corpus, tmp_path / "different", card, max_perplexity_ratio=1.05)
 
 
 # --- held-out text ---------------------------------------------------------------------------------------------------------
@@ -190,7 +199,7 @@ def test_merges_are_compared_on_text_that_was_not_trained_on(publish, corpus):
     num_tokens = len(read_tokens(corpus))
     assert found["sample"] == {"tokens": 1024, "window": 128, "path": corpus, "held_out": True}
     card = (folder / "README.md").read_text()
-    assert "on 1,024 tokens in windows of 128: the end of the training data, which was held out" in card
+    assert "on 1,024 tokens in windows of 128: the held-out end of the training data" in card
     windows, _ = load_held_out(corpus, 128)
     expected = read_tokens(corpus)[num_tokens - 1024 :]
     assert torch.cat([window["input_ids"] for window in windows]).tolist() == expected.tolist()
@@ -259,7 +268,9 @@ def test_a_16_bit_adapter_has_one_merge_which_is_the_trained_model(publish, tmp_
     assert found["precision"] == {"trained": "float32", "others": "float32"}
     assert found["models"]["merge: 16-bit"]["kl_divergence"] < 1e-6
     assert found["models"]["base, positions scaled, no adapter"]["kl_divergence"] > 1e-3
-    adapted = PeftModel.from_pretrained(load_model(base, device=CPU, target_context=128), f"{folder}-adapter").eval()
+    adapted = PeftModel.from_pretrained(
+        load_model(base, device=CPU, extension=RopeExtension(target_context=128)), f"{folder}-adapter"
+    ).eval()
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(folder).eval()(IDS).logits
         torch.testing.assert_close(logits, adapted(IDS).logits, atol=1e-4, rtol=1e-3)
@@ -280,6 +291,7 @@ def test_a_published_model_has_the_scaling_it_was_trained_with(publish, rope_sca
     assert AutoTokenizer.from_pretrained(folder).model_max_length == 128
 
 
+@pytest.mark.process
 def test_a_published_model_loads_without_this_project(publish, tmp_path):
     _, folder = publish(steps=1)
     assert AutoTokenizer.from_pretrained(folder).chat_template is None  # it was trained on the corpus

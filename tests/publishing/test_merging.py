@@ -1,17 +1,20 @@
 import json
 import weakref
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import LONGLORA, SETTINGS, save_base
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from longqlora.config.settings import RopeExtension
 from longqlora.modeling.loading import load_config, load_model
 from longqlora.modeling.model_files import weight_files
-from longqlora.modeling.rope import ROPE_SCALINGS
 from longqlora.publishing.merging import Adapter, merge_weights
 from longqlora.publishing.weights import read_weights, write_weights
 from longqlora.training.adapters import add_adapter
@@ -23,7 +26,7 @@ HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
 def save_adapter(base: str, folder, **settings) -> str:
     """An adapter with random weights, as large as those of training."""
-    model = add_adapter(load_model(base, device=CPU), {**SETTINGS, "method": "lora", **settings})
+    model = add_adapter(load_model(base, device=CPU), SETTINGS.model_copy(update={"method": "lora", **settings}), base=None)
     torch.manual_seed(1)
     with torch.no_grad():
         for weight in model.parameters():
@@ -33,15 +36,17 @@ def save_adapter(base: str, folder, **settings) -> str:
     return str(folder)
 
 
-def merge(base: str, adapter: str, output: Path, *, from_nf4: bool = False, rope_scaling: str = "linear") -> Path:
-    config = load_config(base, 128, rope_scaling)
+def merge(base: str, adapter: str, output: Path, *, from_nf4: bool = False) -> Path:
+    config = load_config(base, RopeExtension(target_context=128))
     merge_weights(base, adapter, output, config=config, from_nf4=from_nf4, device=CPU)
     return output
 
 
 def merged_by_peft(base: str, adapter: str) -> torch.nn.Module:
     """The whole model merged in memory, in the precision of the base."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", config=load_config(base, 128))
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype="auto", config=load_config(base, RopeExtension(target_context=128))
+    )
     return PeftModel.from_pretrained(model, adapter).merge_and_unload()
 
 
@@ -132,7 +137,9 @@ def test_a_tied_weight_trained_under_one_name_alone_is_refused(tmp_path, tokeniz
 def test_tied_embeddings_named_by_their_path_are_merged_as_trained(tmp_path, tokenizer):
     base = save_base(tmp_path / "base", tokenizer, tie_word_embeddings=True)
     adapter = save_adapter(base, tmp_path / "adapter", modules_to_save=["model.embed_tokens"])
-    trained = PeftModel.from_pretrained(load_model(base, device=CPU, target_context=128), adapter).eval()
+    trained = PeftModel.from_pretrained(
+        load_model(base, device=CPU, extension=RopeExtension(target_context=128)), adapter
+    ).eval()
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(merge(base, adapter, tmp_path / "merged")).eval()(IDS).logits
         torch.testing.assert_close(logits, trained(IDS).logits, atol=1e-5, rtol=1e-4)
@@ -201,7 +208,9 @@ def test_merged_into_the_round_trip_it_is_the_adapter_on_the_4_bit_base(tmp_path
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)  # which it would then compute in bfloat16
     base = save_base(tmp_path / "base", tokenizer, hidden_size=64, tie_word_embeddings=tied)
     adapter = save_adapter(base, tmp_path / "adapter")
-    trained = PeftModel.from_pretrained(load_model(base, device=CPU, precision="nf4", target_context=128), adapter).eval()
+    trained = PeftModel.from_pretrained(
+        load_model(base, device=CPU, precision="nf4", extension=RopeExtension(target_context=128)), adapter
+    ).eval()
     logits = {}
     for from_nf4 in (True, False):
         folder = merge(base, adapter, tmp_path / f"merged-{from_nf4}", from_nf4=from_nf4)
@@ -213,7 +222,7 @@ def test_merged_into_the_round_trip_it_is_the_adapter_on_the_4_bit_base(tmp_path
     assert not torch.allclose(logits[False], expected, atol=1e-2)
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------------------------------------
 
 
 def test_an_adapter_of_another_base_is_refused_with_the_weight_that_is_missing(tmp_path, tokenizer):
@@ -234,14 +243,24 @@ def test_an_adapter_that_is_no_plain_lora_is_refused(model, tmp_path, special):
         Adapter(str(tmp_path / "adapter"))
 
 
-# --- configuration, generation settings and tokenizer ----------------------------------------------------------------------
+# --- the arithmetic --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rope_scaling", ROPE_SCALINGS)
-def test_a_merged_model_keeps_theta_and_its_scaling(model_folder, tmp_path, rope_scaling):
-    adapter = save_adapter(model_folder, tmp_path / "adapter")
-    folder = merge(model_folder, adapter, tmp_path / "merged", rope_scaling=rope_scaling)
-    config = AutoModelForCausalLM.from_pretrained(folder).config
-    assert config.rope_parameters == load_config(model_folder, 128, rope_scaling).rope_parameters
-    assert (config.rope_parameters["rope_type"], config.rope_parameters["rope_theta"]) == (rope_scaling, 500000.0)
-    assert config.max_position_embeddings == (64 if rope_scaling == "dynamic" else 128)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    inputs=st.integers(1, 20),
+    outputs=st.integers(1, 20),
+    rank=st.integers(1, 8),
+    alpha=st.integers(1, 64),
+    seed=st.integers(0, 9),
+)
+def test_an_adapter_is_applied_as_peft_does(tmp_path, inputs, outputs, rank, alpha, seed):
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(OrderedDict(layer=torch.nn.Linear(inputs, outputs, bias=False)))
+    weight = model.layer.weight.detach().clone()
+    adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=["layer"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = adapted.merge_and_unload().layer.weight
+    adapter = Adapter(str(tmp_path / "adapter"))
+    torch.testing.assert_close(adapter.apply("layer.weight", weight), expected)
+    assert adapter.apply("other.weight", weight) is weight

@@ -7,7 +7,7 @@ from conftest import SETTINGS
 from longqlora.publishing.model_card import model_card
 
 CARD = {
-    "base_model": "owner/name", "target_context": 8192, "rope_scaling": "yarn", "settings": SETTINGS,
+    "base_model": "owner/name", "target_context": 8192, "rope_scaling": "yarn", "settings": SETTINGS.model_dump(),
     "data": {"sha256": "ab" * 32},
     "steps": 30, "tokens": 1234567, "trainable_parameters": 7654321, "seconds": 12.5, "tokens_per_second": 98765.4,
     "peak_memory_bytes": 3 * 2**30, "paged_optimizer_bytes": 0,
@@ -38,7 +38,7 @@ def test_the_card_tells_what_was_done_on_what_and_at_what_cost():
     for part in (
         "extended to 8192 tokens", "`yarn`", "rank 4", "4-bit", "abababababababab", "1,234,567", "5.250 → 3.125", "3.00 GiB",
         "Abacus, 2 cores", "torch 2.13.0", "Published: **merge: 16-bit**",
-        "16,384 tokens in windows of 8192: the end of the training data", "| base | 99.125 |",
+        "16,384 tokens in windows of 8192: the held-out end of the training data", "| base | 99.125 |",
     ):  # fmt: skip
         assert part in text
     gpu = CARD | {"machine": {"gpu": "H100", "processor": "Abacus", "cores": 2}}
@@ -56,14 +56,14 @@ def test_the_card_tells_what_was_done_on_what_and_at_what_cost():
     ],
 )
 def test_the_card_follows_the_settings(settings, present, absent):
-    text = model_card("x", CARD | {"settings": SETTINGS | settings})
+    text = model_card("x", CARD | {"settings": SETTINGS.model_dump() | settings})
     assert present in text
     assert absent not in text
 
 
 def test_the_card_has_what_a_gpus_allocator_reserved_and_the_paged_state():
     text = model_card("x", CARD | {"peak_reserved_bytes": 4 * 2**30, "paged_optimizer_bytes": 2**30})
-    assert "| peak memory | 3.00 GiB, 4.00 GiB reserved, 1.00 GiB of paged optimizer state beside it |" in text
+    assert "| peak memory | 3.00 GiB, 4.00 GiB reserved, 1.00 GiB of paged optimizer state in addition |" in text
     assert "reserved" not in model_card("x", CARD)
 
 

@@ -1,8 +1,8 @@
 import json
-import xml.etree.ElementTree as ElementTree
 
 import pandas
 import pytest
+from sample_results import draw_twice, texts_of
 
 from longqlora.reporting.distributions import SHOWN_SOURCES, plot_sft_shares, plot_text_lengths
 
@@ -23,27 +23,14 @@ def card(tmp_path) -> str:
     return str(tmp_path / "card.json")
 
 
-def comments(svg) -> str:
-    """The texts of a figure: matplotlib draws them as paths and writes each into a comment."""
-    parser = ElementTree.XMLParser(target=ElementTree.TreeBuilder(insert_comments=True))
-    elements = ElementTree.parse(svg, parser).iter()
-    return "\n".join(element.text for element in elements if element.tag is ElementTree.Comment)
-
-
 @pytest.mark.parametrize(("plot", "data"), [(plot_text_lengths, "texts"), (plot_sft_shares, "card")])
 def test_a_plot_is_written_as_png_and_as_the_same_svg_each_time(tmp_path, request, plot, data):
-    outputs = [str(tmp_path / name) for name in ("plot.png", "plot.svg")]
-    plot(request.getfixturevalue(data), outputs)
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    first = (tmp_path / "plot.svg").read_bytes()
-    plot(request.getfixturevalue(data), outputs)
-    assert (tmp_path / "plot.svg").read_bytes() == first
-    assert ElementTree.fromstring(first).tag.endswith("svg")
+    assert draw_twice(lambda outputs: plot(request.getfixturevalue(data), outputs), tmp_path)
 
 
 def test_the_histogram_names_the_largest_sources_and_gathers_the_others(tmp_path, texts):
     plot_text_lengths(texts, [str(tmp_path / "plot.svg")])
-    shown = comments(tmp_path / "plot.svg")
+    shown = "\n".join(texts_of(tmp_path / "plot.svg"))
     assert "source 0 (29)" in shown
     assert f"source {SHOWN_SOURCES - 1} ({30 - SHOWN_SOURCES})" in shown
     assert "others (60)" in shown  # 21 + 20 + 19
@@ -55,7 +42,7 @@ def test_the_histogram_names_the_largest_sources_and_gathers_the_others(tmp_path
 
 def test_the_pie_names_sources_numbers_and_shares(tmp_path, card):
     plot_sft_shares(card, [str(tmp_path / "plot.svg")])
-    shown = comments(tmp_path / "plot.svg")
+    shown = "\n".join(texts_of(tmp_path / "plot.svg"))
     assert "nq: 1,430 (72%)" in shown
     assert "books: 560 (28%)" in shown
     assert "talks: 10 (0%)" in shown

@@ -27,7 +27,7 @@ def test_the_table_has_every_logged_step(cards, tmp_path):
     assert set(rows["learning_rate"]) == {1e-3}
 
 
-def test_the_plot_has_a_panel_a_kind_of_data_and_is_reproducible(cards, tmp_path):
+def test_the_plot_has_a_panel_per_kind_of_data_and_is_reproducible(cards, tmp_path):
     first, second, png = (str(tmp_path / name) for name in ("a.svg", "b.svg", "a.png"))
     plot_loss(cards, str(tmp_path / "loss.csv"), [first, png])
     plot_loss(cards, str(tmp_path / "loss.csv"), [second])

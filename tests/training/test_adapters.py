@@ -6,12 +6,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from longqlora.modeling.chunked_loss import use_chunked_loss
 from longqlora.modeling.loading import load_model
-from longqlora.training.adapters import BaseTypes, add_adapter, base_types
+from longqlora.training.adapters import FLOAT32, BaseDtypes, add_adapter, base_dtypes
 
 CPU = torch.device("cpu")
-BFLOAT16 = BaseTypes(weights=torch.bfloat16, layers=torch.bfloat16)
-FLOAT16 = BaseTypes(weights=torch.float32, layers=torch.float16)
-FLOAT32 = BaseTypes(weights=torch.float32, layers=torch.float32)
+BFLOAT16 = BaseDtypes(weights=torch.bfloat16, layers=torch.bfloat16)
+FLOAT16 = BaseDtypes(weights=torch.float32, layers=torch.float16)
 IDS = torch.arange(3, 60)[None]
 
 
@@ -29,11 +28,11 @@ def qwen3(tmp_path) -> str:
     return str(tmp_path / "qwen3")
 
 
-def adapted(base: str, types: BaseTypes | None, **settings):
+def adapted(base: str, dtypes: BaseDtypes, **settings):
     """A model with an adapter that is not zero, ready to train."""
     model = use_chunked_loss(load_model(base, device=CPU, precision="nf4"))
     torch.manual_seed(1)
-    model = add_adapter(model, {**SETTINGS, **settings}, types=types)
+    model = add_adapter(model, SETTINGS.model_copy(update=settings), base=dtypes)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
@@ -48,7 +47,7 @@ def loss_and_gradients(model, autocast: torch.dtype | None = None) -> tuple[torc
 
 
 def activation_types(model, autocast: torch.dtype) -> dict[str, set[torch.dtype]]:
-    """The types that arrive in the decoder layers (``residual``) and in their linear layers, of which o_proj shows what
+    """The dtypes that arrive in the decoder layers (``residual``) and in their linear layers, of which o_proj shows what
     attention returns."""
     seen = {"residual": set(), "linear": set()}
 
@@ -65,15 +64,15 @@ def activation_types(model, autocast: torch.dtype) -> dict[str, set[torch.dtype]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("types", [BFLOAT16, FLOAT16], ids=["bfloat16", "float16"])
-def test_the_layers_work_in_16_bit_and_the_adapter_is_in_32(request, family, types):
-    model = adapted(request.getfixturevalue(family), types)
-    seen = activation_types(model, types.layers)
-    assert seen == {"residual": {types.weights}, "linear": {types.layers}}
+@pytest.mark.parametrize("dtypes", [BFLOAT16, FLOAT16], ids=["bfloat16", "float16"])
+def test_the_layers_work_in_16_bit_and_the_adapter_is_in_32(request, family, dtypes):
+    model = adapted(request.getfixturevalue(family), dtypes)
+    seen = activation_types(model, dtypes.layers)
+    assert seen == {"residual": {dtypes.weights}, "linear": {dtypes.layers}}
     kinds = {name: weight.dtype for name, weight in model.named_parameters()}
     assert {kinds.pop(name) for name in list(kinds) if "lora_" in name} == {torch.float32}
     assert {kinds.pop(name) for name in list(kinds) if "_proj" in name} == {torch.uint8}
-    assert set(kinds.values()) == {types.weights}
+    assert set(kinds.values()) == {dtypes.weights}
     assert any("embed_tokens" in name for name in kinds)
     assert any("input_layernorm" in name for name in kinds)
     assert any("lm_head" in name for name in kinds) or model.config.tie_word_embeddings
@@ -82,14 +81,14 @@ def test_the_layers_work_in_16_bit_and_the_adapter_is_in_32(request, family, typ
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("types", [BFLOAT16, FLOAT16], ids=["bfloat16", "float16"])
-def test_gradients_in_16_bit_are_close_to_those_in_32(request, family, types, checkpointing):
+@pytest.mark.parametrize("dtypes", [BFLOAT16, FLOAT16], ids=["bfloat16", "float16"])
+def test_gradients_in_16_bit_are_close_to_those_in_32(request, family, dtypes, checkpointing):
     base = request.getfixturevalue(family)
     expected_loss, expected = loss_and_gradients(adapted(base, FLOAT32))
-    model = adapted(base, types)
+    model = adapted(base, dtypes)
     if checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    loss, found = loss_and_gradients(model, types.layers)
+    loss, found = loss_and_gradients(model, dtypes.layers)
     assert loss.item() == pytest.approx(expected_loss.item(), abs=5e-3)
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
@@ -102,7 +101,7 @@ def test_gradients_in_16_bit_are_close_to_those_in_32(request, family, types, ch
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
 def test_on_a_cpu_the_base_is_what_peft_prepares_to_the_last_digit(tmp_path, tokenizer, stored):
     base = save_base(tmp_path / "base", tokenizer, stored)
-    ours = adapted(base, types=None)
+    ours = adapted(base, FLOAT32)
     reference = prepare_model_for_kbit_training(
         use_chunked_loss(load_model(base, device=CPU, precision="nf4")), use_gradient_checkpointing=False
     )
@@ -118,25 +117,18 @@ def test_on_a_cpu_the_base_is_what_peft_prepares_to_the_last_digit(tmp_path, tok
     assert not any(module._forward_hooks for module in ours.modules())
 
 
-@pytest.mark.parametrize("types", [BFLOAT16, FLOAT16], ids=["bfloat16", "float16"])
-def test_modules_that_are_trained_whole_are_in_32_bit_and_their_layers_in_16(llama, types):
-    model = adapted(llama, types, modules_to_save=["embed_tokens", "input_layernorm", "norm"])
-    seen = activation_types(model, types.layers)
-    assert seen == {"residual": {torch.float32}, "linear": {types.layers}}
+@pytest.mark.parametrize("dtypes", [BFLOAT16, FLOAT16], ids=["bfloat16", "float16"])
+def test_modules_that_are_trained_whole_are_in_32_bit_and_their_layers_in_16(llama, dtypes):
+    model = adapted(llama, dtypes, modules_to_save=["embed_tokens", "input_layernorm", "norm"])
+    seen = activation_types(model, dtypes.layers)
+    assert seen == {"residual": {torch.float32}, "linear": {dtypes.layers}}
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     assert {weight.dtype for weight in trained.values()} == {torch.float32}
     assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in trained.values())
 
 
-@pytest.mark.parametrize(("capability", "types"), [((8, 0), BFLOAT16), ((7, 0), FLOAT16)])
-def test_the_types_follow_the_gpu(monkeypatch, capability, types):
+@pytest.mark.parametrize(("capability", "dtypes"), [((8, 0), BFLOAT16), ((7, 0), FLOAT16)])
+def test_the_types_follow_the_gpu(monkeypatch, capability, dtypes):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert base_types(torch.device("cuda")) == types
-    assert base_types(CPU) == FLOAT32
-
-
-@pytest.mark.parametrize(("zero_stage", "weights"), [(0, torch.bfloat16), (2, torch.float32)])
-def test_deepspeed_gets_the_base_in_32_bit_and_casts_it_itself(llama, monkeypatch, zero_stage, weights):
-    monkeypatch.setattr("longqlora.training.adapters.base_types", lambda device: BFLOAT16)
-    model = adapted(llama, types=None, zero_stage=zero_stage)
-    assert model.get_input_embeddings().weight.dtype is weights
+    assert base_dtypes(torch.device("cuda")) == dtypes
+    assert base_dtypes(CPU) == FLOAT32

@@ -1,13 +1,11 @@
-# What the demo has in place of downloads: a corpus, instructions, a tokenizer and a base model from the standard library.
-
-DEMO = experiment["demo"]
+# The inputs of the demo, made from the Python standard library: corpus, instructions, tokenizer and base model.
 
 
 rule build_demo_sources:
     output:
-        shards=DEMO["shards"],
-        evaluation_sets=list(DEMO["evaluation_sets"].values()),
-        instructions=list(DEMO["instructions"].values()),
+        shards=DEMO.shards,
+        evaluation_sets=list(DEMO.evaluation_sets.model_dump().values()),
+        instructions=list(DEMO.instructions.model_dump().values()),
     log:
         f"{RESULTS}/logs/build_demo_sources.log",
     benchmark:
@@ -16,17 +14,17 @@ rule build_demo_sources:
         "../../environment.yml"
     params:
         *code_of("build_demo_sources"),
-        shards=DEMO["shards"],
-        evaluation_sets=DEMO["evaluation_sets"],
-        instructions=DEMO["instructions"],
-        settings={"evaluation_characters": DEMO["evaluation_characters"], "seed": experiment["seed"]},
+        shards=DEMO.shards,
+        evaluation_sets=DEMO.evaluation_sets.model_dump(),
+        instructions=DEMO.instructions.model_dump(),
+        settings={"evaluation_characters": DEMO.evaluation_characters, "seed": EXPERIMENT.seed},
     script:
         "../scripts/build_demo_sources.py"
 
 
 rule train_tokenizer:
     input:
-        shards=DEMO["shards"],
+        shards=DEMO.shards,
     output:
         tokenizer=directory(TOKENIZER),
     log:
@@ -37,14 +35,14 @@ rule train_tokenizer:
         "../../environment.yml"
     params:
         *code_of("train_tokenizer"),
-        vocab_size=DEMO["vocab_size"],
+        vocab_size=DEMO.vocab_size,
     script:
         "../scripts/train_tokenizer.py"
 
 
 rule pretrain_model:
     input:
-        shards=DEMO["shards"],
+        shards=DEMO.shards,
         tokenizer=rules.train_tokenizer.output.tokenizer,
     output:
         model=directory(f"{RESULTS}/pretrained/{{pretrained}}"),
@@ -53,16 +51,16 @@ rule pretrain_model:
     benchmark:
         f"{RESULTS}/benchmarks/pretrain_model/{{pretrained}}.tsv"
     wildcard_constraints:
-        pretrained=one_of(DEMO["pretrained"]),
+        pretrained=one_of(DEMO.pretrained),
     conda:
         "../../environment.yml"
     params:
         *code_of("pretrain_model"),
         settings=lambda wildcards: {
-            "context_length": DEMO["pretrained"][wildcards.pretrained],
-            "architecture": DEMO["architecture"],
-            "pretraining": DEMO["pretraining"],
-            "seed": experiment["seed"],
+            "context_length": DEMO.pretrained[wildcards.pretrained],
+            "architecture": DEMO.architecture.model_dump(),
+            "pretraining": DEMO.pretraining.model_dump(),
+            "seed": EXPERIMENT.seed,
         },
     script:
         "../scripts/pretrain_model.py"

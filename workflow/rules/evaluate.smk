@@ -1,10 +1,10 @@
-# One small JSON record per cell of the tables: perplexity of {system, dataset, length}, retrieval of {system, length}.
+# One small JSON record per cell of the tables: perplexity by {system, dataset, length}, retrieval by {system, length}.
 
 
 rule evaluate_perplexity:
     input:
         unpack(evaluation_tokens),
-        model=made_parts,
+        model=made_folders,
     output:
         record=f"{RESULTS}/perplexity/{{system}}/{{dataset}}/{{length}}.json",
         windows=f"{RESULTS}/perplexity/{{system}}/{{dataset}}/{{length}}.parquet",
@@ -14,20 +14,17 @@ rule evaluate_perplexity:
         f"{RESULTS}/benchmarks/evaluate_perplexity/{{system}}/{{dataset}}/{{length}}.tsv"
     conda:
         "../../environment.yml"
-    threads: 1 if GPUS else EVALUATION["num_processes"]
+    threads: 1 if GPUS else EXPERIMENT.evaluation.num_processes
     resources:
-        gpu=GPUS * EVALUATION["num_processes"],
+        gpu=GPUS * EXPERIMENT.evaluation.num_processes,
     params:
         *code_of("evaluate_perplexity"),
         model=model_of,
         model_contents=contents_of_evaluated,
         has_own_tokenizer=has_own_tokenizer,
-        protocol=lambda wildcards: {
-            "protocol": EVALUATION["protocol"],
-            "stride": stride_of(EVALUATION["protocol"], int(wildcards.length), EVALUATION["stride"]),
-        },
-        num_processes=lambda wildcards, input: EVALUATION["num_processes"],  # depends on the input: changes no result
-        device=experiment["device"],
+        protocol=lambda wildcards: protocol_at(EXPERIMENT.evaluation, int(wildcards.length)).model_dump(),
+        num_processes=lambda wildcards, input: EXPERIMENT.evaluation.num_processes,  # a function of the input, so that Snakemake does not compare it: it changes no result
+        device=EXPERIMENT.device,
     script:
         "../scripts/evaluate_perplexity.py"
 
@@ -35,8 +32,8 @@ rule evaluate_perplexity:
 rule evaluate_retrieval:
     input:
         unpack(evaluation_tokens),
-        model=made_parts,
-        tokenizer=lambda wildcards: made_model(SYSTEMS[wildcards.system]["tokenizer"]),
+        model=made_folders,
+        tokenizer=lambda wildcards: made_model(SYSTEMS[wildcards.system].tokenizer),
     output:
         record=f"{RESULTS}/retrieval/{{system}}/{{length}}.json",
     log:
@@ -51,10 +48,10 @@ rule evaluate_retrieval:
         *code_of("evaluate_retrieval"),
         model=model_of,
         model_contents=contents_of_evaluated,
-        tokenizer=own_tokenizer,
-        tokenizer_contents=lambda wildcards: contents_of_tokenizer(SYSTEMS[wildcards.system]["tokenizer"]),
-        settings={key: RETRIEVAL[key] for key in ("tasks", "depths", "samples")} | {"seed": experiment["seed"]},
-        device=experiment["device"],
+        tokenizer=lookup("{system}/tokenizer", within=SYSTEM_VALUES),
+        tokenizer_contents=lambda wildcards: contents_of_tokenizer(SYSTEMS[wildcards.system].tokenizer),
+        settings=EXPERIMENT.retrieval.model_dump(),
+        device=EXPERIMENT.device,
     script:
         "../scripts/evaluate_retrieval.py"
 
@@ -63,40 +60,42 @@ rule evaluate:
     input:
         perplexity=expand(rules.evaluate_perplexity.output.record, system=TABLE_SYSTEMS, dataset=DATASETS, length=LENGTHS),
         retrieval=(
-            expand(rules.evaluate_retrieval.output.record, system=TABLE_SYSTEMS, length=RETRIEVAL["lengths"])
-            if RETRIEVAL["tasks"]
+            expand(rules.evaluate_retrieval.output.record, system=TABLE_SYSTEMS, length=EXPERIMENT.retrieval_lengths)
+            if EXPERIMENT.retrieval.tasks
             else []
         ),
     localrule: True
 
 
-rule answer_held_out:
-    input:
-        model=f"{RESULTS}/models/{{system}}",
-        records=rules.build_sft_set.output.records,
-    output:
-        answers=f"{RESULTS}/answers/{{system}}.json",
-        markdown=f"{RESULTS}/answers/{{system}}.md",
-    log:
-        f"{RESULTS}/logs/answer_held_out/{{system}}.log",
-    benchmark:
-        f"{RESULTS}/benchmarks/answer_held_out/{{system}}.tsv"
-    wildcard_constraints:
-        system=one_of(CHAT),
-    conda:
-        "../../environment.yml"
-    resources:
-        gpu=GPUS,
-    params:
-        *code_of("answer_held_out"),
-        held_out=SFT.get("held_out"),
-        label=lambda wildcards: SYSTEMS[wildcards.system]["label"],
-        device=experiment["device"],
-    script:
-        "../scripts/answer_held_out.py"
+if SFT:
+
+    rule answer_held_out:
+        input:
+            model=f"{RESULTS}/models/{{system}}",
+            records=rules.build_sft_set.output.records,
+        output:
+            answers=f"{RESULTS}/answers/{{system}}.json",
+            markdown=f"{RESULTS}/answers/{{system}}.md",
+        log:
+            f"{RESULTS}/logs/answer_held_out/{{system}}.log",
+        benchmark:
+            f"{RESULTS}/benchmarks/answer_held_out/{{system}}.tsv"
+        wildcard_constraints:
+            system=one_of(CHAT),
+        conda:
+            "../../environment.yml"
+        resources:
+            gpu=GPUS,
+        params:
+            *code_of("answer_held_out"),
+            held_out=SFT.held_out,
+            label=lookup("{system}/label", within=SYSTEM_VALUES),
+            device=EXPERIMENT.device,
+        script:
+            "../scripts/answer_held_out.py"
 
 
 rule answers:
     input:
-        expand(rules.answer_held_out.output, system=CHAT if SFT.get("held_out") else []),
+        expand(rules.answer_held_out.output, system=CHAT) if SFT and SFT.held_out else [],
     localrule: True

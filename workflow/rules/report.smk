@@ -1,10 +1,10 @@
-# The records as tables and as plots; no model is needed here.
+# Tables and plots of the records; no model is needed.
 
 
 rule render_table:
     input:
         records=rules.evaluate.input.perplexity,
-        windows=windows_beside(rules.evaluate.input.perplexity),
+        windows=window_losses(rules.evaluate.input.perplexity),
         retrieval=rules.evaluate.input.retrieval,
     output:
         csv=f"{RESULTS}/tables/perplexity.csv",
@@ -20,7 +20,7 @@ rule render_table:
     params:
         *code_of("render_table"),
         labels=labels_of(TABLE_SYSTEMS),
-        published=experiment.get("published", []),
+        published=[row.model_dump() for row in EXPERIMENT.published],
     script:
         "../scripts/render_table.py"
 
@@ -40,7 +40,7 @@ rule plot_perplexity:
     params:
         *code_of("plot_perplexity"),
         labels=labels_of(TABLE_SYSTEMS),
-        published=experiment.get("published", []),
+        published=[row.model_dump() for row in EXPERIMENT.published],
     script:
         "../scripts/plot_perplexity.py"
 
@@ -101,7 +101,7 @@ rule plot_loss:
         "../../environment.yml"
     params:
         *code_of("plot_loss"),
-        labels=[SYSTEMS[system]["label"] for system in TRAINED_TABLE_SYSTEMS],
+        labels={system: SYSTEMS[system].label for system in TRAINED_TABLE_SYSTEMS},
     script:
         "../scripts/plot_loss.py"
 
@@ -109,7 +109,7 @@ rule plot_loss:
 rule report_ablation:
     input:
         records=ablation_records,
-        windows=lambda wildcards: windows_beside(ablation_records(wildcards)),
+        windows=lambda wildcards: window_losses(ablation_records(wildcards)),
     output:
         csv=f"{RESULTS}/tables/ablations/{{ablation}}.csv",
         markdown=f"{RESULTS}/tables/ablations/{{ablation}}.md",
@@ -124,8 +124,8 @@ rule report_ablation:
         "../../environment.yml"
     params:
         *code_of("report_ablation"),
-        labels=lambda wildcards: labels_of(ABLATIONS[wildcards.ablation]["rows"]),
-        ablation=lambda wildcards: ABLATIONS[wildcards.ablation],
+        labels=lambda wildcards: labels_of(EXPERIMENT.ablations[wildcards.ablation].rows),
+        ablation=lambda wildcards: EXPERIMENT.ablations[wildcards.ablation].model_dump(),
     script:
         "../scripts/report_ablation.py"
 
@@ -141,5 +141,5 @@ rule perplexity_report:
         rules.render_table.output,
         rules.plot_perplexity.output,
         rules.plot_loss_by_position.output,
-        rules.report_retrieval.output if RETRIEVAL["tasks"] else [],
+        rules.report_retrieval.output if EXPERIMENT.retrieval.tasks else [],
     localrule: True

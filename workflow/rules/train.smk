@@ -1,4 +1,4 @@
-# What is trained per system, and the model that anybody can load.
+# The training of each system, and the model folder that is published.
 
 CORES_PER_PROCESS = 4 if GPUS else 1  # --set-threads train_adapter=8 gives other numbers
 
@@ -20,23 +20,20 @@ rule train_adapter:
     retries: 2  # each resumes from the last checkpoint
     conda:
         "../../environment.yml"
-    threads: lambda wildcards: CORES_PER_PROCESS * SYSTEMS[wildcards.system]["training"]["num_processes"]
+    threads: lambda wildcards: CORES_PER_PROCESS * SYSTEMS[wildcards.system].training.num_processes
     resources:
-        gpu=lambda wildcards: GPUS * SYSTEMS[wildcards.system]["training"]["num_processes"],
+        gpu=lambda wildcards: GPUS * SYSTEMS[wildcards.system].training.num_processes,
     params:
         *code_of("train"),
         base_model=base_model,
         base_model_contents=contents_of_model(BASE_MODEL),
-        context=lambda wildcards: {
-            "target_context": SYSTEMS[wildcards.system]["target_context"],
-            "rope_scaling": SYSTEMS[wildcards.system]["rope_scaling"],
-        },
-        settings=lambda wildcards: SYSTEMS[wildcards.system]["training"],
-        seed={"seed": experiment["seed"]},
-        device=experiment["device"],
-        # Snakemake compares no param that depends on the input: these change nothing in what is trained
-        progress=lambda wildcards, input: SYSTEMS[wildcards.system]["progress"],
-        checkpoint_dir=lambda wildcards, input: f"{RESULTS}/checkpoints/{wildcards.system}",  # outlives a job that fails
+        extension=lambda wildcards: extension_of(SYSTEMS[wildcards.system]).model_dump(),
+        settings=lookup("{system}/training", within=SYSTEM_VALUES),
+        seed={"seed": EXPERIMENT.seed},
+        device=EXPERIMENT.device,
+        # Snakemake does not compare params that are functions of the input; these two do not change what is trained
+        progress=lambda wildcards, input: SYSTEM_VALUES[wildcards.system]["progress"],
+        checkpoint_dir=lambda wildcards, input: f"{RESULTS}/checkpoints/{wildcards.system}",  # kept when the job fails
     script:
         "../scripts/train.py"
 
@@ -73,8 +70,8 @@ rule merge_adapter:
         *code_of("merge_adapter"),
         base_model=base_model,
         base_model_contents=contents_of_model(BASE_MODEL),
-        settings=experiment["merge"],
-        device=experiment["device"],
+        settings=EXPERIMENT.merge.model_dump(),
+        device=EXPERIMENT.device,
     script:
         "../scripts/merge_adapter.py"
 
@@ -102,7 +99,7 @@ rule publish_model:
         generation_settings=contents_of_generation_settings(BASE_MODEL),
         tokenizer=base_tokenizer,
         tokenizer_contents=contents_of_tokenizer(TOKENIZER, with_chat_template=True),
-        label=lambda wildcards: SYSTEMS[wildcards.system]["label"],
+        label=lookup("{system}/label", within=SYSTEM_VALUES),
     script:
         "../scripts/publish_model.py"
 

@@ -1,6 +1,6 @@
 """Make the demo's texts from the Python standard library.
 
-Writes corpus shards, one evaluation file per kind of text, and instruction records in four schemas (JSON lines).
+Writes the corpus in shards, one evaluation set per kind of text, and four files of instruction records (all JSON lines).
 """
 
 import logging
@@ -15,5 +15,5 @@ with job_log(snakemake.log[0]):
         evaluation_sets=snakemake.params.evaluation_sets,
         **snakemake.params.settings,
     )
-    logging.info("texts: %s", counts)
+    logging.info("documents and characters: %s", counts)
     logging.info("instruction records: %s", write_instructions(snakemake.params.instructions))

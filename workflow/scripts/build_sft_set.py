@@ -1,7 +1,8 @@
 """Build the instruction set.
 
-Reads records in their native schemas; writes conversations (Parquet), a data card (JSON) and the report of removed records
-(CSV). Fails when a source has too few records for its share, or a record that its schema does not describe.
+Reads records in their published schemas and the n-grams of the evaluation sets. Writes conversations (Parquet), a data card
+(JSON), and the report on removed records (CSV). Fails if a source has too few records for its share, too many malformed
+records, or a record of another schema.
 """
 
 import json
@@ -11,14 +12,15 @@ from longqlora.jobs.log import job_log
 
 from transformers import AutoTokenizer
 
+from longqlora.config.settings import SftSource
 from longqlora.data.decontamination import EvaluationNgrams
-from longqlora.data.instruction_set import build_sft_set
+from longqlora.data.instruction_set import SftSampleSettings, build_sft_set
 
 with job_log(snakemake.log[0]):
     card = build_sft_set(
-        sources=snakemake.params.sources,
+        sources=[SftSource(**source) for source in snakemake.params.sources],
+        settings=SftSampleSettings(**snakemake.params.settings),
         tokenizer=AutoTokenizer.from_pretrained(snakemake.params.tokenizer),
-        **snakemake.params.settings,
         ngrams=EvaluationNgrams(snakemake.input.ngrams, snakemake.params.threshold),
         output=snakemake.output.records,
         removed=snakemake.output.removed,

@@ -1,7 +1,7 @@
-"""Measure one cell of the table: the perplexity of a system on an evaluation set at a context length.
+"""Measure one cell of the table: the perplexity of a system on an evaluation set at one context length.
 
-Reads a model and a token stream; writes a JSON record of the protocol and the result, and what each window lost (Parquet).
-Fails when the stream was made with another tokenizer, or a loss is not a number.
+Reads a model and a token stream; writes the result (JSON) and the losses of the windows (Parquet). Fails if the stream was made
+with another tokenizer, or a loss is not a number.
 """
 
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from longqlora.jobs.log import job_log
 
+from longqlora.config.settings import EvaluatedModel, Protocol
 from longqlora.evaluation.perplexity import evaluate_perplexity
 from longqlora.jobs.digests import stamp
 from longqlora.jobs.gpus import reserve_gpus
@@ -21,10 +22,9 @@ with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, snakemake.
         threads=snakemake.threads,
         system=snakemake.wildcards.system,
         dataset=snakemake.wildcards.dataset,
-        model=snakemake.params.model,
+        model=EvaluatedModel(**snakemake.params.model),
         tokens_path=snakemake.input.tokens,
-        window=int(snakemake.wildcards.length),
-        **snakemake.params.protocol,
+        protocol=Protocol(**snakemake.params.protocol),
         device=snakemake.params.device,
         windows_path=snakemake.output.windows,
     )

@@ -1,6 +1,6 @@
-"""Measure what a system finds again in texts of a context length, by task and depth.
+"""Measure the retrieval accuracy of a system at one context length, by task and depth.
 
-Reads a model, its tokenizer and the token stream of an evaluation set; writes a JSON record. Fails when the length is too
+Reads a model, its tokenizer and the token stream of an evaluation set; writes the result (JSON). Fails if the length is too
 short for a task.
 """
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from longqlora.jobs.log import job_log
 
+from longqlora.config.settings import EvaluatedModel, RetrievalSettings
 from longqlora.evaluation.retrieval import evaluate_retrieval
 from longqlora.jobs.digests import stamp
 from longqlora.jobs.gpus import reserve_gpus
@@ -16,12 +17,12 @@ from longqlora.jobs.gpus import reserve_gpus
 with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, 1):
     length = int(snakemake.wildcards.length)
     result = evaluate_retrieval(
-        model=snakemake.params.model,
+        model=EvaluatedModel(**snakemake.params.model),
         tokenizer=snakemake.params.tokenizer,
         filler=snakemake.input.tokens,
         length=length,
+        settings=RetrievalSettings(**snakemake.params.settings),
         device=snakemake.params.device,
-        **snakemake.params.settings,
     )
     cell = {"system": snakemake.wildcards.system, "eval_length": length}
     record = cell | result | stamp(snakemake.params)

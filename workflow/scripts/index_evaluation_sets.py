@@ -1,6 +1,6 @@
-"""List the n-grams of all evaluation sets, to hold the training texts against.
+"""Index the n-grams of all evaluation sets, so that training texts can be compared with them.
 
-Reads token streams (``.bin``); writes hashes of n-grams by evaluation set (Parquet). Fails when a set is too short.
+Reads token ids (``.bin``). Writes hashes of n-grams by evaluation set (Parquet). Fails if a set is too short.
 """
 
 import logging
@@ -18,4 +18,4 @@ with job_log(snakemake.log[0]):
         n=snakemake.params.ngram_words,
         output=snakemake.output.ngrams,
     )
-    logging.info("different n-grams: %s", counts)
+    logging.info("number of different n-grams: %s", counts)

@@ -1,7 +1,7 @@
 """Merge the adapter of one system into the base model.
 
-Reads the base model, the adapter, its training card and the training data; writes the weights of the merged model and the merge
-report (JSON). Fails when the adapter is of another base model, or the merge is clearly worse than the adapter as trained.
+Reads the base model, the adapter, its training card and the training data; writes the merged weights and the merge report
+(JSON). Fails if the adapter is of another base model, or if the merge is clearly worse than the adapter as trained.
 """
 
 import json
@@ -9,18 +9,22 @@ from pathlib import Path
 
 from longqlora.jobs.log import job_log
 
+from longqlora.config.settings import MergeSettings
 from longqlora.jobs.gpus import reserve_gpus
 
 with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, 1):
-    from longqlora.publishing.merge_report import merge_adapter  # bitsandbytes starts CUDA when it is imported
+    # imports bitsandbytes, which starts CUDA: reserve GPUs first
+    from longqlora.publishing.merge_report import MergeFiles, merge_adapter
 
     report = merge_adapter(
-        base_model=snakemake.params.base_model,
-        adapter=snakemake.input.adapter,
-        output=snakemake.output.weights,
+        files=MergeFiles(
+            base_model=snakemake.params.base_model,
+            adapter=snakemake.input.adapter,
+            data=snakemake.input.data,
+            output=snakemake.output.weights,
+        ),
         card=json.loads(Path(snakemake.input.card).read_text()),
-        data=snakemake.input.data,
+        settings=MergeSettings(**snakemake.params.settings),
         device=snakemake.params.device,
-        **snakemake.params.settings,
     )
     Path(snakemake.output.report).write_text(json.dumps(report, indent=2))

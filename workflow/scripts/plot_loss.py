@@ -9,7 +9,7 @@ from longqlora.reporting.loss_curves import plot_loss
 
 with job_log(snakemake.log[0]):
     plot_loss(
-        cards=dict(zip(snakemake.params.labels, snakemake.input.cards, strict=True)),
+        cards=dict(zip(snakemake.params.labels.values(), snakemake.input.cards, strict=True)),
         csv=snakemake.output.csv,
         outputs=[snakemake.output.png, snakemake.output.svg],
     )

@@ -1,16 +1,14 @@
-"""Plot the loss against the position in the window.
+"""Plot the loss against the position in the window, at the longest context length.
 
-Reads the JSON records of all cells, of which those at the longest context length are shown; writes CSV, PNG and SVG.
+Reads the records of all cells (JSON); writes the losses at every context length (CSV), and the plot (PNG and SVG).
 """
 
 from longqlora.jobs.log import job_log
 
-from longqlora.reporting.plots import plot_loss_by_position
+from longqlora.reporting.plots import loss_by_position, plot_loss_by_position
+from longqlora.reporting.records import read_records
 
 with job_log(snakemake.log[0]):
-    plot_loss_by_position(
-        records=snakemake.input.records,
-        labels=snakemake.params.labels,
-        csv=snakemake.output.csv,
-        outputs=[snakemake.output.png, snakemake.output.svg],
-    )
+    losses = loss_by_position(read_records(snakemake.input.records, snakemake.params.labels))
+    losses.to_csv(snakemake.output.csv, index=False)
+    plot_loss_by_position(losses, [snakemake.output.png, snakemake.output.svg])

@@ -1,6 +1,6 @@
 """Plot perplexity against context length.
 
-Reads the JSON records of all cells; writes PNG and SVG.
+Reads the records of all cells (JSON); writes PNG and SVG.
 """
 
 from longqlora.jobs.log import job_log

@@ -1,4 +1,4 @@
-"""Plot what the instruction set consists of.
+"""Plot the composition of the instruction set.
 
 Reads its data card (JSON); writes PNG and SVG.
 """

@@ -1,4 +1,4 @@
-"""Plot how long the sampled texts are.
+"""Plot the lengths of the sampled texts.
 
 Reads the sample (Parquet); writes PNG and SVG.
 """

@@ -1,7 +1,7 @@
-"""Bring an evaluation set into the project's format.
+"""Prepare an evaluation set.
 
-Reads a ``.bin`` of token ids, or texts; writes a ``.bin`` and its description (JSON). Fails when a ``.bin`` was made with
-another tokenizer.
+Reads a ``.bin`` file of token ids, or texts. Writes a ``.bin`` file and its description (JSON). Fails if token ids are not in
+the vocabulary of the base model's tokenizer.
 """
 
 from longqlora.jobs.log import job_log

@@ -1,7 +1,7 @@
-"""Write the model folder that anybody can load.
+"""Write the folder of a published model.
 
 Reads the weights of a trained system, its training card and, where an adapter was merged, the merge report; writes the folder
-with tokenizer, generation settings and model card. The weights are linked, so that they take no further space.
+with weights, tokenizer, generation settings and model card. The weights are hard links, which take no further disk space.
 """
 
 import json

@@ -1,20 +1,23 @@
-"""Render the table of perplexity.
+"""Render the table of perplexity and retrieval.
 
-Reads the JSON records of all cells, what each window lost (Parquet) and the records of retrieval; writes CSV, Markdown and
-LaTeX, and the differences of all pairs of systems with their confidence intervals (CSV).
+Reads the records of all cells (JSON), the losses of their windows (Parquet) and the records of retrieval (JSON); writes CSV,
+Markdown and LaTeX, and the differences between all pairs of systems with their confidence intervals (CSV).
 """
 
 from longqlora.jobs.log import job_log
 
-from longqlora.reporting.tables import render_table
+from longqlora.reporting.tables import read_results, render_table
 
 with job_log(snakemake.log[0]):
-    render_table(
+    results = read_results(
         records=snakemake.input.records,
-        labels=snakemake.params.labels,
         windows=snakemake.input.windows,
         retrieval=snakemake.input.retrieval,
+        labels=snakemake.params.labels,
         published=snakemake.params.published,
+    )
+    render_table(
+        results,
         csv=snakemake.output.csv,
         markdown=snakemake.output.markdown,
         latex=snakemake.output.latex,

@@ -1,24 +1,22 @@
 """Report one ablation: a row of the table for each combination of settings.
 
-Reads the JSON records of its cells and what each window lost (Parquet); writes CSV, Markdown, LaTeX, PNG and SVG.
+Reads the records of its cells (JSON) and the losses of their windows (Parquet); writes CSV, Markdown, LaTeX, PNG and SVG.
 """
 
 from longqlora.jobs.log import job_log
 
-from longqlora.reporting.plots import plot_ablation
-from longqlora.reporting.tables import render_ablation
+from longqlora.config.settings import Ablation
+from longqlora.reporting.ablation_report import plot_ablation, read_ablation, render_ablation
 
 with job_log(snakemake.log[0]):
-    shown = {
-        "records": snakemake.input.records,
-        "ablation": snakemake.params.ablation,
-        "labels": snakemake.params.labels,
-    }
+    ablation = Ablation(**snakemake.params.ablation)
+    cells = read_ablation(snakemake.input.records, ablation, snakemake.params.labels)
     render_ablation(
-        **shown,
-        windows=snakemake.input.windows,
+        cells,
+        snakemake.input.windows,
+        ablation.label,
         csv=snakemake.output.csv,
         markdown=snakemake.output.markdown,
         latex=snakemake.output.latex,
     )
-    plot_ablation(**shown, outputs=[snakemake.output.png, snakemake.output.svg])
+    plot_ablation(cells, ablation.axes, [snakemake.output.png, snakemake.output.svg])

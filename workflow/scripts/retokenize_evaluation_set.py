@@ -1,16 +1,17 @@
-"""Encode an evaluation set anew for a published model with a tokenizer of its own.
+"""Retokenize an evaluation set for a published model with a tokenizer of its own.
 
-Reads a token stream of the base model's tokenizer; writes one of the other tokenizer, document for document.
+Reads token ids of the base model's tokenizer (``.bin``). Writes those of the other tokenizer, document by document, and their
+description (JSON).
 """
 
 from longqlora.jobs.log import job_log
 
 from transformers import AutoTokenizer
 
-from longqlora.data.evaluation_sets import retokenize
+from longqlora.data.evaluation_sets import retokenize_evaluation_set
 
 with job_log(snakemake.log[0]):
-    retokenize(
+    retokenize_evaluation_set(
         tokens=snakemake.input.tokens,
         tokenizer=AutoTokenizer.from_pretrained(snakemake.params.base_tokenizer),
         new_tokenizer=AutoTokenizer.from_pretrained(snakemake.params.tokenizer),

@@ -1,7 +1,7 @@
 """Join the shards into the sample.
 
-Reads what was kept of each shard; writes the sample (Parquet), its data card (JSON) and the report of removed texts (CSV).
-Fails when there are too few texts of the wanted length, too many malformed records, or an overlap with an evaluation set.
+Reads what was kept of each shard. Writes the sample (Parquet), its data card (JSON), and the report on removed texts (CSV).
+Fails if there are too few texts of the wanted length, too many malformed records, or an overlap with an evaluation set.
 """
 
 import json
@@ -9,18 +9,17 @@ from pathlib import Path
 
 from longqlora.jobs.log import job_log
 
-from longqlora.data.corpus import sample_corpus
+from longqlora.data.corpus import JoinSettings, sample_corpus
 from longqlora.data.decontamination import EvaluationNgrams
-from longqlora.data.shards import SampleSettings
+from longqlora.data.shards import SampleSettings, ShardFiles
 
 with job_log(snakemake.log[0]):
+    inputs = snakemake.input
     card = sample_corpus(
         settings=SampleSettings(**snakemake.params.settings),
-        shards=snakemake.input.shards,
-        priorities=snakemake.input.priorities,
-        cards=[json.loads(Path(path).read_text()) for path in snakemake.input.cards],
-        **snakemake.params.joining,
-        ngrams=EvaluationNgrams(snakemake.input.ngrams, snakemake.params.threshold),
+        joining=JoinSettings(**snakemake.params.joining),
+        shards=[ShardFiles(*files) for files in zip(inputs.shards, inputs.priorities, inputs.cards, strict=True)],
+        ngrams=EvaluationNgrams(inputs.ngrams, snakemake.params.threshold),
         output=snakemake.output.texts,
         removed=snakemake.output.removed,
     )

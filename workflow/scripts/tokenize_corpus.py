@@ -1,6 +1,6 @@
-"""Tokenise the sampled texts.
+"""Tokenize the sampled texts.
 
-Reads the sample (Parquet); writes one stream of token ids (``.bin``) and its description (JSON).
+Reads the sample (Parquet). Writes one stream of token ids (``.bin``) and its description (JSON).
 """
 
 from longqlora.jobs.log import job_log

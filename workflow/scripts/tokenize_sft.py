@@ -1,6 +1,6 @@
-"""Tokenise the instruction set.
+"""Tokenize the instruction set.
 
-Reads conversations (Parquet); writes token ids and labels, the answers alone to be learned, as an Arrow file.
+Reads conversations (Parquet). Writes token ids and labels (Arrow); the labels cover the answers only.
 """
 
 from longqlora.jobs.log import job_log

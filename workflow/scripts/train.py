@@ -1,8 +1,8 @@
 """Train one system: an adapter, or all weights of the model.
 
-Reads the base model and a token stream or a tokenised instruction set; writes the adapter in peft's format or the model's
-weights, TensorBoard events, and the training card (JSON). A rerun resumes from the last checkpoint. Fails, before weights are
-loaded, when the base model cannot be extended or trained as the configuration asks.
+Reads the base model and a token stream or a tokenized instruction set; writes the adapter in peft's format or the model's
+weights, TensorBoard events and the training card (JSON). A rerun resumes from the last checkpoint. Fails before weights are
+loaded if the base model cannot be extended or trained with the configured settings.
 """
 
 import json
@@ -11,27 +11,30 @@ from pathlib import Path
 
 from longqlora.jobs.log import job_log
 
+from longqlora.config.settings import ProgressSettings, RopeExtension, TrainingSettings
 from longqlora.jobs.gpus import reserve_gpus
 from longqlora.jobs.launch import launch
 
-settings = snakemake.params.settings
-with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, settings["num_processes"]):
-    from longqlora.training.train import train  # bitsandbytes starts CUDA when it is imported: after the GPUs are chosen
+settings = TrainingSettings(**snakemake.params.settings)
+with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, settings.num_processes):
+    from longqlora.training.train import TrainingFiles, train  # imports bitsandbytes, which starts CUDA: reserve GPUs first
 
     card = launch(
         train,
-        num_processes=settings["num_processes"],
+        num_processes=settings.num_processes,
         threads=snakemake.threads,
-        by_torchrun=settings["zero_stage"] > 0,
-        base_model=snakemake.params.base_model,
-        data=snakemake.input.data,
-        output=snakemake.output.trained,
-        events=snakemake.output.events,
-        checkpoint_dir=snakemake.params.checkpoint_dir,
+        by_torchrun=settings.zero_stage > 0,
+        files=TrainingFiles(
+            base_model=snakemake.params.base_model,
+            data=snakemake.input.data,
+            output=snakemake.output.trained,
+            tensorboard_dir=snakemake.output.events,
+            checkpoint_dir=snakemake.params.checkpoint_dir,
+        ),
+        extension=RopeExtension(**snakemake.params.extension),
         settings=settings,
-        progress=snakemake.params.progress,
+        progress=ProgressSettings(**snakemake.params.progress),
         device=snakemake.params.device,
-        **snakemake.params.context,
         **snakemake.params.seed,
     )
     Path(snakemake.output.card).write_text(json.dumps(card, indent=2))

@@ -1,0 +1,180 @@
+"""How the values of a configuration fit together: what a type alone cannot say."""
+
+from collections.abc import Iterator
+
+from longqlora.config.paths import is_made_here
+from longqlora.config.settings import Configuration, CorpusSettings, Experiment, System
+from longqlora.config.shards import sample_shares
+from longqlora.config.systems import protocol_at
+
+
+def check_values(config: Configuration, experiment: Experiment) -> Iterator[str]:
+    """Yield a line for each mistake.
+
+    Args:
+        config: as it was written.
+        experiment: made from it.
+    """
+    yield from check_evaluation(config, experiment)
+    yield from check_ablations(config, experiment)
+    yield from check_demo(experiment)
+    datasets = experiment.evaluation.datasets
+    yield from check_distinct("evaluation.datasets", "label", [dataset.label for dataset in datasets.values()])
+    yield from check_distinct("systems", "label", [experiment.systems[name].label for name in experiment.rows])
+    for name in experiment.rows:
+        yield from check_system(name, config, experiment)
+    for name, system in experiment.systems.items():
+        if system.training is not None:
+            yield from check_training(name, system, experiment)
+        if system.training is not None and name in config.systems:
+            yield from check_length(name, config, system)
+    yield from check_data(experiment)
+    labels_of_sets = {dataset.label for dataset in experiment.evaluation.datasets.values()}
+    for row in experiment.published:
+        if row.dataset not in labels_of_sets:
+            legal = ", ".join(sorted(labels_of_sets))
+            yield f"published: dataset {row.dataset!r} is not a label of evaluation.datasets (legal: {legal})"
+
+
+def check_demo(experiment: Experiment) -> Iterator[str]:
+    """Yield which files of the demo's inputs are not under results/: the workflow would overwrite files of the user's."""
+    demo = experiment.demo
+    if demo is None:
+        return
+    written = {"demo.shards": demo.shards, "base_model.tokenizer": [experiment.tokenizer]}
+    for name, section in (("evaluation_sets", demo.evaluation_sets), ("instructions", demo.instructions)):
+        written[f"demo.{name}"] = list(section.model_dump().values())
+    for key, paths in written.items():
+        for path in paths:
+            if not is_made_here(path):
+                yield f"{key}: {path} must be under results/, because the demo section writes it"
+    if experiment.tokenizer == experiment.base_model:
+        yield "base_model.tokenizer: missing; the demo section needs a folder under results/ to write a tokenizer to"
+
+
+def check_evaluation(config: Configuration, experiment: Experiment) -> Iterator[str]:
+    """Yield what is wrong with how perplexity and retrieval are measured."""
+    evaluation, shortest = experiment.evaluation, min(experiment.evaluation.lengths)
+    stride = protocol_at(evaluation, shortest).stride
+    if evaluation.protocol == "longqlora" and evaluation.stride:
+        yield "evaluation.stride: in the protocol longqlora the stride is the window; leave it out, or use exact"
+    elif stride > shortest:
+        yield f"evaluation.stride: {stride} exceeds the shortest of evaluation.lengths, {shortest}"
+    if experiment.filler not in evaluation.datasets:
+        legal = ", ".join(evaluation.datasets)
+        yield f"retrieval.filler: {experiment.filler!r} is not a name of evaluation.datasets (legal: {legal})"
+    for length in experiment.retrieval_lengths if experiment.retrieval.tasks else []:
+        if length not in evaluation.lengths:
+            yield f"retrieval.lengths: {length} is not in evaluation.lengths ({', '.join(map(str, evaluation.lengths))})"
+
+
+def check_ablations(config: Configuration, experiment: Experiment) -> Iterator[str]:
+    """Yield which ablations do not vary a trained system, or vary nothing."""
+    trained = [name for name in experiment.rows if experiment.systems[name].training]
+    for name, ablation in config.ablations.items():
+        if ablation.system not in trained:
+            legal = ", ".join(trained)
+            yield f"ablations.{name}.system: {ablation.system!r} is not a trained system (legal: {legal or 'none'})"
+            continue
+        training = experiment.systems[ablation.system].training
+        if ablation.grid.rank and training and training.method == "full":
+            yield f"ablations.{name}.grid.rank: {ablation.system!r} trains all weights and has no rank"
+        if not experiment.ablations[name].axes:
+            yield f"ablations.{name}.grid: names no setting (legal: {', '.join(type(ablation.grid).model_fields)})"
+
+
+def check_system(name: str, config: Configuration, experiment: Experiment) -> Iterator[str]:
+    """Yield what is wrong with a row: a model or weights that do not go with its other keys."""
+    row, system = config.systems[name], experiment.systems[name]
+    if row.training is not None and system.model != experiment.base_model:
+        yield f"systems.{name}.model: {system.model} is evaluated as it is; only the base_model is trained"
+    if row.rope_scaling is not None and system.target_context is None:
+        yield f"systems.{name}.rope_scaling: has no effect without target_context; give both"
+    if row.tokenizer is not None and row.model is None and row.weights_of is None:
+        yield f"systems.{name}.tokenizer: goes with model; the tokenizer of the base model is base_model.tokenizer"
+    trained = experiment.systems[row.weights_of or name].training if (row.weights_of or name) in experiment.systems else None
+    if row.merged is False and (trained is None or trained.method == "full"):
+        yield f"systems.{name}.merged: false needs an adapter, training of method qlora or lora"
+    if row.weights_of is None:
+        return
+    owner = config.systems.get(row.weights_of)
+    if owner is None or owner.training is None:
+        legal = ", ".join(other for other in config.systems if config.systems[other].training) or "none"
+        yield f"systems.{name}.weights_of: {row.weights_of!r} is not a trained system (legal: {legal})"
+        return
+    for key in ("training", "target_context", "rope_scaling", "model", "tokenizer"):
+        given = getattr(row, key)
+        if given is not None and (key == "training" or given != getattr(owner, key)):
+            yield f"systems.{name}.{key}: comes from {row.weights_of!r}, whose weights this system has; leave it out"
+
+
+def check_length(name: str, config: Configuration, system: System) -> Iterator[str]:
+    """Yield that the length of a training is not given, or given twice."""
+    training, own = system.training, config.systems[name].training
+    assert training is not None
+    assert own is not None
+    key = f"systems.{name}.training" if {"steps", "epochs"} & own.model_fields_set else "training"
+    if training.steps is not None and training.epochs is not None:
+        yield f"{key}: has both steps ({training.steps}) and epochs ({training.epochs:g}); keep one of them"
+    elif training.steps is None and training.epochs is None:
+        yield f"{key}: needs steps or epochs"
+
+
+def check_training(name: str, system: System, experiment: Experiment) -> Iterator[str]:
+    """Yield what is wrong with a trained system."""
+    training, key = system.training, f"systems.{name}"
+    assert training is not None
+    if system.target_context is None:
+        yield f"{key}.target_context: missing; a trained system needs the context length to reach, in tokens"
+    if getattr(experiment, training.data) is None:
+        yield f"{key}.training.data: {training.data!r} is not configured; add the section {training.data}:"
+    for option, data in (("isolate_documents", "corpus"), ("pack_records", "sft")):
+        if getattr(training, option) and training.data != data:
+            yield f"{key}.training.{option}: works only with data: {data}, found data: {training.data}"
+    if training.offload_activations and not training.activation_checkpointing:
+        yield f"{key}.training.offload_activations: needs activation_checkpointing: true"
+    if training.offload and not training.zero_stage:
+        yield f"{key}.training.offload: needs DeepSpeed, zero_stage: 2 or 3"
+    longest = experiment.sft.max_tokens if experiment.sft else 0
+    if training.pack_records and longest > (system.target_context or longest):
+        yield f"{key}.training.pack_records: sft.max_tokens is {longest}, more than the window of {system.target_context}"
+
+
+def check_data(experiment: Experiment) -> Iterator[str]:
+    """Yield what is wrong with the corpus and the instruction set."""
+    corpus, sft = experiment.corpus, experiment.sft
+    if corpus:
+        if corpus.min_tokens > corpus.max_tokens:
+            yield f"corpus.min_tokens: {corpus.min_tokens} exceeds corpus.max_tokens, {corpus.max_tokens}"
+        yield from check_corpus_shares(corpus)
+    if sft:
+        if sft.held_out >= sft.num_records:
+            yield f"sft.held_out: {sft.held_out} of sft.num_records {sft.num_records} leaves nothing to train on"
+        yield from check_distinct("sft.sources", "name", [source.name for source in sft.sources])
+        yield from check_shares("sft.sources", [source.share for source in sft.sources])
+
+
+def check_corpus_shares(corpus: CorpusSettings) -> Iterator[str]:
+    """Yield what is wrong with the shares of the corpus."""
+    with_share = [str(source.name) for source in corpus.sources if source.share is not None]
+    without = [str(source.name) for source in corpus.sources if source.share is None]
+    if with_share and corpus.shares:
+        yield "corpus.shares: give shares either here or to the sources (corpus.sources), not both"
+    elif with_share and without:
+        yield f"corpus.sources: {', '.join(without)} has no share but {', '.join(with_share)} has; give one to all or to none"
+    elif len(set(with_share)) < len(with_share):
+        yield f"corpus.sources: every source with a share needs a name of its own, found {', '.join(with_share)}"
+    elif shares := sample_shares(corpus):
+        yield from check_shares("corpus.shares" if corpus.shares else "corpus.sources", list(shares.values()))
+
+
+def check_distinct(key: str, what: str, values: list[str]) -> Iterator[str]:
+    """Yield which labels or names occur more than once."""
+    for value in dict.fromkeys(value for number, value in enumerate(values) if value in values[:number]):
+        yield f"{key}: every {what} must be different, but {value!r} occurs {values.count(value)} times"
+
+
+def check_shares(key: str, shares: list[float]) -> Iterator[str]:
+    """Yield that shares do not add up to 1."""
+    if abs(sum(shares) - 1) > 1e-6:
+        yield f"{key}: the shares add up to {sum(shares):.9g}, they must add up to 1"

@@ -1,0 +1,100 @@
+"""Systems with everything filled in, and what each of them is evaluated as."""
+
+from longqlora.config.settings import (
+    DEFAULT_ROPE_SCALING,
+    Configuration,
+    EvaluatedModel,
+    EvaluationSettings,
+    Experiment,
+    ProgressSettings,
+    Protocol,
+    RopeExtension,
+    System,
+    SystemSection,
+    TrainingSection,
+    TrainingSettings,
+)
+
+LONGLORA_STRIDE = 256  # tokens, as published
+DEFAULT_GROUP_RATIO = TrainingSettings().group_ratio
+ADAPTER_SETTINGS = ("rank", "alpha", "dropout", "target_modules", "modules_to_save")
+
+
+def complete_system(name: str, config: Configuration) -> System:
+    """A row of the table, its missing settings filled in from the experiment, or from the system in ``weights_of``."""
+    row = config.systems[name]
+    owner = config.systems.get(row.weights_of or "", SystemSection())
+    model = row.model or owner.model
+    training, progress = complete_training(row, config.training)
+    return System(
+        label=row.label or name,
+        model=without_slash(model or config.base_model.path),
+        tokenizer=without_slash(row.tokenizer or row.model or owner.tokenizer or owner.model or base_tokenizer(config)),
+        target_context=row.target_context or owner.target_context,
+        rope_scaling=row.rope_scaling or owner.rope_scaling or DEFAULT_ROPE_SCALING,
+        weights_of=row.weights_of,
+        merged=True if row.merged is None else row.merged,
+        precision=row.precision or config.evaluation.precision,
+        evaluation_attention=row.evaluation_attention or "full",
+        training=training,
+        progress=progress,
+    )
+
+
+def without_slash(folder: str) -> str:
+    """A folder without a slash at its end, so that one folder has one name."""
+    return folder.rstrip("/") or folder
+
+
+def base_tokenizer(config: Configuration) -> str:
+    """Folder or hub id of the base model's tokenizer."""
+    return without_slash(config.base_model.tokenizer or config.base_model.path)
+
+
+def complete_training(row: SystemSection, common: TrainingSection) -> tuple[TrainingSettings | None, ProgressSettings | None]:
+    """The settings of a trained system: its own, and the experiment's where it has none."""
+    if row.training is None:
+        return None, None
+    own = {name: getattr(row.training, name) for name in row.training.model_fields_set}
+    for length, other in (("steps", "epochs"), ("epochs", "steps")):
+        if length in own and other not in own:
+            own[other] = None
+    settings = common.model_copy(update=own)
+    if settings.method == "full":  # no adapter: its settings are not used, and must not retrain the system
+        settings = settings.model_copy(update={name: TrainingSection.model_fields[name].default for name in ADAPTER_SETTINGS})
+    return (
+        TrainingSettings(**{name: getattr(settings, name) for name in TrainingSettings.model_fields}),
+        ProgressSettings(**{name: getattr(settings, name) for name in ProgressSettings.model_fields}),
+    )
+
+
+def evaluated_model(experiment: Experiment, name: str) -> EvaluatedModel:
+    """What a system is evaluated as: the weights that training made of it, its adapter on the base, its published model, or
+    the base."""
+    system = experiment.systems[name]
+    owner = system.weights_of or name
+    training = experiment.systems[owner].training
+    model = EvaluatedModel(
+        path=system.model,
+        adapter=f"{experiment.results}/adapters/{owner}" if training else None,
+        extension=extension_of(system),
+        precision=system.precision,
+        attention=system.evaluation_attention,
+        group_ratio=training.group_ratio if training else DEFAULT_GROUP_RATIO,
+    )
+    if training and (system.merged or training.method == "full"):  # the configuration of the weights has the scaling
+        return model.model_copy(update={"path": f"{experiment.results}/weights/{owner}", "adapter": None, "extension": None})
+    return model
+
+
+def extension_of(system: System) -> RopeExtension | None:
+    """How a system's context is extended; None where it is not."""
+    if system.target_context is None:
+        return None
+    return RopeExtension(scaling=system.rope_scaling, target_context=system.target_context)
+
+
+def protocol_at(evaluation: EvaluationSettings, eval_length: int) -> Protocol:
+    """How perplexity is measured at a context length; where the stride is left out, it is the window, with longlora 256."""
+    stride = evaluation.stride or (LONGLORA_STRIDE if evaluation.protocol == "longlora" else eval_length)
+    return Protocol(name=evaluation.protocol, window=eval_length, stride=stride)

@@ -1,0 +1,223 @@
+"""Checks of an experiment against this machine, before any job starts: its files, its models, its token ids.
+
+Imports nothing heavy: the workflow asks on every start.
+"""
+
+import difflib
+import glob
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from longqlora.config.paths import is_local, is_made_here
+from longqlora.config.settings import Experiment
+from longqlora.data.token_descriptions import largest_token
+from longqlora.evaluation.retrieval_tasks import PASSAGE_TOKENS
+from longqlora.jobs.digests import FileFacts
+from longqlora.modeling.compatibility import extension_problems
+from longqlora.modeling.model_files import is_hub_id, tokenizer_files, weight_files
+
+SIZES = (
+    "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "vocab_size",
+    "sliding_window",
+)  # fmt: skip
+
+
+def check_inputs(experiment: Experiment) -> Iterator[str]:
+    """Yield a line for each mistake."""
+    yield from check_paths(experiment)
+    yield from check_retrieval_lengths(experiment)
+    broken = set()
+    for key, path in first_keys(experiment, "model").items():
+        for problem in model_problems(experiment, path):
+            broken.add(path)
+            yield f"{key}: {problem}"
+    for key, path in first_keys(experiment, "tokenizer").items():
+        if path not in broken:
+            yield from (f"{key}: {problem}" for problem in tokenizer_problems(experiment, path))
+    for name, system in experiment.systems.items():
+        config = model_config(experiment, system.model)
+        if config and system.target_context and system.model not in broken:
+            for problem in extension_problems(config, system.target_context, system.training):
+                yield f"systems.{name}: {system.model}: {problem}"
+    config = model_config(experiment, experiment.base_model)
+    if config and config.get("vocab_size"):
+        yield from check_token_files(experiment, config["vocab_size"])
+
+
+# --- files of texts --------------------------------------------------------------------------------------------------------
+
+
+def paths_of(experiment: Experiment) -> dict[str, list[str]]:
+    """Every list of data files, by its key."""
+    corpus = experiment.corpus.sources if experiment.corpus else []
+    sft = experiment.sft.sources if experiment.sft else []
+    return {
+        **{f"corpus.sources[{number}].paths": source.paths for number, source in enumerate(corpus)},
+        **{f"sft.sources[{number}].paths": source.paths for number, source in enumerate(sft)},
+        **{f"evaluation.datasets.{name}.paths": dataset.paths for name, dataset in experiment.evaluation.datasets.items()},
+    }
+
+
+def check_paths(experiment: Experiment) -> Iterator[str]:
+    """Yield which data files are not there, or have a name that Snakemake or fsspec would read as something else."""
+    for key, paths in paths_of(experiment).items():
+        yield from check_list(key, paths)
+        for path in paths:
+            if not is_local(path):
+                continue
+            if "{" in path or "}" in path:
+                yield f"{key}: {path}: Snakemake reads braces in a path as a wildcard; rename or link the file"
+            elif "::" in path:
+                yield f"{key}: {path}: fsspec reads '::' as a chain of addresses; rename or link the file"
+            elif path.startswith("~"):
+                yield f"{key}: {path}: ~ is not expanded; write the full path"
+            elif is_made_here(path):
+                yield from (f"{key}: {problem}" for problem in not_made(experiment, path))
+            elif Path(path).is_dir():
+                yield f"{key}: {path} is a folder, not a file"
+            elif not Path(path).is_file():
+                yield f"{key}: no file matches {path}" if glob.has_magic(path) else f"{key}: no such file: {path}"
+
+
+def check_list(key: str, paths: list[str]) -> Iterator[str]:
+    """Yield what is wrong with a list of data files as a whole."""
+    for path in dict.fromkeys(path for number, path in enumerate(paths) if path in paths[:number]):
+        yield f"{key}: {path} is listed, or matched by a wildcard, more than once"
+    if key.startswith("evaluation."):
+        streams = [path for path in paths if path.endswith(".bin")]
+        if streams and len(paths) > 1:
+            yield f"{key}: {streams[0]} must be the only path of its evaluation set, found {len(paths)} paths"
+        for path in paths:
+            if not is_local(path) and glob.has_magic(path):
+                yield f"{key}: {path}: wildcards in addresses are for the corpus and instructions; name each file"
+
+
+def not_made(experiment: Experiment, path: str) -> Iterator[str]:
+    """Yield that no rule makes a path under results/, which is not there from an earlier run either."""
+    made = [f"{experiment.results}/{folder}/{name}" for folder in ("models", "weights") for name in experiment.systems]
+    if demo := experiment.demo:
+        made += [f"{experiment.results}/pretrained/{name}" for name in demo.pretrained]
+        made += [experiment.tokenizer, *demo.shards]
+        made += [*demo.evaluation_sets.model_dump().values(), *demo.instructions.model_dump().values()]
+    if path not in made and not Path(path).exists():
+        guess = difflib.get_close_matches(path, made, n=1)
+        yield f"no rule makes {path}" + (f"; did you mean {guess[0]}?" if guess else "")
+
+
+def check_retrieval_lengths(experiment: Experiment) -> Iterator[str]:
+    """Yield which context lengths are too short for a passage and its repetition."""
+    needed = 2 * PASSAGE_TOKENS
+    for length in experiment.retrieval_lengths:
+        if "induction" in experiment.retrieval.tasks and length < needed:
+            yield f"retrieval.lengths: {length} is too short for the task induction, which needs at least {needed}"
+
+
+# --- models ----------------------------------------------------------------------------------------------------------------
+
+
+def first_keys(experiment: Experiment, what: str) -> dict[str, str]:
+    """Every model or tokenizer that is loaded, by the first key that names it.
+
+    Args:
+        what: ``model`` or ``tokenizer``.
+    """
+    keys = {"base_model.path": experiment.base_model} if what == "model" else {"base_model.tokenizer": experiment.tokenizer}
+    for name in experiment.rows:
+        path = getattr(experiment.systems[name], what)
+        if path not in keys.values():
+            keys[f"systems.{name}.{what}"] = path
+    return keys
+
+
+def model_problems(experiment: Experiment, path: str) -> Iterator[str]:
+    """Yield why a model cannot be loaded; one on the hub is checked when it is loaded."""
+    folder = Path(path)
+    if "{" in path or "}" in path:
+        yield f"{path}: Snakemake reads braces in a path as a wildcard; rename or link the folder"
+    elif is_made_here(path):
+        yield from not_made(experiment, path)
+    elif is_hub_id(path):
+        yield from misspelled_folder(path)
+    elif not (folder / "config.json").is_file():
+        yield f"{path} is neither a folder with a config.json nor a hub id (owner/name)"
+    else:
+        try:
+            read_config(folder)
+            weight_files(folder)
+        except ValueError as error:
+            yield str(error)
+
+
+def tokenizer_problems(experiment: Experiment, path: str) -> Iterator[str]:
+    """Yield why a tokenizer cannot be loaded; one on the hub is checked when it is loaded."""
+    if "{" in path or "}" in path:
+        yield f"{path}: Snakemake reads braces in a path as a wildcard; rename or link the folder"
+    elif is_made_here(path):
+        yield from not_made(experiment, path)
+    elif is_hub_id(path):
+        yield from misspelled_folder(path)
+    elif not tokenizer_files(path):
+        yield f"{path} is neither a folder with a tokenizer (tokenizer.json) nor a hub id (owner/name)"
+
+
+def misspelled_folder(path: str) -> Iterator[str]:
+    """Yield a message if ``owner/name`` looks like a misspelled local folder, because ``owner`` is a folder of this machine."""
+    parent, name = Path(path).parent, Path(path).name
+    if parent.is_dir():
+        guess = difflib.get_close_matches(name, [entry.name for entry in parent.iterdir() if entry.is_dir()], n=1)
+        hint = f"; did you mean {parent / guess[0]}?" if guess else ""
+        yield f"{path} would be a hub id, but {parent} is a folder of this machine and holds no {name}{hint}"
+
+
+def model_config(experiment: Experiment, path: str) -> dict | None:
+    """The ``config.json`` of a model of this machine, or what the demo is going to write; None for one on the hub, which its
+    job checks before it loads weights."""
+    if is_made_here(path):
+        demo, name = experiment.demo, Path(path).name
+        if demo is None or name not in demo.pretrained:
+            return None
+        made = {"model_type": "llama", "max_position_embeddings": demo.pretrained[name], "vocab_size": demo.vocab_size}
+        return made | demo.architecture.model_dump()
+    try:
+        return read_config(Path(path))
+    except (OSError, ValueError):  # told by model_problems
+        return None
+
+
+def read_config(folder: Path) -> dict:
+    """The ``config.json`` of a model.
+
+    Raises:
+        ValueError: if it is not a JSON object, or a size in it is not a whole number.
+    """
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: expected a JSON object, found {type(config).__name__}")
+    for key in SIZES:
+        if not isinstance(config.get(key) or 0, int):
+            raise ValueError(f"{file}: {key} is {config[key]!r}, expected a whole number")
+    return config
+
+
+def check_token_files(experiment: Experiment, vocab_size: int) -> Iterator[str]:
+    """Yield which local files of token ids are damaged, or hold an id beyond the base model's vocabulary."""
+    facts = FileFacts()
+    for name, dataset in experiment.evaluation.datasets.items():
+        for file in dataset.paths:
+            if not (file.endswith(".bin") and is_local(file) and not is_made_here(file) and Path(file).is_file()):
+                continue
+            try:
+                (largest,) = facts.find("largest token", [file], largest_token)
+            except ValueError as error:
+                yield f"evaluation.datasets.{name}: {error}"
+                continue
+            if largest >= vocab_size:
+                yield (
+                    f"evaluation.datasets.{name}: {file} holds token id {largest}, but {experiment.base_model} has a "
+                    f"vocabulary of {vocab_size} (legal: 0 to {vocab_size - 1})"
+                )

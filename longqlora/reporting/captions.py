@@ -1,0 +1,63 @@
+"""Captions of the perplexity tables: what the numbers are, and what the marks mean that occur in the table."""
+
+import pandas
+
+from longqlora.evaluation.statistics import CONFIDENCE
+from longqlora.reporting.comparisons import LOW_PERPLEXITY, POOR_RETRIEVAL, low_perplexity_poor_retrieval
+from longqlora.reporting.notation import LATEX, Notation, escape_latex
+
+PROTOCOLS = {
+    "exact": "every token of a document but its first is scored once, in windows inside the document",
+    "longqlora": "protocol of LongQLoRA, consecutive windows and the mean over windows",
+    "longlora": "protocol of LongLoRA, a window every {stride} tokens and the mean over windows",
+}
+
+
+def caption_of(cells: pandas.DataFrame, retrieval: pandas.DataFrame, notation: Notation) -> str:
+    """The sentences below a table.
+
+    Args:
+        cells: records of perplexity, see :func:`longqlora.reporting.records.read_records`.
+        retrieval: records of retrieval; may be empty.
+        notation: marks of the format.
+    """
+    sentences = describe_numbers(cells, notation) + describe_retrieval(cells, retrieval, notation)
+    plain = escape_latex if notation is LATEX else str
+    others = cells.loc[cells["has_own_tokenizer"].astype(bool), "label"].unique()
+    if len(others):
+        named = plain(", ".join(others))
+        sentences.append(f"Perplexity per token of its own tokenizer, not comparable with the other rows: {named}.")
+    sentences += [f"Warning: {plain(warning)}" for warning in cells["dataset_warning"].dropna().unique()]
+    return " ".join(sentences)
+
+
+def describe_numbers(cells: pandas.DataFrame, notation: Notation) -> list[str]:
+    """Sentences about the perplexities and their marks."""
+    protocol, stride = cells["protocol"].iloc[0], cells["stride"].iloc[0]  # with longlora the stride is the same in all cells
+    precisions = ", ".join(cells["precision"].unique())
+    units = ", ".join(sorted(cells["standard_error_units"].unique()))
+    sentences = [
+        f"Perplexity by context length: {PROTOCOLS[protocol].format(stride=stride)}. Weights: {precisions}.",
+        f"{notation.plus_minus.strip()} is the standard error over {units}.",
+        f"{notation.bold.format('Bold')}: the best system of a column, and those that are not significantly different from it "
+        f"(0 lies in the {100 * CONFIDENCE:.0f}{notation.percent} confidence interval of the paired difference).",
+    ]
+    if protocol == "exact" and (cells["stride"] < cells["window"]).any():
+        sentences.append(f"Stride {', '.join(map(str, cells['stride'].unique()))}.")
+    if not cells["is_within_context"].all():
+        sentences.append(f"{notation.beyond} beyond the model's context, with positions not scaled.")
+    return sentences
+
+
+def describe_retrieval(cells: pandas.DataFrame, retrieval: pandas.DataFrame, notation: Notation) -> list[str]:
+    """Sentences about the retrieval accuracies and their mark."""
+    if retrieval.empty:
+        return []
+    tasks = sorted({part["task"] for cell in retrieval["cells"] for part in cell})
+    sentences = [f"Retrieval: accuracy, the mean over depths and tasks ({', '.join(tasks).replace('_', ' ')})."]
+    if low_perplexity_poor_retrieval(cells, retrieval):
+        sentences.append(
+            f"{notation.warning.strip()} low perplexity (at most {LOW_PERPLEXITY:g} times the best of the column), but a "
+            f"retrieval accuracy below {100 * POOR_RETRIEVAL:.0f}{notation.percent}."
+        )
+    return sentences

@@ -1,0 +1,48 @@
+"""How numbers and texts are written in Markdown and in LaTeX."""
+
+import re
+from dataclasses import dataclass
+
+import pandas
+
+
+@dataclass(frozen=True)
+class Notation:
+    """The marks of a table in one format.
+
+    Attributes:
+        bold: format string of a bold number.
+        plus_minus: sign before the standard error.
+        beyond: mark of a cell beyond the model's context.
+        warning: mark of a low perplexity with a poor retrieval accuracy.
+        percent: percent sign.
+    """
+
+    bold: str
+    plus_minus: str
+    beyond: str
+    warning: str
+    percent: str
+
+
+MARKDOWN = Notation(bold="**{}**", plus_minus=" ± ", beyond="†", warning=" ⚠", percent=" %")
+LATEX = Notation(
+    bold=r"\textbf{{{}}}",
+    plus_minus=r" $\pm$ ",
+    beyond=r"\textsuperscript{\textdagger}",
+    warning=r" (!)",
+    percent=r"\,\%",
+)
+
+
+def format_perplexity(value: float) -> str:
+    """Two decimals; ``>1000`` for larger values, as in the LongQLoRA paper; a dash for a missing one."""
+    if pandas.isna(value):
+        return "–"
+    return ">1000" if value > 1000 else f"{value:.2f}"
+
+
+def escape_latex(text: str) -> str:
+    """A text with the special characters of LaTeX escaped."""
+    escaped = re.sub(r"([&%$#_{}])", r"\\\1", text.replace("\\", r"\textbackslash "))
+    return escaped.replace("~", r"\textasciitilde ").replace("^", r"\textasciicircum ").replace(">", "$>$")

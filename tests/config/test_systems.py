@@ -1,0 +1,108 @@
+"""Systems with everything filled in, and what each is evaluated as."""
+
+import pytest
+
+from longqlora.config.experiment import load_experiment
+from longqlora.config.settings import EvaluatedModel, Protocol, RopeExtension
+from longqlora.config.systems import evaluated_model, protocol_at
+
+TO_256 = RopeExtension(scaling="linear", target_context=256)
+BASE = EvaluatedModel(path="results/demo/pretrained/base", precision="float32", group_ratio=0.25)
+
+
+def test_a_systems_own_training_wins_over_the_experiments(demo):
+    demo["systems"]["longqlora"]["training"] = {"rank": 4, "epochs": 2.0, "logging_steps": 3}
+    system = load_experiment(demo).systems["longqlora"]
+    training = system.training
+    assert (training.rank, training.epochs, training.steps, training.alpha) == (4, 2, None, 16)
+    assert (system.progress.logging_steps, system.progress.checkpoint_steps) == (3, 50)
+
+
+def test_a_default_that_is_written_out_wins_too(demo):
+    demo["systems"]["longqlora"]["training"] = {"rank": 64, "activation_checkpointing": True}
+    training = load_experiment(demo).systems["longqlora"].training
+    assert (training.rank, training.activation_checkpointing) == (64, True)
+
+
+def test_a_published_model_is_evaluated_as_it_is_with_its_own_tokenizer(demo):
+    demo["systems"]["mpt"] = {"model": "owner/mpt"}
+    demo["systems"]["own"] = {"model": "owner/name", "tokenizer": "owner/other"}
+    systems = load_experiment(demo).systems
+    assert systems["mpt"].tokenizer == systems["mpt"].model == "owner/mpt"
+    assert systems["own"].tokenizer == "owner/other"
+    assert systems["base"].model == demo["base_model"]["path"]
+    assert systems["base"].tokenizer == systems["long"].tokenizer == demo["base_model"]["tokenizer"]
+    assert {system.rope_scaling for system in systems.values()} == {"linear"}
+
+
+@pytest.fixture
+def evaluated(demo):
+    """Add a system to the demo and return what it is evaluated as."""
+
+    def model(name: str, **system) -> EvaluatedModel:
+        demo["systems"][name] = system or demo["systems"][name]
+        return evaluated_model(load_experiment(demo), name)
+
+    return model
+
+
+def weights_of(name: str, **changes) -> EvaluatedModel:
+    return BASE.model_copy(update={"path": f"results/demo/weights/{name}", **changes})
+
+
+def on_the_base(**changes) -> EvaluatedModel:
+    return BASE.model_copy(update={"extension": TO_256, **changes})
+
+
+def test_rows_of_the_demo_are_evaluated_as_they_were_made(evaluated):
+    assert evaluated("base") == BASE
+    assert evaluated("interpolated") == on_the_base()
+    assert evaluated("long").path == "results/demo/pretrained/long"
+    for name in ("longqlora", "longlora-full", "chat"):
+        assert evaluated(name) == weights_of(name)
+
+
+def test_an_adapter_that_is_not_merged_is_put_on_the_base(evaluated):
+    model = evaluated("x", target_context=256, training={}, merged=False, precision="nf4", rope_scaling="yarn")
+    yarn = RopeExtension(scaling="yarn", target_context=256)
+    assert model == on_the_base(adapter="results/demo/adapters/x", precision="nf4", extension=yarn)
+
+
+def test_the_weights_of_another_system_are_evaluated_in_another_way(evaluated):
+    model = evaluated("x", weights_of="longqlora", evaluation_attention="shifted_sparse")
+    assert model == weights_of("longqlora", attention="shifted_sparse")
+    model = evaluated("y", weights_of="longqlora", merged=False, precision="int8")
+    assert model == on_the_base(adapter="results/demo/adapters/longqlora", precision="int8")
+
+
+def test_a_folder_is_the_same_with_a_slash_at_its_end(demo):
+    before = load_experiment(demo)
+    demo["base_model"] = {key: f"{path}/" for key, path in demo["base_model"].items()}
+    demo["systems"]["long"] |= {"model": "results/demo/pretrained/long/", "tokenizer": "results/demo/pretrained/tokenizer/"}
+    assert load_experiment(demo) == before
+
+
+def test_settings_of_an_adapter_do_not_change_a_system_without_one(demo):
+    before = load_experiment(demo).systems["longlora-full"]
+    demo["training"] |= {"rank": 4, "alpha": 8, "dropout": 0.5, "target_modules": ["q_proj"], "modules_to_save": ["norm"]}
+    assert load_experiment(demo).systems["longlora-full"] == before
+
+
+@pytest.mark.parametrize(("common", "own"), [({"steps": 50}, {"epochs": 2.0}), ({"epochs": 2.0}, {"steps": 50})])
+def test_a_system_may_give_its_length_in_the_other_unit(demo, common, own):
+    del demo["training"]["steps"]
+    demo["training"] |= common
+    demo["systems"]["longqlora"]["training"] = own
+    training = load_experiment(demo).systems["longqlora"].training
+    assert (training.steps, training.epochs) == (own.get("steps"), own.get("epochs"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "stride"),
+    [({}, 128), ({"stride": 32}, 32), ({"protocol": "longqlora"}, 128), ({"protocol": "longlora", "lengths": [512]}, 256)],
+)
+def test_the_stride_is_that_of_the_protocol_unless_it_is_given(demo, settings, stride):
+    demo["evaluation"] |= settings
+    demo["retrieval"] = {"tasks": []}
+    evaluation = load_experiment(demo).evaluation
+    assert protocol_at(evaluation, 128) == Protocol(name=evaluation.protocol, window=128, stride=stride)

@@ -1,0 +1,248 @@
+"""An experiment is checked against the files and models of this machine before any job starts."""
+
+import json
+
+import numpy
+import pytest
+import yaml
+
+from longqlora.config.experiment import load_experiment
+from longqlora.config.validation import ConfigError
+from longqlora.preflight import check_inputs
+
+
+@pytest.fixture
+def demo(root) -> dict:
+    return yaml.safe_load((root / "config/config.yaml").read_text())
+
+
+def check(config: dict):
+    return load_experiment(config, check_inputs)
+
+
+def local_model(folder, **config) -> str:
+    folder.mkdir(parents=True)
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    values = {"model_type": "llama", "max_position_embeddings": 128, "vocab_size": 512, **shape, **config}
+    (folder / "config.json").write_text(json.dumps(values))
+    for name in ("model.safetensors", "tokenizer.json"):
+        (folder / name).touch()
+    return str(folder)
+
+
+def test_the_demo_has_what_it_needs(demo):
+    assert check(demo).systems
+
+
+# --- files -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nowhere/*.jsonl", r"^corpus\.sources\[0\]\.paths: no file matches nowhere/\*\.jsonl$"),
+        ("nowhere.jsonl", r"^corpus\.sources\[0\]\.paths: no such file: nowhere\.jsonl$"),
+        ("~/a.jsonl", r"^corpus\.sources\[0\]\.paths: ~/a\.jsonl: ~ is not expanded; write the full path$"),
+        (
+            "results/demo/sources/corpus/shard0.jsonl.gz",
+            r"no rule makes .*/shard0\.jsonl\.gz; did you mean results/",
+        ),
+        (
+            "a{b}.jsonl",
+            r"^corpus\.sources\[0\]\.paths: a\{b\}\.jsonl: Snakemake reads braces in a path as a wildcard; rename or link",
+        ),
+        (
+            "a::b.jsonl",
+            r"^corpus\.sources\[0\]\.paths: a::b\.jsonl: fsspec reads '::' as a chain of addresses; rename or link the file$",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(demo, path, message):
+    demo["corpus"]["sources"] = [{"paths": [path]}]
+    with pytest.raises(ConfigError, match=message):
+        check(demo)
+
+
+def test_a_file_with_braces_that_a_wildcard_finds_is_named(demo, tmp_path):
+    (tmp_path / "a{1}.jsonl").touch()
+    demo["corpus"]["sources"] = [{"paths": [f"{tmp_path}/*.jsonl"]}]
+    with pytest.raises(ConfigError, match=r"a\{1\}\.jsonl: Snakemake reads braces"):
+        check(demo)
+
+
+def test_a_file_whose_name_has_brackets_is_itself(demo, tmp_path):
+    for name in ("b1.jsonl", "b[1].jsonl"):
+        (tmp_path / name).touch()
+    demo["corpus"]["sources"] = [{"paths": [f"{tmp_path}/*.jsonl"]}, {"paths": [f"{tmp_path}/b[1].jsonl"]}]
+    first, second = check(demo).corpus.sources
+    assert first.paths == [f"{tmp_path}/b1.jsonl", f"{tmp_path}/b[1].jsonl"]
+    assert second.paths == [f"{tmp_path}/b[1].jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        (
+            ["a.txt", "?.txt"],
+            r"^evaluation\.datasets\.prose\.paths: a\.txt is listed, or matched by a wildcard, more than once",
+        ),
+        (["a.txt", "x.bin"], r"^evaluation\.datasets\.prose\.paths: x\.bin must be the only path of its evaluation set"),
+        (["hf://datasets/a/b/*.txt"], r"prose\.paths: hf://.*: wildcards in addresses are for the corpus and instructions"),
+        (["folder"], r"^evaluation\.datasets\.prose\.paths: folder is a folder, not a file$"),
+        (["y.bin"], r"y\.json: does not describe .*y\.bin \(dtype uint16 or uint32, document_ends\); rename it"),
+    ],
+)
+def test_files_that_make_no_evaluation_set_are_told(demo, tmp_path, monkeypatch, paths, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "x.bin", "y.bin"):
+        (tmp_path / name).write_bytes(b"ab")
+    (tmp_path / "y.json").write_text('{"title": "a book"}')
+    (tmp_path / "folder").mkdir()
+    demo["evaluation"]["datasets"]["prose"]["paths"] = paths
+    with pytest.raises(ConfigError, match=message):
+        check(demo)
+
+
+@pytest.mark.parametrize("path", ["hf://datasets/a/b/*.jsonl", "simplecache::https://x.org/a.jsonl", "s3://bucket/a.parquet"])
+def test_an_address_is_left_to_the_job_that_reads_it(demo, path):
+    demo["corpus"]["sources"] = [{"paths": [path]}]
+    check(demo)
+
+
+def test_missing_files_and_mistakes_in_values_are_told_together(demo):
+    demo["corpus"]["sources"] = [{"paths": ["nowhere.jsonl"]}]
+    demo["training"]["rnk"] = 3
+    demo["sft"]["held_out"] = 5000
+    with pytest.raises(ConfigError) as caught:
+        check(demo)
+    lines = [line.split(":")[0] for line in str(caught.value).splitlines()]
+    assert lines == ["training", "sft.held_out", "corpus.sources[0].paths"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", r"x\.bin: the file is empty"), (b"123", r"x\.bin: 3 bytes are not a stream of uint16 token ids")],
+)
+def test_a_broken_file_of_tokens_is_a_line_of_the_message(tmp_path, demo, content, message):
+    (tmp_path / "x.bin").write_bytes(content)
+    demo["evaluation"]["datasets"]["prose"]["paths"] = [str(tmp_path / "x.bin")]
+    with pytest.raises(ConfigError, match=rf"^evaluation\.datasets\.prose: .*{message}"):
+        check(demo)
+
+
+def test_token_ids_beyond_the_vocabulary_are_told(tmp_path, demo):
+    numpy.array([1, 600], dtype="<u2").tofile(tmp_path / "x.bin")
+    demo["base_model"]["path"] = local_model(tmp_path / "small")
+    demo["evaluation"]["datasets"]["prose"]["paths"] = [str(tmp_path / "x.bin")]
+    with pytest.raises(ConfigError, match=r"evaluation\.datasets\.prose: .*x\.bin holds token id 600, .* \(legal: 0 to 511\)"):
+        check(demo)
+
+
+def test_a_length_that_is_too_short_for_a_passage_and_its_repetition_is_told(demo):
+    demo["evaluation"]["lengths"] = [32, 256]
+    demo["retrieval"] = {"tasks": ["induction"], "lengths": [32]}
+    with pytest.raises(ConfigError, match=r"^retrieval\.lengths: 32 is too short for the task induction, .* at least 56$"):
+        check(demo)
+
+
+# --- models ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_or_tokenizer_that_is_not_there_is_told(tmp_path, demo):
+    for key in ("path", "tokenizer"):
+        config = demo | {"base_model": demo["base_model"] | {key: "../nowhere"}}
+        with pytest.raises(ConfigError, match=rf"(?m)^base_model\.{key}: \.\./nowhere is neither a folder .* nor a hub id"):
+            check(config)
+    demo["systems"]["x"] = {"model": str(tmp_path)}
+    with pytest.raises(ConfigError, match=r"^systems\.x\.model: .* is neither a folder with a config\.json nor a hub id"):
+        check(demo)
+
+
+def test_a_model_that_no_rule_makes_is_told_unless_it_is_there(tmp_path, demo, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    demo["base_model"]["path"] = "results/demo/pretrained/bse"
+    message = r"^base_model\.path: no rule makes results/demo/pretrained/bse; did you mean results/demo/pretrained/base\?$"
+    with pytest.raises(ConfigError, match=message):
+        check(demo)
+    local_model(tmp_path / "results/demo/pretrained/bse")  # of an earlier run
+    check(demo)
+
+
+def test_a_model_that_the_experiment_publishes_can_be_a_row(demo):
+    demo["systems"]["again"] = {"model": "results/demo/models/longqlora"}
+    assert check(demo).systems["again"].model == "results/demo/models/longqlora"
+
+
+def test_a_misspelled_folder_is_not_taken_for_a_hub_id(tmp_path, demo, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    local_model(tmp_path / "models/tinystories")
+    demo["base_model"]["path"] = "models/tinystorys"
+    message = (
+        r"^base_model\.path: models/tinystorys would be a hub id, but models is a folder .*; did you mean models/tinystories\?"
+    )
+    with pytest.raises(ConfigError, match=message):
+        check(demo)
+    demo["base_model"]["path"] = "owner/tinystories"
+    check(demo)
+
+
+def test_a_folder_without_weights_or_with_a_broken_configuration_is_told(tmp_path, demo):
+    folder = tmp_path / "base"
+    demo["base_model"]["path"] = local_model(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"^base_model\.path: .*base: holds no weights"):
+        check(demo)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"^base_model\.path: .*config\.json: not valid JSON"):
+        check(demo)
+    (folder / "config.json").write_text("[1]")
+    with pytest.raises(ConfigError, match=r"^base_model\.path: .*config\.json: expected a JSON object, found list"):
+        check(demo)
+    (folder / "config.json").write_text('{"hidden_size": "64"}')
+    with pytest.raises(ConfigError, match=r"^base_model\.path: .*config\.json: hidden_size is '64', expected a whole number"):
+        check(demo)
+    local_model(tmp_path / "sharded")
+    (tmp_path / "sharded/model.safetensors").rename(tmp_path / "sharded/model.safetensors.index.json")
+    demo["base_model"]["path"] = str(tmp_path / "sharded")
+    with pytest.raises(ConfigError, match=r"^base_model\.path: .*index\.json: is not an index of weights"):
+        check(demo)
+
+
+@pytest.mark.parametrize(
+    ("system", "message"),
+    [
+        ({"target_context": 64}, r"^systems\.x: .*base: target_context 64 is below the model's own context of 128 tokens$"),
+        ({"target_context": 256, "training": {"rank": 200}}, r"^systems\.x: .*: rank 200 is above the model's width, .* 128$"),
+    ],
+)
+def test_a_system_that_the_base_cannot_become_is_told(demo, system, message):
+    demo["systems"]["x"] = system
+    with pytest.raises(ConfigError, match=message):
+        check(demo)
+
+
+def test_a_cell_of_an_ablation_is_checked_like_a_row(demo):
+    demo["ablations"] = {"a": {"system": "longqlora", "grid": {"rank": [500]}}}
+    with pytest.raises(
+        ConfigError, match=r"^systems\.longqlora\.rank-500: .*: rank 500 is above the model's width, hidden_size 128"
+    ):
+        check(demo)
+
+
+def test_a_local_model_of_another_family_is_told(tmp_path, demo):
+    demo["base_model"]["path"] = local_model(tmp_path / "mpt", model_type="mpt")
+    with pytest.raises(ConfigError, match=r"is a 'mpt' model; RoPE families that can be extended: llama, mistral"):
+        check(demo)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_key_value_heads", 3, r"num_attention_heads 4 is not divisible by num_key_value_heads 3"),
+        ("hidden_size", 130, r"hidden_size 130 is not divisible by num_attention_heads 4"),
+    ],
+)
+def test_the_architecture_of_the_demo_is_checked_before_it_is_made(demo, key, value, message):
+    demo["demo"]["architecture"][key] = value
+    with pytest.raises(ConfigError, match=message):
+        check(demo)

@@ -1,0 +1,74 @@
+# The instruction set: sampled from its sources, tokenized.
+
+SFT_PATHS = [path for source in SFT.sources for path in source.paths]
+SFT_SETTINGS = {
+    **SFT.model_dump(include={"num_records", "max_tokens", "allow_fewer"}),
+    "max_malformed_share": EXPERIMENT.max_malformed_share,
+    "seed": EXPERIMENT.seed,
+}
+
+
+rule build_sft_set:
+    input:
+        sources=sources_of(SFT_PATHS),
+        tokenizer=made_model(TOKENIZER),
+        ngrams=rules.index_evaluation_sets.output.ngrams,
+    output:
+        records=f"{RESULTS}/sft/records.parquet",
+        card=f"{RESULTS}/sft/records.json",
+        removed=f"{RESULTS}/sft/removed.csv",
+    log:
+        f"{RESULTS}/logs/build_sft_set.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/build_sft_set.tsv"
+    conda:
+        "../../environment.yml"
+    params:
+        *code_of("build_sft_set"),
+        sources=[source.model_dump(by_alias=True) for source in SFT.sources],
+        contents=contents_of(SFT_PATHS),
+        tokenizer=base_tokenizer,
+        tokenizer_contents=contents_of_tokenizer(TOKENIZER, with_chat_template=True),
+        settings=SFT_SETTINGS,
+        threshold=EXPERIMENT.decontamination.threshold,
+    script:
+        "../scripts/build_sft_set.py"
+
+
+rule plot_sft_shares:
+    input:
+        card=rules.build_sft_set.output.card,
+    output:
+        png=f"{RESULTS}/plots/sft_shares.png",
+        svg=f"{RESULTS}/plots/sft_shares.svg",
+    log:
+        f"{RESULTS}/logs/plot_sft_shares.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/plot_sft_shares.tsv"
+    conda:
+        "../../environment.yml"
+    params:
+        *code_of("plot_sft_shares"),
+    script:
+        "../scripts/plot_sft_shares.py"
+
+
+rule tokenize_sft:
+    input:
+        records=rules.build_sft_set.output.records,
+        tokenizer=made_model(TOKENIZER),
+    output:
+        tokens=f"{RESULTS}/tokens/sft.arrow",
+    log:
+        f"{RESULTS}/logs/tokenize_sft.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/tokenize_sft.tsv"
+    conda:
+        "../../environment.yml"
+    params:
+        *code_of("tokenize_sft"),
+        tokenizer=base_tokenizer,
+        tokenizer_contents=contents_of_tokenizer(TOKENIZER, with_chat_template=True),
+        held_out=SFT.held_out,
+    script:
+        "../scripts/tokenize_sft.py"
