@@ -1,0 +1,75 @@
+"""The project's metadata: dependencies, the conda environment, tested versions, and what every rule declares."""
+
+import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+
+@pytest.fixture(scope="module")
+def project(root) -> dict:
+    return tomllib.loads((root / "pyproject.toml").read_text())["project"]
+
+
+def imported_packages(path: Path) -> set[str]:
+    """Top-level names of what a Python file or a Snakefile imports, without the standard library."""
+    if path.suffix == ".py":
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+    else:
+        names = set(re.findall(r"(?m)^\s*(?:import|from) ([\w.]+)", path.read_text()))
+    return {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"compression"}  # standard from Python 3.14 on
+
+
+def test_every_imported_package_is_a_declared_dependency(root, project):
+    paths = [root / "Snakefile", *(root / "workflow/rules").glob("*.smk")]
+    paths += [path for folder in ("longqlora", "workflow/scripts", "benchmarks") for path in (root / folder).rglob("*.py")]
+    own = {"longqlora", *(path.stem for path in (root / "benchmarks").glob("*.py"))}
+    distributions = packages_distributions()
+    declared = {canonicalize_name(Requirement(text).name) for text in project["dependencies"]}
+    for path in paths:
+        for package in imported_packages(path) - own:
+            assert {canonicalize_name(name) for name in distributions.get(package, [])} & declared, f"{path} imports {package}"
+
+
+def test_the_conda_environment_has_the_dependencies_of_the_package(root, project):
+    environment = yaml.safe_load((root / "environment.yml").read_text())
+    (pip,) = [part["pip"] for part in environment["dependencies"] if isinstance(part, dict)]
+    assert pip == [dependency.split(";")[0] for dependency in project["dependencies"]]  # its Python is older than 3.14
+
+
+def test_the_conda_environment_names_one_channel(root):
+    """From 26.7 on, conda takes the keyword nodefaults for the name of a channel, and fails."""
+    environment = yaml.safe_load((root / "environment.yml").read_text())
+    assert environment["channels"] == ["conda-forge"]
+    assert environment.keys() == {"name", "channels", "dependencies"}
+    plain = [part for part in environment["dependencies"] if isinstance(part, str)]
+    assert all(re.fullmatch(r"[a-z0-9._-]+([<>=!,.0-9]+)?", part) for part in plain)
+
+
+def test_the_tested_versions_include_every_dependency_within_its_bounds(root, project):
+    lines = [line for line in (root / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    tested = dict(line.split("==") for line in lines)
+    assert list(tested) == sorted({canonicalize_name(name) for name in tested})
+    for text in chain(project["dependencies"], *project["optional-dependencies"].values()):
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(tested[canonicalize_name(requirement.name)]), text
+
+
+def test_every_rule_that_runs_a_script_names_the_environment_its_code_and_a_log(root):
+    for path in (root / "workflow/rules").glob("*.smk"):
+        for rule in re.split(r"(?m)^rule ", path.read_text())[1:]:
+            script = re.search(r'script:\n        "../scripts/(\w+).py"', rule)
+            if script:
+                assert '"../../environment.yml"' in rule, rule.split(":")[0]
+                assert "log:" in rule
+                assert f'*code_of("{script[1]}")' in rule
