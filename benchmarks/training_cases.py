@@ -18,7 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_outputs import CausalLMOutput
 
 from longqlora.config.settings import RopeExtension, TrainingSettings
-from longqlora.evaluation.perplexity import nll_of_batch
+from longqlora.evaluation.token_losses import nll_of_batch
 from longqlora.modeling.attention import register_shifted_sparse_attention
 from longqlora.modeling.chunked_loss import use_chunked_loss
 from longqlora.modeling.devices import compute_dtype, dtype_name, find_device, keep_freed_memory, weight_dtype

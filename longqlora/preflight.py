@@ -9,8 +9,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from longqlora.config.completed import Experiment
 from longqlora.config.paths import is_local, is_made_here
-from longqlora.config.settings import Experiment
 from longqlora.data.token_descriptions import largest_token
 from longqlora.evaluation.retrieval_tasks import PASSAGE_TOKENS
 from longqlora.jobs.digests import FileFacts
@@ -133,12 +133,8 @@ def first_keys(experiment: Experiment, what: str) -> dict[str, str]:
 def model_problems(experiment: Experiment, path: str) -> Iterator[str]:
     """Yield why a model cannot be loaded; one on the hub is checked when it is loaded."""
     folder = Path(path)
-    if "{" in path or "}" in path:
-        yield f"{path}: Snakemake reads braces in a path as a wildcard; rename or link the folder"
-    elif is_made_here(path):
-        yield from not_made(experiment, path)
-    elif is_hub_id(path):
-        yield from misspelled_folder(path)
+    if not is_users_folder(path):
+        yield from reference_problems(experiment, path)
     elif not (folder / "config.json").is_file():
         yield f"{path} is neither a folder with a config.json nor a hub id (owner/name)"
     else:
@@ -151,14 +147,25 @@ def model_problems(experiment: Experiment, path: str) -> Iterator[str]:
 
 def tokenizer_problems(experiment: Experiment, path: str) -> Iterator[str]:
     """Yield why a tokenizer cannot be loaded; one on the hub is checked when it is loaded."""
-    if "{" in path or "}" in path:
+    if not is_users_folder(path):
+        yield from reference_problems(experiment, path)
+    elif not tokenizer_files(path):
+        yield f"{path} is neither a folder with a tokenizer (tokenizer.json) nor a hub id (owner/name)"
+
+
+def is_users_folder(path: str) -> bool:
+    """Whether a model or tokenizer is a folder of the user's: not one that the workflow makes, nor a hub id."""
+    return not is_made_here(path) and not is_hub_id(path) and not set("{}") & set(path)
+
+
+def reference_problems(experiment: Experiment, path: str) -> Iterator[str]:
+    """Yield what is wrong with the path of a model or tokenizer that is not a folder of the user's."""
+    if set("{}") & set(path):
         yield f"{path}: Snakemake reads braces in a path as a wildcard; rename or link the folder"
     elif is_made_here(path):
         yield from not_made(experiment, path)
-    elif is_hub_id(path):
+    else:
         yield from misspelled_folder(path)
-    elif not tokenizer_files(path):
-        yield f"{path} is neither a folder with a tokenizer (tokenizer.json) nor a hub id (owner/name)"
 
 
 def misspelled_folder(path: str) -> Iterator[str]:

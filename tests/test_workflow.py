@@ -185,7 +185,8 @@ def test_nothing_is_left_to_do(project):
 # --- what an edit of the code runs again -----------------------------------------------------------------------------------
 
 EDITS = {
-    "longqlora/evaluation/perplexity.py": {"evaluate_perplexity": 8, "evaluate_retrieval": 8, **REPORTS},
+    "longqlora/evaluation/perplexity.py": {"evaluate_perplexity": 8, **PERPLEXITY_REPORTS},
+    "longqlora/evaluation/token_losses.py": {"evaluate_perplexity": 8, "evaluate_retrieval": 8, **REPORTS},
     "longqlora/evaluation/retrieval_tasks.py": {"evaluate_retrieval": 8, "render_table": 1, "report_retrieval": 1},
     "longqlora/reporting/plots.py": {"plot_perplexity": 1, "plot_loss_by_position": 1},
     "longqlora/publishing/model_card.py": {"publish_model": 3, "answer_held_out": 1},

@@ -3,7 +3,8 @@
 import json
 from itertools import product
 
-from longqlora.config.settings import Ablation, AblationSection, System
+from longqlora.config.completed import System
+from longqlora.config.settings import Ablation, AblationSection
 
 TRAINING_AXES = ("rank", "steps")  # settings of the training; the others are the system's own
 

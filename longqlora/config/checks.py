@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
+from longqlora.config.completed import Experiment, System
 from longqlora.config.paths import is_made_here
-from longqlora.config.settings import Configuration, CorpusSettings, Experiment, System
+from longqlora.config.settings import Configuration, CorpusSettings
 from longqlora.config.shards import sample_shares
 from longqlora.config.systems import protocol_at
 
@@ -15,7 +16,7 @@ def check_values(config: Configuration, experiment: Experiment) -> Iterator[str]
         config: as it was written.
         experiment: made from it.
     """
-    yield from check_evaluation(config, experiment)
+    yield from check_evaluation(experiment)
     yield from check_ablations(config, experiment)
     yield from check_demo(experiment)
     datasets = experiment.evaluation.datasets
@@ -29,7 +30,7 @@ def check_values(config: Configuration, experiment: Experiment) -> Iterator[str]
         if system.training is not None and name in config.systems:
             yield from check_length(name, config, system)
     yield from check_data(experiment)
-    labels_of_sets = {dataset.label for dataset in experiment.evaluation.datasets.values()}
+    labels_of_sets = {dataset.label for dataset in datasets.values()}
     for row in experiment.published:
         if row.dataset not in labels_of_sets:
             legal = ", ".join(sorted(labels_of_sets))
@@ -52,7 +53,7 @@ def check_demo(experiment: Experiment) -> Iterator[str]:
         yield "base_model.tokenizer: missing; the demo section needs a folder under results/ to write a tokenizer to"
 
 
-def check_evaluation(config: Configuration, experiment: Experiment) -> Iterator[str]:
+def check_evaluation(experiment: Experiment) -> Iterator[str]:
     """Yield what is wrong with how perplexity and retrieval are measured."""
     evaluation, shortest = experiment.evaluation, min(experiment.evaluation.lengths)
     stride = protocol_at(evaluation, shortest).stride

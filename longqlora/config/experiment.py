@@ -7,14 +7,9 @@ from collections.abc import Callable, Iterator
 
 from longqlora.config.ablations import add_ablations
 from longqlora.config.checks import check_values
+from longqlora.config.completed import Experiment
 from longqlora.config.paths import expand
-from longqlora.config.settings import (
-    Configuration,
-    CorpusSettings,
-    Experiment,
-    RetrievalSettings,
-    SftSettings,
-)
+from longqlora.config.settings import Configuration, CorpusSettings, RetrievalSettings, SftSettings
 from longqlora.config.systems import base_tokenizer, complete_system, without_slash
 from longqlora.config.validation import ConfigError, follows_from, validate
 

@@ -6,7 +6,7 @@ python -m longqlora.config.reference --check   fails if they are not up to date
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -75,7 +75,7 @@ def simplify(part: Any) -> Any:
 def reference() -> str:
     """The reference of all keys in Markdown: a table for each section."""
     parts = [INTRODUCTION]
-    for place, section in sections_of(Configuration, ""):
+    for place, section in sections_of():
         rows = [row_of(name, field) for name, field in keys_of(section)]
         title = f"`{place}`" if place else "Top level"
         table = ["| key | value | default | meaning |", "|---|---|---|---|", *rows]
@@ -89,8 +89,8 @@ def keys_of(section: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
         yield field.alias or name, field
 
 
-def sections_of(section: type[BaseModel], place: str) -> Iterator[tuple[str, type[BaseModel]]]:
-    """Yield a section and all sections in it, each class once, with the key that leads there."""
+def sections_of() -> Iterator[tuple[str, type[BaseModel]]]:
+    """Yield a configuration and all sections in it, each class once, with the key that leads there."""
     seen: set[type[BaseModel]] = set()
 
     def walk(section: type[BaseModel], place: str) -> Iterator[tuple[str, type[BaseModel]]]:
@@ -102,7 +102,7 @@ def sections_of(section: type[BaseModel], place: str) -> Iterator[tuple[str, typ
             for inner, suffix in models_in(field.annotation):
                 yield from walk(inner, f"{place}.{name}{suffix}".lstrip("."))
 
-    yield from walk(section, place)
+    yield from walk(Configuration, "")
 
 
 def models_in(kind: Any) -> Iterator[tuple[type[BaseModel], str]]:
@@ -119,7 +119,7 @@ def models_in(kind: Any) -> Iterator[tuple[type[BaseModel], str]]:
 
 def row_of(name: str, field: FieldInfo) -> str:
     """A line of the table."""
-    default = field.get_default(call_default_factory=True)
+    default = field.default
     if field.is_required():
         shown = "required"
     elif isinstance(default, BaseModel):
@@ -132,13 +132,13 @@ def row_of(name: str, field: FieldInfo) -> str:
     return f"| `{name}` | {kind} | {shown} | {field.description} |"
 
 
-def words_for(kind: Any, metadata: list = []) -> str:  # noqa: B006 (it is only read)
+def words_for(kind: Any, metadata: Sequence = ()) -> str:
     """A type in words: legal values, or what kind of value with its bounds."""
     kinds = [words_for_one(part, metadata) for part in without_none(kind if get_origin(kind) is Annotated else bare(kind))]
     return ", or ".join(kinds)
 
 
-def words_for_one(kind: Any, metadata: list) -> str:
+def words_for_one(kind: Any, metadata: Sequence) -> str:
     """A type that is no union, in words."""
     if get_origin(kind) is Annotated:
         kind, *own = get_args(kind)
@@ -158,7 +158,7 @@ def words_for_one(kind: Any, metadata: list) -> str:
     return names[kind] + bounds(metadata)
 
 
-def bounds(metadata: list) -> str:
+def bounds(metadata: Sequence) -> str:
     """The bounds of a value in words."""
     signs = {Ge: ("≥", "ge"), Gt: (">", "gt"), Le: ("≤", "le"), Lt: ("<", "lt")}
     texts = [
@@ -185,15 +185,14 @@ def generated_files() -> dict[Path, str]:
 
 def main(arguments: list[str]) -> int:
     """Write the files, or check that they are up to date."""
-    outdated = [
-        path for path, text in generated_files().items() if not path.is_file() or path.read_text(encoding="utf-8") != text
-    ]
+    files = generated_files()
+    outdated = [path for path, text in files.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if arguments == ["--check"]:
         for path in outdated:
             print(f"config/{path.name} is not up to date: run {COMMAND}", file=sys.stderr)
         return int(bool(outdated))
     for path in outdated:
-        path.write_text(generated_files()[path], encoding="utf-8")
+        path.write_text(files[path], encoding="utf-8")
     return 0
 
 

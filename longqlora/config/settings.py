@@ -1,8 +1,9 @@
 """Every key of an experiment's configuration: its type, legal values, default, unit and description.
 
 The classes hold values and nothing else. The first ones are what a configuration file may say (:class:`Configuration` is the
-whole file); the last ones (:class:`System`, :class:`Protocol`, …) are what the workflow makes of it and hands to its jobs. A
-job rebuilds them from its rule's params, so that a changed value reruns what depends on it, and a changed description nothing.
+whole file); the last ones (:class:`RopeExtension`, :class:`Protocol`, …) are what the workflow makes of it and hands to its
+jobs. A job rebuilds them from its rule's params, so that a changed value reruns what depends on it, and a changed description
+nothing.
 
 ``config/README.md`` and the JSON schema for editors are generated from these classes (:mod:`longqlora.config.reference`).
 """
@@ -505,28 +506,6 @@ class EvaluatedModel(Section):
     group_ratio: float
 
 
-class System(Section):
-    """One row of the table, or one cell of an ablation, with everything filled in; the fields are those of
-    :class:`SystemSection`.
-
-    Attributes:
-        training: None if the system is not trained.
-        progress: None if the system is not trained.
-    """
-
-    label: str
-    model: str
-    tokenizer: str
-    target_context: int | None
-    rope_scaling: RopeScaling
-    weights_of: str | None
-    merged: bool
-    precision: Precision
-    evaluation_attention: Attention
-    training: TrainingSettings | None
-    progress: ProgressSettings | None
-
-
 class Ablation(Section):
     """A grid of settings whose cells are systems.
 
@@ -539,54 +518,3 @@ class Ablation(Section):
     label: str
     axes: list[str]
     rows: dict[str, dict[str, int | str]]
-
-
-class Shard(Section):
-    """What one job reads of a corpus.
-
-    Attributes:
-        source: with the files of this job alone.
-        part: (index, count): of the files that a remote pattern matches, this job reads every count-th one.
-    """
-
-    source: CorpusSource
-    part: tuple[int, int]
-
-
-class Experiment(Section):
-    """An experiment with everything filled in: wildcards expanded, each system with its own training.
-
-    Attributes:
-        name: everything it makes lies under ``results/<name>/``.
-        systems: rows of the table and cells of the ablations, by name.
-        rows: names of the systems that are rows of the table.
-        retrieval_lengths: context lengths in tokens.
-        filler: name of the evaluation set that retrieval takes its text from.
-
-    The other fields are those of :class:`Configuration`.
-    """
-
-    name: str
-    seed: int
-    device: Device
-    base_model: str
-    tokenizer: str
-    demo: DemoSettings | None
-    max_malformed_share: float
-    decontamination: DecontaminationSettings
-    corpus: CorpusSettings | None
-    sft: SftSettings | None
-    systems: dict[str, System]
-    rows: list[str]
-    evaluation: EvaluationSettings
-    retrieval: RetrievalSettings
-    retrieval_lengths: list[int]
-    filler: str
-    merge: MergeSettings
-    ablations: dict[str, Ablation]
-    published: list[PublishedRow]
-
-    @property
-    def results(self) -> str:
-        """Folder of everything that the experiment makes."""
-        return f"results/{self.name}"

@@ -4,8 +4,9 @@ import glob
 import re
 from pathlib import Path
 
+from longqlora.config.completed import Shard
 from longqlora.config.paths import is_local
-from longqlora.config.settings import CorpusSettings, CorpusSource, Shard
+from longqlora.config.settings import CorpusSettings, CorpusSource
 from longqlora.jobs.digests import digest_of_values
 
 MAX_SHARDS = 256  # per source, by default: the join keeps one file of each job open

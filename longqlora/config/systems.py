@@ -1,15 +1,14 @@
 """Systems with everything filled in, and what each of them is evaluated as."""
 
+from longqlora.config.completed import Experiment, System
 from longqlora.config.settings import (
     DEFAULT_ROPE_SCALING,
     Configuration,
     EvaluatedModel,
     EvaluationSettings,
-    Experiment,
     ProgressSettings,
     Protocol,
     RopeExtension,
-    System,
     SystemSection,
     TrainingSection,
     TrainingSettings,

@@ -14,7 +14,6 @@ import numpy
 import pandas
 import torch
 import torch.distributed as distributed
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from longqlora.config.settings import Device, EvaluatedModel, Protocol
@@ -23,6 +22,7 @@ from longqlora.data.token_files import check_vocabulary, read_tokens
 from longqlora.evaluation.evaluated_model import is_within_context, load_evaluated_model, memory_advice
 from longqlora.evaluation.protocols import Window, make_windows
 from longqlora.evaluation.statistics import mean_nll
+from longqlora.evaluation.token_losses import NonFiniteLogits, nll_of_batch
 from longqlora.jobs.memory import memory_explained
 from longqlora.modeling.loading import load_config
 from longqlora.modeling.rope import context_of, rope_of
@@ -30,34 +30,7 @@ from longqlora.modeling.rope import context_of, rope_of
 log = logging.getLogger(__name__)
 
 TOKENS_PER_BATCH = 8192  # tokens of one forward pass, so that short windows use the hardware as well as long ones
-POSITIONS_PER_CHUNK = 1024  # positions whose float32 logits are in memory at the same time
 BINS_PER_OCTAVE = 4  # bins of the loss by position, per doubling of the position
-
-
-class NonFiniteLogits(ValueError):
-    """A model's logits contain NaN or infinite values."""
-
-
-@torch.inference_mode()
-def nll_of_batch(model, tokens: torch.Tensor, skipped: int = 0) -> torch.Tensor:
-    """Negative log-likelihood of each token given those before it; logits are computed for a chunk of positions at a time.
-
-    Args:
-        model: a causal language model of transformers.
-        tokens: ``[b, n + 1]``; the targets are the inputs shifted by one. Shorter rows are padded on the right, where a causal
-            model cannot see the padding from any real token.
-        skipped: number of leading targets to leave out.
-
-    Returns:
-        ``[b, n - skipped]``, float32, in nats.
-    """
-    hidden = model.base_model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state[:, skipped:]  # [b, s, width]
-    head, losses = model.get_output_embeddings(), []
-    positions = max(1, POSITIONS_PER_CHUNK // len(tokens))
-    for states, targets in zip(hidden.split(positions, 1), tokens[:, 1 + skipped :].split(positions, 1), strict=True):
-        logits = head(states).float()  # [b, positions, vocabulary]
-        losses.append(cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets))
-    return torch.cat(losses, dim=1)
 
 
 def batches_of(windows: list[Window]) -> list[list[int]]:

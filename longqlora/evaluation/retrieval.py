@@ -12,7 +12,6 @@ from transformers import AutoTokenizer, GenerationConfig
 from longqlora.config.settings import Device, EvaluatedModel, RetrievalSettings
 from longqlora.data.token_files import read_tokens
 from longqlora.evaluation.evaluated_model import is_within_context, load_evaluated_model, memory_advice
-from longqlora.evaluation.perplexity import NonFiniteLogits, nll_of_batch
 from longqlora.evaluation.retrieval_tasks import (
     PASSAGE_TOKENS,
     UNSCORED_TOKENS,
@@ -21,6 +20,7 @@ from longqlora.evaluation.retrieval_tasks import (
     make_repetitions,
     score_answer,
 )
+from longqlora.evaluation.token_losses import NonFiniteLogits, nll_of_batch
 from longqlora.jobs.memory import memory_explained
 from longqlora.modeling.loading import load_config
 from longqlora.modeling.rope import rope_of

@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from longqlora.config.ablations import add_ablations
+from longqlora.config.completed import Experiment, System
 from longqlora.config.experiment import load_experiment
-from longqlora.config.settings import NAME_PATTERN, AblationSection, Experiment, System
+from longqlora.config.settings import NAME_PATTERN, AblationSection
 from longqlora.config.systems import evaluated_model
 from longqlora.config.validation import ConfigError
 

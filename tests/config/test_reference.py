@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel
 
 from longqlora.config.reference import generated_files, json_schema, main, reference, sections_of
-from longqlora.config.settings import Configuration, Optimizer
+from longqlora.config.settings import Optimizer
 
 
 def test_the_generated_files_are_up_to_date():
@@ -19,7 +19,7 @@ def test_the_generated_files_are_up_to_date():
 
 def test_every_key_has_a_description_that_is_a_sentence_and_stands_in_the_reference():
     text = reference()
-    sections = dict(sections_of(Configuration, ""))
+    sections = dict(sections_of())
     assert len(sections) > 15
     for place, section in sections.items():
         assert place == "" or f"## `{place}`" in text
@@ -51,7 +51,7 @@ def test_the_schema_refuses_what_the_settings_refuse(demo):
 
 def test_settings_hold_values_and_nothing_else():
     """Jobs rebuild them from params, and an edit of them reruns nothing: so they compute nothing."""
-    for _, section in sections_of(Configuration, ""):
+    for _, section in sections_of():
         own = [name for base in section.__mro__ if base is not BaseModel and issubclass(base, BaseModel) for name in vars(base)]
         assert not {name for name in own if not name.startswith("_")} - {
             "model_config",

@@ -15,8 +15,9 @@ from transformers import LlamaForCausalLM, MptConfig, MptForCausalLM
 from longqlora.config.settings import Protocol, RopeExtension
 from longqlora.data.token_files import write_tokens
 from longqlora.evaluation import perplexity
-from longqlora.evaluation.perplexity import NonFiniteLogits, batches_of, evaluate_perplexity, position_edges, score_windows
+from longqlora.evaluation.perplexity import batches_of, evaluate_perplexity, position_edges, score_windows
 from longqlora.evaluation.protocols import Window, make_windows
+from longqlora.evaluation.token_losses import NonFiniteLogits
 from longqlora.jobs.launch import launch
 from longqlora.modeling.loading import load_model
 
@@ -67,7 +68,7 @@ def nll_by_token(model, tokens, windows: list[Window]) -> list[list[float]]:
 
 @pytest.mark.parametrize(("window", "stride"), [(16, 16), (16, 5), (64, 64), (7, 3)])
 def test_scoring_equals_one_forward_pass_a_token(model, monkeypatch, window, stride):
-    monkeypatch.setattr(perplexity, "POSITIONS_PER_CHUNK", 8)  # chunks that do not divide the window
+    monkeypatch.setattr("longqlora.evaluation.token_losses.POSITIONS_PER_CHUNK", 8)  # chunks that do not divide the window
     tokens, windows = random_tokens(60), make_windows([23, 24, 26, 60], exact(window, stride))
     by_window, by_position = score_windows(model, tokens, windows)
     expected = nll_by_token(model, tokens, windows)

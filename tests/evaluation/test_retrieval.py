@@ -10,9 +10,9 @@ from longqlora.config.settings import RetrievalSettings
 from longqlora.data.token_files import tokenize_documents
 from longqlora.evaluation import retrieval
 from longqlora.evaluation.evaluated_model import load_evaluated_model
-from longqlora.evaluation.perplexity import NonFiniteLogits
 from longqlora.evaluation.retrieval import answer, evaluate_retrieval, score_repetitions
 from longqlora.evaluation.retrieval_tasks import NUM_CANDIDATES, PASSAGE_TOKENS, UNSCORED_TOKENS, Prompt, make_prompts
+from longqlora.evaluation.token_losses import NonFiniteLogits
 
 TASKS = ("passkey", "single_needle", "multi_key", "multi_value")
 

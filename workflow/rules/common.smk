@@ -9,8 +9,8 @@ from longqlora.config.systems import evaluated_model, extension_of, protocol_at
 from longqlora.config.validation import ConfigError, duplicate_keys
 from longqlora.jobs.code import Code
 from longqlora.jobs.digests import FileFacts
-from longqlora.modeling.model_files import is_hub_id, model_files, tokenizer_files
-from longqlora.preflight import check_inputs
+from longqlora.modeling.model_files import model_files, tokenizer_files
+from longqlora.preflight import check_inputs, is_users_folder
 
 try:
     if repeated := [line for path in workflow.configfiles for line in duplicate_keys(path)]:
@@ -68,11 +68,6 @@ def sources_of(paths):
 def contents_of(paths):
     """A digest of the user's data files."""
     return FACTS.fingerprint(path for path in paths if is_local(path) and not is_made_here(path))
-
-
-def is_users_folder(path):
-    """Whether a model is a folder of this machine that the workflow does not make."""
-    return not is_made_here(path) and not is_hub_id(path)
 
 
 def made_model(path):
@@ -169,6 +164,7 @@ def ablation_reports(wildcards):
     """The reports of all ablations."""
     if not EXPERIMENT.ablations:
         raise WorkflowError(
-            "no ablations are configured; add config/ablations.yaml after the experiment's file: --configfile config/x.yaml config/ablations.yaml"
+            "no ablations are configured; add config/ablations.yaml after the experiment's file: "
+            "--configfile config/x.yaml config/ablations.yaml"
         )
     return expand(rules.report_ablation.output, ablation=EXPERIMENT.ablations)

@@ -1,0 +1,94 @@
+"""A configuration with everything filled in, as the workflow uses it."""
+
+from longqlora.config.settings import (
+    Ablation,
+    Attention,
+    CorpusSettings,
+    CorpusSource,
+    DecontaminationSettings,
+    DemoSettings,
+    Device,
+    EvaluationSettings,
+    MergeSettings,
+    Precision,
+    ProgressSettings,
+    PublishedRow,
+    RetrievalSettings,
+    RopeScaling,
+    Section,
+    SftSettings,
+    TrainingSettings,
+)
+
+
+class System(Section):
+    """One row of the table, or one cell of an ablation, with everything filled in; the fields are those of
+    :class:`SystemSection`.
+
+    Attributes:
+        training: None if the system is not trained.
+        progress: None if the system is not trained.
+    """
+
+    label: str
+    model: str
+    tokenizer: str
+    target_context: int | None
+    rope_scaling: RopeScaling
+    weights_of: str | None
+    merged: bool
+    precision: Precision
+    evaluation_attention: Attention
+    training: TrainingSettings | None
+    progress: ProgressSettings | None
+
+
+class Shard(Section):
+    """What one job reads of a corpus.
+
+    Attributes:
+        source: with the files of this job alone.
+        part: (index, count): of the files that a remote pattern matches, this job reads every count-th one.
+    """
+
+    source: CorpusSource
+    part: tuple[int, int]
+
+
+class Experiment(Section):
+    """An experiment with everything filled in: wildcards expanded, each system with its own training.
+
+    Attributes:
+        name: everything it makes lies under ``results/<name>/``.
+        systems: rows of the table and cells of the ablations, by name.
+        rows: names of the systems that are rows of the table.
+        retrieval_lengths: context lengths in tokens.
+        filler: name of the evaluation set that retrieval takes its text from.
+
+    The other fields are those of :class:`Configuration`.
+    """
+
+    name: str
+    seed: int
+    device: Device
+    base_model: str
+    tokenizer: str
+    demo: DemoSettings | None
+    max_malformed_share: float
+    decontamination: DecontaminationSettings
+    corpus: CorpusSettings | None
+    sft: SftSettings | None
+    systems: dict[str, System]
+    rows: list[str]
+    evaluation: EvaluationSettings
+    retrieval: RetrievalSettings
+    retrieval_lengths: list[int]
+    filler: str
+    merge: MergeSettings
+    ablations: dict[str, Ablation]
+    published: list[PublishedRow]
+
+    @property
+    def results(self) -> str:
+        """Folder of everything that the experiment makes."""
+        return f"results/{self.name}"
