@@ -243,6 +243,27 @@ def test_another_label_renders_and_publishes_anew_and_measures_nothing(project, 
     assert planned(project) == {"publish_model": 1, "plot_loss": 1, **REPORTS}
 
 
+def test_labels_that_two_systems_exchange_draw_the_losses_anew(project, config_file):
+    def exchange(config):
+        systems = config["systems"]
+        systems["longqlora"]["label"], systems["chat"]["label"] = systems["chat"]["label"], systems["longqlora"]["label"]
+
+    edit(config_file, exchange)
+    assert planned(project)["plot_loss"] == 1
+
+
+def test_a_label_may_have_braces_and_a_system_may_be_called_none(project, config_file):
+    """With adapters alone, so that no system trains all weights."""
+
+    def add(config):
+        del config["systems"]["longlora-full"]
+        config["systems"]["none"] = {"label": "$x_{7B}$", "target_context": 256, "training": {"rank": 8}}
+
+    edit(config_file, add)
+    jobs = planned(project)
+    assert (jobs["train_adapter"], jobs["plot_loss"]) == (1, 1)
+
+
 def test_how_often_a_training_logs_and_saves_reruns_nothing(project, config_file):
     edit(config_file, lambda config: config["training"].update(logging_steps=7, checkpoint_steps=9))
     assert planned(project) == {}
