@@ -10,11 +10,14 @@ from longqlora.config.settings import Device
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of autocast: bfloat16 where the hardware has it, float16 on older GPUs (V100), float32 on a CPU that would only
-    emulate bfloat16."""
+    """The dtype of autocast: on a GPU bfloat16 where the hardware has it, and float16 on older ones (V100); float32 on a CPU.
+
+    CPUs differ in how fast bfloat16 is: with AVX512-BF16 and without AMX, products of matrices take twice the time of float32.
+    In float32, results also do not depend on what the CPU has.
+    """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    return torch.float32
 
 
 def weight_dtype(device: torch.device) -> torch.dtype:

@@ -15,7 +15,7 @@ from longqlora.config.settings import DemoArchitecture, DemoPretraining
 from longqlora.data.readers import read_documents
 from longqlora.data.token_files import encode
 from longqlora.modeling.chunked_loss import next_token_loss
-from longqlora.modeling.devices import compute_dtype, find_device, keep_freed_memory
+from longqlora.modeling.devices import find_device, keep_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def make_model(tokenizer, context_length: int, architecture: DemoArchitecture, s
         seed: of the weights.
     """
     torch.manual_seed(seed)
-    model: Any = LlamaForCausalLM(
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             bos_token_id=tokenizer.bos_token_id,
@@ -123,8 +123,6 @@ def make_model(tokenizer, context_length: int, architecture: DemoArchitecture, s
             **architecture.model_dump(),
         )
     )
-    model.set_attn_implementation("eager")  # for short windows on a CPU, its backward pass is faster than the fused kernel's
-    return model
 
 
 def pretrain(model: LlamaForCausalLM, tokens: torch.Tensor, settings: DemoPretraining, seed: int) -> None:
@@ -145,12 +143,11 @@ def pretrain(model: LlamaForCausalLM, tokens: torch.Tensor, settings: DemoPretra
     keep_freed_memory(device)
     optimizers, schedules = optimizers_of(model, steps, settings.muon_learning_rate, settings.adamw_learning_rate)
     generator, offsets = torch.Generator().manual_seed(seed), torch.arange(window)
-    dtype, started = compute_dtype(device), time.perf_counter()
+    started = time.perf_counter()
     for step in tqdm(range(1, steps + 1), "pre-training", unit="step", disable=None):
         starts = torch.randint(len(tokens) - window, (settings.tokens_per_step // window, 1), generator=generator)
         windows = tokens[starts + offsets]  # [b, n]
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not torch.float32):
-            loss = next_token_loss(model, windows, windows)
+        loss = next_token_loss(model, windows, windows)
         loss.backward()
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()

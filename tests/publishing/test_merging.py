@@ -204,8 +204,7 @@ def test_a_folder_without_weights_is_told(tmp_path):
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_merged_into_the_round_trip_it_is_the_adapter_on_the_4_bit_base(tmp_path, tokenizer, monkeypatch, tied):
-    monkeypatch.setattr("longqlora.modeling.loading.compute_dtype", lambda device: torch.float32)  # what 4 bit is computed in
-    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)  # which it would then compute in bfloat16
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)  # it would compute in bfloat16 in evaluation
     base = save_base(tmp_path / "base", tokenizer, hidden_size=64, tie_word_embeddings=tied)
     adapter = save_adapter(base, tmp_path / "adapter")
     trained = PeftModel.from_pretrained(
