@@ -32,9 +32,9 @@ include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
 
 
-if DEMO:
+if EXPERIMENT.pretraining:
 
-    include: "workflow/rules/demo.smk"
+    include: "workflow/rules/pretrain.smk"
 
 
 rule data:

@@ -219,12 +219,12 @@ def evaluations(trainings: Trainings) -> dict[str, Callable[[], float]]:
         models[f"merged, {name}"] = EvaluatedModel(path=merged, precision=name, group_ratio=GROUP_RATIO)
 
     def perplexity(model: EvaluatedModel) -> float:
-        result = evaluate_perplexity(
-            system="small", dataset="sources", model=model, tokens_path=evaluation_set,
+        results = evaluate_perplexity(
+            system="small", model=model, tokens={"sources": evaluation_set},
             protocol=Protocol(name="longqlora", window=trainings.tokens, stride=trainings.tokens), device=trainings.device,
-            windows_path=str(trainings.folder / "windows.parquet"),
+            windows={"sources": str(trainings.folder / "windows.parquet")},
         )  # fmt: skip
-        return round(result["perplexity"], 3)
+        return round(results["sources"]["perplexity"], 3)
 
     def accuracy(task: str) -> float:
         return evaluate_retrieval(

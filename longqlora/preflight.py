@@ -52,7 +52,8 @@ def paths_of(experiment: Experiment) -> dict[str, list[str]]:
     """Every list of data files, by its key."""
     corpus = experiment.corpus.sources if experiment.corpus else []
     sft = experiment.sft.sources if experiment.sft else []
-    return {
+    pretraining = {"pretraining.paths": experiment.pretraining.paths} if experiment.pretraining else {}
+    return pretraining | {
         **{f"corpus.sources[{number}].paths": source.paths for number, source in enumerate(corpus)},
         **{f"sft.sources[{number}].paths": source.paths for number, source in enumerate(sft)},
         **{f"evaluation.datasets.{name}.paths": dataset.paths for name, dataset in experiment.evaluation.datasets.items()},
@@ -96,10 +97,8 @@ def check_list(key: str, paths: list[str]) -> Iterator[str]:
 def not_made(experiment: Experiment, path: str) -> Iterator[str]:
     """Yield that no rule makes a path under results/, which is not there from an earlier run either."""
     made = [f"{experiment.results}/{folder}/{name}" for folder in ("models", "weights") for name in experiment.systems]
-    if demo := experiment.demo:
-        made += [f"{experiment.results}/pretrained/{name}" for name in demo.pretrained]
-        made += [experiment.tokenizer, *demo.shards]
-        made += [*demo.evaluation_sets.model_dump().values(), *demo.instructions.model_dump().values()]
+    if experiment.pretraining:
+        made.append(experiment.pretrained)
     if path not in made and not Path(path).exists():
         guess = difflib.get_close_matches(path, made, n=1)
         yield f"no rule makes {path}" + (f"; did you mean {guess[0]}?" if guess else "")
@@ -178,14 +177,14 @@ def misspelled_folder(path: str) -> Iterator[str]:
 
 
 def model_config(experiment: Experiment, path: str) -> dict | None:
-    """The ``config.json`` of a model of this machine, or what the demo is going to write; None for one on the hub, which its
-    job checks before it loads weights."""
+    """The ``config.json`` of a model of this machine, or what the pre-training is going to write; None for one on the hub,
+    which its job checks before it loads weights."""
     if is_made_here(path):
-        demo, name = experiment.demo, Path(path).name
-        if demo is None or name not in demo.pretrained:
+        made = experiment.pretraining
+        if made is None or path != experiment.pretrained:
             return None
-        made = {"model_type": "llama", "max_position_embeddings": demo.pretrained[name], "vocab_size": demo.vocab_size}
-        return made | demo.architecture.model_dump()
+        written = {"model_type": "llama", "max_position_embeddings": made.context, "vocab_size": made.vocab_size}
+        return written | made.architecture.model_dump()
     try:
         return read_config(Path(path))
     except (OSError, ValueError):  # told by model_problems

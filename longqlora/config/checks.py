@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 from longqlora.config.completed import Experiment, System
-from longqlora.config.paths import is_made_here
 from longqlora.config.settings import Configuration, CorpusSettings
 from longqlora.config.shards import sample_shares
 from longqlora.config.systems import protocol_at
@@ -18,7 +17,7 @@ def check_values(config: Configuration, experiment: Experiment) -> Iterator[str]
     """
     yield from check_evaluation(experiment)
     yield from check_ablations(config, experiment)
-    yield from check_demo(experiment)
+    yield from check_pretraining(experiment)
     datasets = experiment.evaluation.datasets
     yield from check_distinct("evaluation.datasets", "label", [dataset.label for dataset in datasets.values()])
     yield from check_distinct("systems", "label", [experiment.systems[name].label for name in experiment.rows])
@@ -37,20 +36,23 @@ def check_values(config: Configuration, experiment: Experiment) -> Iterator[str]
             yield f"published: dataset {row.dataset!r} is not a label of evaluation.datasets (legal: {legal})"
 
 
-def check_demo(experiment: Experiment) -> Iterator[str]:
-    """Yield which files of the demo's inputs are not under results/: the workflow would overwrite files of the user's."""
-    demo = experiment.demo
-    if demo is None:
+def check_pretraining(experiment: Experiment) -> Iterator[str]:
+    """Yield what is wrong with the training of a base model from scratch."""
+    pretraining = experiment.pretraining
+    if pretraining is None:
         return
-    written = {"demo.shards": demo.shards, "base_model.tokenizer": [experiment.tokenizer]}
-    for name, section in (("evaluation_sets", demo.evaluation_sets), ("instructions", demo.instructions)):
-        written[f"demo.{name}"] = list(section.model_dump().values())
-    for key, paths in written.items():
-        for path in paths:
-            if not is_made_here(path):
-                yield f"{key}: {path} must be under results/, because the demo section writes it"
-    if experiment.tokenizer == experiment.base_model:
-        yield "base_model.tokenizer: missing; the demo section needs a folder under results/ to write a tokenizer to"
+    for key, path in (("path", experiment.base_model), ("tokenizer", experiment.tokenizer)):
+        if path != experiment.pretrained:
+            yield f"base_model.{key}: {path} is not {experiment.pretrained}, which the section pretraining makes"
+    if pretraining.tokens_per_step < pretraining.context:
+        yield f"pretraining.tokens_per_step: {pretraining.tokens_per_step} is less than a window, {pretraining.context}"
+    shape = pretraining.architecture
+    for larger, smaller in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")):
+        if getattr(shape, larger) % getattr(shape, smaller):
+            yield (
+                f"pretraining.architecture.{larger}: {getattr(shape, larger)} is not a multiple of "
+                f"{smaller}, {getattr(shape, smaller)}"
+            )
 
 
 def check_evaluation(experiment: Experiment) -> Iterator[str]:

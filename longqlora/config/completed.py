@@ -6,11 +6,11 @@ from longqlora.config.settings import (
     CorpusSettings,
     CorpusSource,
     DecontaminationSettings,
-    DemoSettings,
     Device,
     EvaluationSettings,
     MergeSettings,
     Precision,
+    PretrainingSettings,
     ProgressSettings,
     PublishedRow,
     RetrievalSettings,
@@ -73,7 +73,7 @@ class Experiment(Section):
     device: Device
     base_model: str
     tokenizer: str
-    demo: DemoSettings | None
+    pretraining: PretrainingSettings | None
     max_malformed_share: float
     decontamination: DecontaminationSettings
     corpus: CorpusSettings | None
@@ -92,3 +92,8 @@ class Experiment(Section):
     def results(self) -> str:
         """Folder of everything that the experiment makes."""
         return f"results/{self.name}"
+
+    @property
+    def pretrained(self) -> str:
+        """Folder of a base model that the experiment trains from scratch."""
+        return f"{self.results}/pretrained"

@@ -9,7 +9,7 @@ from longqlora.config.ablations import add_ablations
 from longqlora.config.checks import check_values
 from longqlora.config.completed import Experiment
 from longqlora.config.paths import expand
-from longqlora.config.settings import Configuration, CorpusSettings, RetrievalSettings, SftSettings
+from longqlora.config.settings import Configuration, CorpusSettings, PretrainingSettings, RetrievalSettings, SftSettings
 from longqlora.config.systems import base_tokenizer, complete_system, without_slash
 from longqlora.config.validation import ConfigError, follows_from, validate
 
@@ -58,9 +58,10 @@ def complete(config: Configuration) -> Experiment:
         retrieval_lengths=retrieval.lengths or evaluation.lengths,
         filler=retrieval.filler or next(iter(datasets)),
         ablations=ablations,
+        pretraining=complete_pretraining(config.pretraining) if config.pretraining else None,
         **{
             name: getattr(config, name)
-            for name in ("seed", "device", "demo", "max_malformed_share", "decontamination", "merge", "published")
+            for name in ("seed", "device", "max_malformed_share", "decontamination", "merge", "published")
         },
     )
 
@@ -68,6 +69,11 @@ def complete(config: Configuration) -> Experiment:
 def expand_all(patterns: list[str]) -> list[str]:
     """The files that several patterns match."""
     return [path for pattern in patterns for path in expand(pattern)]
+
+
+def complete_pretraining(pretraining: PretrainingSettings) -> PretrainingSettings:
+    """A pre-training whose texts have no wildcards of local files."""
+    return pretraining.model_copy(update={"paths": expand_all(pretraining.paths)})
 
 
 def complete_corpus(corpus: CorpusSettings) -> CorpusSettings:

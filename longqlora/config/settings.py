@@ -79,24 +79,8 @@ class BaseModelSection(Section):
     )
 
 
-class DemoEvaluationSets(Section):
-    """Files of the demo's evaluation sets, by kind of text."""
-
-    code: Text = Field(description="File of held-out source code.")
-    prose: Text = Field(description="File of held-out documentation.")
-
-
-class DemoInstructions(Section):
-    """Files of the demo's instruction records, by what they imitate."""
-
-    natural_questions: Text = Field(description="File of questions about a document.")
-    evol_instruct: Text = Field(description="File of short instructions.")
-    booksum: Text = Field(description="File of summaries.")
-    long_alpaca: Text = Field(description="File of questions about a long document.")
-
-
-class DemoArchitecture(Section):
-    """Shape of the demo's models: fields of transformers' LlamaConfig."""
+class Architecture(Section):
+    """Shape of a LLaMA that is trained from scratch: fields of transformers' LlamaConfig."""
 
     hidden_size: int = Field(ge=8, description="Width of the hidden states.")
     intermediate_size: int = Field(ge=8, description="Width inside the feed-forward layers.")
@@ -105,30 +89,24 @@ class DemoArchitecture(Section):
     num_key_value_heads: Count = Field(description="Number of key and value heads per layer.")
 
 
-class DemoPretraining(Section):
-    """How the demo's models are trained from scratch."""
+class PretrainingSettings(Section):
+    """Trains a tokenizer and a small base model from scratch, on one core of a CPU."""
 
+    paths: Paths = Field(description="Files of the texts to train on, in a format that the corpus may have.")
+    vocab_size: int = Field(ge=300, description="Number of tokens in the tokenizer's vocabulary.")
+    context: int = Field(ge=32, description="Context length of the model in tokens, and the length of a training window.")
+    architecture: Architecture = Field(description="Shape of the model.")
+    repeated_share: float = Field(
+        default=0,
+        ge=0,
+        le=1,
+        description="Share of the windows in which a passage is repeated. A small model learns to copy from them what it has "
+        "read before; larger models learn that from texts alone.",
+    )
     steps: Count = Field(description="Number of optimizer steps.")
-    tokens_per_step: int = Field(ge=8, description="Tokens of one optimizer step.")
+    tokens_per_step: int = Field(ge=32, description="Tokens of one optimizer step.")
     muon_learning_rate: float = Field(gt=0, description="Learning rate of the matrices inside the layers (Muon).")
     adamw_learning_rate: float = Field(gt=0, description="Learning rate of embeddings and norms (AdamW).")
-
-
-class DemoSettings(Section):
-    """Makes the inputs of an experiment from the Python standard library: texts, tokenizer and base model."""
-
-    shards: Paths = Field(description="Corpus files to write.")
-    evaluation_sets: DemoEvaluationSets = Field(description="Files of held-out text to write, by kind.")
-    instructions: DemoInstructions = Field(description="Files of instruction records to write, by what they imitate.")
-    evaluation_characters: int = Field(ge=1000, description="Held-out text of each kind, in characters.")
-    vocab_size: int = Field(ge=300, description="Number of tokens in the tokenizer's vocabulary.")
-    pretrained: dict[Name, Annotated[int, Field(ge=8)]] = Field(
-        min_length=1,
-        description="Models to train from scratch, by name, with the context length of each in tokens; they lie under "
-        "results/<experiment>/pretrained/.",
-    )
-    architecture: DemoArchitecture = Field(description="Shape of these models.")
-    pretraining: DemoPretraining = Field(description="How each of them is trained.")
 
 
 class DecontaminationSettings(Section):
@@ -423,8 +401,10 @@ class Configuration(Section):
     )
     device: Device = Field(description="Where models run.")
     base_model: BaseModelSection = Field(description="The model whose context is extended.")
-    demo: DemoSettings | None = Field(
-        default=None, description="Makes the inputs from the Python standard library; only the demo has this section."
+    pretraining: PretrainingSettings | None = Field(
+        default=None,
+        description="Makes the base model from texts; base_model.path is then results/<experiment>/pretrained. The demo's base "
+        "was made so.",
     )
     max_malformed_share: float = Field(
         default=0.001, ge=0, le=1, description="Share of a source's records that may be unusable before the run stops."

@@ -1,4 +1,4 @@
-"""Perplexity of a system on an evaluation set at one context length, by a protocol of :mod:`longqlora.evaluation.protocols`.
+"""Perplexity of a system at one context length, by a protocol of :mod:`longqlora.evaluation.protocols`.
 
 Several processes may share the batches. Which windows form a batch does not depend on the number of processes, so the results
 do not either, bit for bit.
@@ -156,46 +156,63 @@ def process_group() -> Iterator[None]:
 def evaluate_perplexity(
     *,
     system: str,
-    dataset: str,
     model: EvaluatedModel,
-    tokens_path: str,
+    tokens: dict[str, str],
     protocol: Protocol,
     device: Device,
-    windows_path: str,
-) -> dict:
-    """Measure one cell, and write the losses of its windows for paired comparisons.
+    windows: dict[str, str],
+) -> dict[str, dict]:
+    """Measure one system at one context length, and write the losses of its windows for paired comparisons.
 
     Args:
-        system, dataset: names for messages.
+        system: name for messages.
         model: the model of the system.
-        tokens_path: token stream with its description, see :mod:`longqlora.data.token_files`.
+        tokens: token stream of each evaluation set, with its description, see :mod:`longqlora.data.token_files`.
         protocol: how perplexity is measured.
         device: ``cpu`` or ``cuda``.
-        windows_path: Parquet file to write: one row per window, with document, begin, num_scored and nll (summed, in nats).
+        windows: Parquet file to write for each evaluation set: one row per window, with document, begin, num_scored and nll
+            (summed, in nats).
 
     Returns:
-        The result of the cell: protocol, model and its context, mean_nll (nats), standard_error, perplexity, loss by position.
+        The result for each evaluation set: protocol, model and its context, mean_nll (nats), standard_error, perplexity, loss
+        by position.
 
     Raises:
-        ValueError: if the evaluation set is empty or was made with another tokenizer, or the model cannot read the window.
+        ValueError: if an evaluation set is empty or was made with another tokenizer, or the model cannot read the window.
         NonFiniteLogits: if a loss is not a number; the message names system, set and window.
     """
-    check_vocabulary(tokens_path, load_config(model.path, model.extension).vocab_size)
-    measurement, description = describe_measurement(model, protocol), read_description(tokens_path)
-    windows = make_windows(description["document_ends"], protocol)
+    vocab_size = load_config(model.path, model.extension).vocab_size
+    for path in tokens.values():
+        check_vocabulary(path, vocab_size)
+    measurement = describe_measurement(model, protocol)
     if not measurement["is_within_context"]:
         message = "%s: %d tokens are beyond the model's context of %d tokens, and its positions are not scaled"
         log.warning(message, system, protocol.window, measurement["model_context"])
+    results = {}
     with process_group(), memory_explained(*memory_advice(model, protocol.window)):
         loaded = load_evaluated_model(model, device, protocol.window)
-        try:
-            by_window, by_position = score_windows(loaded, read_tokens(tokens_path), windows)
-        except NonFiniteLogits as error:
-            raise NonFiniteLogits(f"{system} on {dataset} at {protocol.window} tokens: {error}") from None
+        for dataset, path in tokens.items():
+            try:
+                results[dataset] = measurement | score_set(loaded, path, protocol, windows[dataset])
+            except NonFiniteLogits as error:
+                raise NonFiniteLogits(f"{system} on {dataset} at {protocol.window} tokens: {error}") from None
+    return results
+
+
+def score_set(model, path: str, protocol: Protocol, windows_path: str) -> dict:
+    """Score one evaluation set with a loaded model; see :func:`evaluate_perplexity`.
+
+    Args:
+        model: a causal language model of transformers, in evaluation mode.
+        path: token stream with its description.
+        protocol: how perplexity is measured.
+        windows_path: Parquet file to write.
+    """
+    description = read_description(path)
+    by_window, by_position = score_windows(model, read_tokens(path), make_windows(description["document_ends"], protocol))
     if os.environ.get("RANK", "0") == "0":
         by_window.to_parquet(windows_path, index=False)
     return {
-        **measurement,
         "num_tokens": description["document_ends"][-1],
         "num_documents": len(description["document_ends"]),
         "dataset_warning": description.get("warning"),

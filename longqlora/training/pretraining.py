@@ -1,23 +1,30 @@
-"""A small tokenizer and a small LLaMA, trained from scratch; the demo uses them in place of LLaMA2."""
+"""A small tokenizer and a small LLaMA, trained from scratch on one core; the demo has such a model in place of LLaMA2."""
 
 import logging
 import time
+from collections import deque
 from collections.abc import Iterable
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy
 import torch
+from huggingface_hub import ModelCardData
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from longqlora.config.settings import DemoArchitecture, DemoPretraining
+from longqlora.config.settings import PretrainingSettings
 from longqlora.data.readers import read_documents
 from longqlora.data.token_files import encode
+from longqlora.jobs.digests import digest_of_file
+from longqlora.jobs.machine import versions
 from longqlora.modeling.chunked_loss import next_token_loss
 from longqlora.modeling.devices import find_device, keep_freed_memory
 
 log = logging.getLogger(__name__)
+
+LOGGED_STEPS = 50  # steps from one line of the log to the next
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -103,13 +110,12 @@ def optimizers_of(model: LlamaForCausalLM, steps: int, muon_learning_rate: float
     return optimizers, [torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak) for optimizer in optimizers]
 
 
-def make_model(tokenizer, context_length: int, architecture: DemoArchitecture, seed: int) -> LlamaForCausalLM:
+def make_model(tokenizer, settings: PretrainingSettings, seed: int) -> LlamaForCausalLM:
     """A LLaMA with random weights.
 
     Args:
         tokenizer: gives the vocabulary and the special tokens.
-        context_length: in tokens.
-        architecture: shape of the model.
+        settings: context length and shape.
         seed: of the weights.
     """
     torch.manual_seed(seed)
@@ -118,74 +124,143 @@ def make_model(tokenizer, context_length: int, architecture: DemoArchitecture, s
             vocab_size=len(tokenizer),
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            max_position_embeddings=context_length,
+            max_position_embeddings=settings.context,
             tie_word_embeddings=True,
-            **architecture.model_dump(),
+            **settings.architecture.model_dump(),
         )
     )
 
 
-def pretrain(model: LlamaForCausalLM, tokens: torch.Tensor, settings: DemoPretraining, seed: int) -> None:
-    """Train a model, in place, on windows drawn at random from a stream of tokens.
+def draw_windows(tokens: torch.Tensor, settings: PretrainingSettings, generator: torch.Generator) -> torch.Tensor:
+    """The windows of one step, from random places of a stream; in some of them a passage is repeated.
 
     Args:
-        model: its context length is the length of the windows.
-        tokens: ``[num_tokens]``, the corpus as one stream.
+        tokens: ``[num_tokens]``, the texts as one stream.
+        settings: length and number of the windows, and the share of those with a repeated passage.
+        generator: of the random numbers.
+
+    Returns:
+        ``[b, n]``, token ids.
+    """
+    length = settings.context
+    starts = torch.randint(len(tokens) - length, (settings.tokens_per_step // length, 1), generator=generator)
+    windows = tokens[starts + torch.arange(length)]
+    for window in windows[torch.rand(len(windows), generator=generator) < settings.repeated_share]:
+        repeat_passage(window, generator)
+    return windows
+
+
+def repeat_passage(window: torch.Tensor, generator: torch.Generator) -> None:
+    """Copy a passage of a window, of random length and from a random place, to a random later place in it.
+
+    In every second window, the passage consists of random tokens, which nothing but copying can predict.
+
+    Args:
+        window: ``[n]``, token ids, changed in place.
+        generator: of the random numbers.
+    """
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (1,), generator=generator))
+
+    length = draw(8, len(window) // 3)
+    source = draw(0, len(window) - 2 * length)
+    target = draw(source + length, len(window) - length)
+    if draw(0, 1):
+        shuffled = torch.randperm(length, generator=generator)
+        window[source : source + length] = window[source : source + length][shuffled]
+    window[target : target + length] = window[source : source + length]
+
+
+def pretrain(model: LlamaForCausalLM, tokens: torch.Tensor, settings: PretrainingSettings, seed: int) -> float:
+    """Train a model, in place.
+
+    Args:
+        model: see :func:`make_model`.
+        tokens: ``[num_tokens]``, the texts as one stream.
         settings: number and size of the steps, and learning rates.
         seed: of the windows.
 
+    Returns:
+        Mean loss of the last steps, in nats.
+
     Raises:
-        ValueError: if the corpus is shorter than one window.
+        ValueError: if the texts are shorter than one window.
     """
-    window, steps, device = model.config.max_position_embeddings, settings.steps, find_device("cpu")
-    if len(tokens) <= window:
-        raise ValueError(f"{len(tokens)} tokens are too few for a window of {window}")
-    keep_freed_memory(device)
-    optimizers, schedules = optimizers_of(model, steps, settings.muon_learning_rate, settings.adamw_learning_rate)
-    generator, offsets = torch.Generator().manual_seed(seed), torch.arange(window)
-    started = time.perf_counter()
-    for step in tqdm(range(1, steps + 1), "pre-training", unit="step", disable=None):
-        starts = torch.randint(len(tokens) - window, (settings.tokens_per_step // window, 1), generator=generator)
-        windows = tokens[starts + offsets]  # [b, n]
+    if len(tokens) <= settings.context:
+        raise ValueError(f"pretraining.paths: {len(tokens)} tokens are too few for a window of {settings.context}")
+    keep_freed_memory(find_device("cpu"))
+    optimizers, schedules = optimizers_of(model, settings.steps, settings.muon_learning_rate, settings.adamw_learning_rate)
+    generator, started = torch.Generator().manual_seed(seed), time.perf_counter()
+    losses: deque[float] = deque(maxlen=LOGGED_STEPS)
+    for step in range(1, settings.steps + 1):
+        windows = draw_windows(tokens, settings, generator)
         loss = next_token_loss(model, windows, windows)
         loss.backward()
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        if step % 50 == 0 or step == steps:
-            rate = step * settings.tokens_per_step / (time.perf_counter() - started)
-            log.info("step %d of %d: loss %.3f, %.0f tokens/s", step, steps, loss.item(), rate)
+        losses.append(loss.item())
+        if step % LOGGED_STEPS == 0 or step == settings.steps:
+            seconds = (time.perf_counter() - started) / step
+            left = (settings.steps - step) * seconds / 60
+            message = "step %d of %d: loss %.3f, %.0f tokens/s, %.0f minutes left"
+            log.info(message, step, settings.steps, fmean(losses), settings.tokens_per_step / seconds, left)
     model.eval()
+    return fmean(losses)
 
 
-def pretrain_model(
-    *,
-    shards: list[str],
-    tokenizer: str,
-    output: str,
-    context_length: int,
-    architecture: DemoArchitecture,
-    pretraining: DemoPretraining,
-    seed: int,
-) -> None:
-    """Pre-train a model on the documents of ``shards`` and write it with its tokenizer to ``output``.
+def pretrain_model(*, settings: PretrainingSettings, seed: int, output: str) -> None:
+    """Train a tokenizer and a model on texts, and write the model's folder: weights in bfloat16, tokenizer and model card.
 
     Args:
-        shards: files that :func:`longqlora.data.readers.read_documents` reads.
-        tokenizer: folder of the tokenizer.
-        output: folder of the model.
-        context_length: of the model, in tokens.
-        architecture: shape of the model.
-        pretraining: number and size of the steps, and learning rates.
+        settings: texts, shape and training.
         seed: of the weights and the windows.
+        output: folder of the model.
     """
-    loaded: Any = AutoTokenizer.from_pretrained(tokenizer)
-    texts = (document.text for shard in shards for document in read_documents(shard))
-    stream = numpy.concatenate([numpy.array([*ids, loaded.eos_token_id]) for ids in encode(loaded, texts)])
-    log.info("corpus: %d tokens", len(stream))
-    model = make_model(loaded, context_length, architecture, seed)
-    log.info("model: %.2f M parameters", model.num_parameters() / 1e6)
-    pretrain(model, torch.from_numpy(stream), pretraining, seed)
-    model.save_pretrained(output)
-    loaded.save_pretrained(output)
+    documents = [document.text for path in settings.paths for document in read_documents(path)]
+    tokenizer: Any = train_tokenizer(documents, settings.vocab_size)
+    stream = numpy.concatenate([numpy.array([*ids, tokenizer.eos_token_id]) for ids in encode(tokenizer, documents)])
+    model = make_model(tokenizer, settings, seed)
+    log.info("%d tokens, %.2f M parameters", len(stream), model.num_parameters() / 1e6)
+    loss = pretrain(model, torch.from_numpy(stream), settings, seed)
+    model.to(torch.bfloat16).save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    facts = {"parameters": model.num_parameters(), "tokens": len(stream), "loss": loss}
+    Path(output, "README.md").write_text(pretrained_card(output, settings, seed, facts))
+
+
+def pretrained_card(folder: str, settings: PretrainingSettings, seed: int, facts: dict) -> str:
+    """The model card of a pre-trained model: how it was made, and digests of its files and of its texts.
+
+    Args:
+        folder: of the model, with weights and tokenizer.
+        settings, seed: see :func:`pretrain_model`.
+        facts: parameters, tokens (of the texts), loss (at the end, in nats).
+    """
+    shape = ", ".join(f"{name} {value}" for name, value in settings.architecture.model_dump().items())
+    seen = settings.steps * settings.tokens_per_step
+    rows = {
+        "parameters": f"{facts['parameters']:,} ({shape}, vocabulary {settings.vocab_size})",
+        "context": f"{settings.context} tokens",
+        "texts": f"{facts['tokens']:,} tokens, each seen {seen / facts['tokens']:.1f} times",
+        "steps": f"{settings.steps:,} of {settings.tokens_per_step:,} tokens, seed {seed}",
+        "repeated passages": f"in {settings.repeated_share:.0%} of the windows",
+        "learning rates": f"Muon {settings.muon_learning_rate:g}, AdamW {settings.adamw_learning_rate:g}",
+        "training loss at the end": f"{facts['loss']:.3f} nats per token",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+    }
+    files = [*sorted(path for path in Path(folder).iterdir() if path.name != "README.md"), *map(Path, settings.paths)]
+    return "\n".join(
+        [
+            f"---\n{ModelCardData(library_name='transformers', pipeline_tag='text-generation')}\n---\n",
+            f"# A LLaMA with a context of {settings.context} tokens\n",
+            "Trained from scratch, to be extended. It completes texts like those that it was trained on, and knows little.\n",
+            "| | |\n|---|---|",
+            *(f"| {name} | {value} |" for name, value in rows.items()),
+            "\n| file | SHA-256 |\n|---|---|",
+            *(f"| {path.name} | {digest_of_file(path)} |" for path in files if path.is_file()),  # a text may be a remote file
+            "",
+        ]
+    )

@@ -42,13 +42,12 @@ def write_stream(path, sizes: list[int], seed: int = 0) -> str:
 def evaluate(model, tokens_path, windows_path, *, window=32, stride=None, protocol="exact", **fields) -> dict:
     return evaluate_perplexity(
         system="tiny model",
-        dataset="random text",
         model=evaluated_model(model, **fields),
-        tokens_path=str(tokens_path),
+        tokens={"random text": str(tokens_path)},
         protocol=Protocol(name=protocol, window=window, stride=stride or window),
         device="cpu",
-        windows_path=str(windows_path),
-    )
+        windows={"random text": str(windows_path)},
+    )["random text"]
 
 
 # --- scoring ---------------------------------------------------------------------------------------------------------------
@@ -277,12 +276,11 @@ def test_two_processes_give_what_one_gives_bit_for_bit(model_folder, tmp_path, m
             num_processes=processes,
             threads=processes,
             system="tiny model",
-            dataset="random text",
             model=evaluated_model(model_folder),
-            tokens_path=path,
+            tokens={"random text": path},
             protocol=exact(64, 40),
             device="cpu",
-            windows_path=str(tmp_path / f"{processes}.parquet"),
+            windows={"random text": str(tmp_path / f"{processes}.parquet")},
         )
         records.append(answer)
     one, two = (pandas.read_parquet(tmp_path / f"{processes}.parquet") for processes in (1, 2))
@@ -290,6 +288,24 @@ def test_two_processes_give_what_one_gives_bit_for_bit(model_folder, tmp_path, m
     assert len(batches_of(windows)) > 3  # both have something to do
     pandas.testing.assert_frame_equal(one, two, check_exact=True)
     assert records[0] == records[1]  # loss_by_position and all
+
+
+def test_each_set_gets_what_it_gets_alone(model_folder, tmp_path):
+    streams = {
+        name: write_stream(tmp_path / f"{name}.bin", sizes, seed)
+        for seed, (name, sizes) in enumerate([("a", [300, 70]), ("b", [90])])
+    }
+    both = evaluate_perplexity(
+        system="tiny model",
+        model=evaluated_model(model_folder),
+        tokens=streams,
+        protocol=exact(64, 64),
+        device="cpu",
+        windows={name: str(tmp_path / f"{name}.parquet") for name in streams},
+    )
+    for name, stream in streams.items():
+        assert both[name] == evaluate(model_folder, stream, tmp_path / "alone.parquet", window=64)
+        pandas.testing.assert_frame_equal(*(pandas.read_parquet(tmp_path / f"{file}.parquet") for file in (name, "alone")))
 
 
 # --- models ----------------------------------------------------------------------------------------------------------------

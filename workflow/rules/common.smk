@@ -33,7 +33,7 @@ ADAPTED = [name for name in TRAINED if name not in FULL_FINETUNED]
 CHAT = [name for name in TRAINED_TABLE_SYSTEMS if SYSTEMS[name].training.data == "sft"]
 DATASETS = EXPERIMENT.evaluation.datasets
 LENGTHS = EXPERIMENT.evaluation.lengths
-CORPUS, SFT, DEMO = EXPERIMENT.corpus, EXPERIMENT.sft, EXPERIMENT.demo  # None if the experiment does not have it
+CORPUS, SFT = EXPERIMENT.corpus, EXPERIMENT.sft  # None if the experiment does not have it
 GPUS = int(EXPERIMENT.device == "cuda")  # needed by a job that runs a model; the profile says how many the machine has
 SYSTEM_VALUES = {name: system.model_dump() for name, system in SYSTEMS.items()}
 
@@ -131,14 +131,19 @@ def has_own_tokenizer(wildcards):
     return SYSTEMS[wildcards.system].tokenizer != TOKENIZER
 
 
-def evaluation_tokens(wildcards):
-    """The evaluation set, encoded with the system's tokenizer; for retrieval, the set that the filler text comes from."""
-    made = rules.retokenize_evaluation_set if has_own_tokenizer(wildcards) else rules.prepare_evaluation_set
-    dataset = getattr(wildcards, "dataset", EXPERIMENT.filler)
-    return {
-        name: str(getattr(made.output, name)).format(system=wildcards.system, dataset=dataset)
-        for name in ("tokens", "description")
-    }
+def evaluation_files(output, datasets=DATASETS):
+    """A function of the wildcards: the prepared files of evaluation sets, encoded with the system's tokenizer.
+
+    Args:
+        output: ``tokens`` or ``description``.
+        datasets: names of the evaluation sets.
+    """
+
+    def files(wildcards):
+        made = rules.retokenize_evaluation_set if has_own_tokenizer(wildcards) else rules.prepare_evaluation_set
+        return [str(getattr(made.output, output)).format(system=wildcards.system, dataset=dataset) for dataset in datasets]
+
+    return files
 
 
 def labels_of(systems):
@@ -157,7 +162,7 @@ def window_losses(records):
 def ablation_records(wildcards):
     """The records of perplexity of a grid."""
     cells = EXPERIMENT.ablations[wildcards.ablation].rows
-    return expand(rules.evaluate_perplexity.output.record, system=cells, dataset=DATASETS, length=LENGTHS)
+    return expand(rules.evaluate_perplexity.output.records, system=cells, length=LENGTHS)
 
 
 def ablation_reports(wildcards):

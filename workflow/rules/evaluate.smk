@@ -1,17 +1,19 @@
-# One small JSON record per cell of the tables: perplexity by {system, dataset, length}, retrieval by {system, length}.
+# One small JSON record per cell of the tables: perplexity by {system, dataset, length}, retrieval by {system, length}. One job
+# measures all evaluation sets, because loading a model takes longer than a small set.
 
 
 rule evaluate_perplexity:
     input:
-        unpack(evaluation_tokens),
+        tokens=evaluation_files("tokens"),
+        descriptions=evaluation_files("description"),
         model=made_folders,
     output:
-        record=f"{RESULTS}/perplexity/{{system}}/{{dataset}}/{{length}}.json",
-        windows=f"{RESULTS}/perplexity/{{system}}/{{dataset}}/{{length}}.parquet",
+        records=expand(f"{RESULTS}/perplexity/{{{{system}}}}/{{dataset}}/{{{{length}}}}.json", dataset=DATASETS),
+        windows=expand(f"{RESULTS}/perplexity/{{{{system}}}}/{{dataset}}/{{{{length}}}}.parquet", dataset=DATASETS),
     log:
-        f"{RESULTS}/logs/evaluate_perplexity/{{system}}/{{dataset}}/{{length}}.log",
+        f"{RESULTS}/logs/evaluate_perplexity/{{system}}/{{length}}.log",
     benchmark:
-        f"{RESULTS}/benchmarks/evaluate_perplexity/{{system}}/{{dataset}}/{{length}}.tsv"
+        f"{RESULTS}/benchmarks/evaluate_perplexity/{{system}}/{{length}}.tsv"
     conda:
         "../../environment.yml"
     threads: 1 if GPUS else EXPERIMENT.evaluation.num_processes
@@ -23,15 +25,18 @@ rule evaluate_perplexity:
         model_contents=contents_of_evaluated,
         has_own_tokenizer=has_own_tokenizer,
         protocol=lambda wildcards: protocol_at(EXPERIMENT.evaluation, int(wildcards.length)).model_dump(),
-        num_processes=lambda wildcards, input: EXPERIMENT.evaluation.num_processes,  # a function of the input, so that Snakemake does not compare it: it changes no result
         device=EXPERIMENT.device,
+        # Snakemake does not compare params that are functions of the input: one changes no result, the other is in the outputs
+        num_processes=lambda wildcards, input: EXPERIMENT.evaluation.num_processes,
+        datasets=lambda wildcards, input: list(DATASETS),
     script:
         "../scripts/evaluate_perplexity.py"
 
 
 rule evaluate_retrieval:
     input:
-        unpack(evaluation_tokens),
+        tokens=evaluation_files("tokens", [EXPERIMENT.filler]),
+        description=evaluation_files("description", [EXPERIMENT.filler]),
         model=made_folders,
         tokenizer=lambda wildcards: made_model(SYSTEMS[wildcards.system].tokenizer),
     output:
@@ -58,7 +63,7 @@ rule evaluate_retrieval:
 
 rule evaluate:
     input:
-        perplexity=expand(rules.evaluate_perplexity.output.record, system=TABLE_SYSTEMS, dataset=DATASETS, length=LENGTHS),
+        perplexity=expand(rules.evaluate_perplexity.output.records, system=TABLE_SYSTEMS, length=LENGTHS),
         retrieval=(
             expand(rules.evaluate_retrieval.output.record, system=TABLE_SYSTEMS, length=EXPERIMENT.retrieval_lengths)
             if EXPERIMENT.retrieval.tasks

@@ -1,7 +1,7 @@
-"""Measure one cell of the table: the perplexity of a system on an evaluation set at one context length.
+"""Measure the perplexity of a system at one context length, on every evaluation set.
 
-Reads a model and a token stream; writes the result (JSON) and the losses of the windows (Parquet). Fails if the stream was made
-with another tokenizer, or a loss is not a number.
+Reads a model and token streams; writes one result (JSON) and the losses of the windows (Parquet) for each evaluation set. Fails
+if a stream was made with another tokenizer, or a loss is not a number.
 """
 
 import json
@@ -16,23 +16,24 @@ from longqlora.jobs.gpus import reserve_gpus
 from longqlora.jobs.launch import launch
 
 with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, snakemake.params.num_processes):
-    result = launch(
+    datasets = snakemake.params.datasets
+    results = launch(
         evaluate_perplexity,
         num_processes=snakemake.params.num_processes,
         threads=snakemake.threads,
         system=snakemake.wildcards.system,
-        dataset=snakemake.wildcards.dataset,
         model=EvaluatedModel(**snakemake.params.model),
-        tokens_path=snakemake.input.tokens,
+        tokens=dict(zip(datasets, snakemake.input.tokens, strict=True)),
         protocol=Protocol(**snakemake.params.protocol),
         device=snakemake.params.device,
-        windows_path=snakemake.output.windows,
+        windows=dict(zip(datasets, snakemake.output.windows, strict=True)),
     )
-    cell = {
-        "system": snakemake.wildcards.system,
-        "dataset": snakemake.wildcards.dataset,
-        "eval_length": int(snakemake.wildcards.length),
-        "has_own_tokenizer": snakemake.params.has_own_tokenizer,
-    }
-    record = cell | result | stamp(snakemake.params)
-    Path(snakemake.output.record).write_text(json.dumps(record, indent=2, ensure_ascii=False))
+    for dataset, path in zip(datasets, snakemake.output.records, strict=True):
+        cell = {
+            "system": snakemake.wildcards.system,
+            "dataset": dataset,
+            "eval_length": int(snakemake.wildcards.length),
+            "has_own_tokenizer": snakemake.params.has_own_tokenizer,
+        }
+        record = cell | results[dataset] | stamp(snakemake.params)
+        Path(path).write_text(json.dumps(record, indent=2, ensure_ascii=False))

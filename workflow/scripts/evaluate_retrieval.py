@@ -19,7 +19,7 @@ with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, 1):
     result = evaluate_retrieval(
         model=EvaluatedModel(**snakemake.params.model),
         tokenizer=snakemake.params.tokenizer,
-        filler=snakemake.input.tokens,
+        filler=snakemake.input.tokens[0],
         length=length,
         settings=RetrievalSettings(**snakemake.params.settings),
         device=snakemake.params.device,

@@ -1,21 +1,16 @@
-"""Pre-train a model of the demo.
+"""Train a tokenizer and a base model from scratch.
 
-Reads corpus shards and the tokenizer; writes a model folder.
+Reads texts; writes a model folder with weights, tokenizer and model card.
 """
 
 from longqlora.jobs.log import job_log
 
-from longqlora.config.settings import DemoArchitecture, DemoPretraining
+from longqlora.config.settings import PretrainingSettings
 from longqlora.training.pretraining import pretrain_model
 
 with job_log(snakemake.log[0]):
-    settings = snakemake.params.settings
     pretrain_model(
-        shards=snakemake.input.shards,
-        tokenizer=snakemake.input.tokenizer,
+        settings=PretrainingSettings(**snakemake.params.settings),
         output=snakemake.output.model,
-        context_length=settings["context_length"],
-        architecture=DemoArchitecture(**settings["architecture"]),
-        pretraining=DemoPretraining(**settings["pretraining"]),
-        seed=settings["seed"],
+        **snakemake.params.seed,
     )

@@ -1,4 +1,6 @@
-"""Texts for the demo, from the Python standard library, which is on every machine.
+"""Make the demo's texts from the standard library of the Python that runs this.
+
+    python demo/make_texts.py demo/texts
 
 There are two kinds of text, in RedPajama's record format (``text`` and ``meta.source``):
 
@@ -10,11 +12,12 @@ evaluation set. A held-out module is one document of code, because evaluation ne
 """
 
 import ast
-import gzip
 import hashlib
 import json
+import lzma
 import random
 import re
+import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +27,9 @@ from pydoc_data.topics import topics
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "encodings", "lib2to3"}
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+MAX_INSTRUCTIONS = 800  # of each kind
+SHARDS = 2  # files of the corpus, which are read at the same time
+EVALUATION_CHARACTERS = 80_000  # of each evaluation set
 MAX_EVALUATION_CHARACTERS = 20_000  # of one held-out text, so that an evaluation set has several texts, not one long module
 
 
@@ -97,48 +103,35 @@ def documents() -> Iterator[tuple[str, bool, dict]]:
         yield document("prose", name, text)
 
 
-def write_corpus(shards: list[str], evaluation_sets: dict[str, str], evaluation_characters: int, seed: int) -> dict:
-    """Write the corpus (JSON lines, shuffled) and one evaluation set per kind of text.
-
-    Args:
-        shards: paths of the corpus's files; documents are assigned to them in turn.
-        evaluation_sets: path of each evaluation set by kind, ``code`` and ``prose``.
-        evaluation_characters: held-out text to keep per kind: shuffled documents are taken until they have this number of
-            characters together.
-        seed: of the order of the documents.
-
-    Returns:
-        Number of documents and characters, for the corpus and for each evaluation set.
-    """
+def write_corpus(folder: Path, seed: int = 1) -> None:
+    """Write the corpus, shuffled and in :data:`SHARDS` files, and one evaluation set per kind of text."""
     training: list[dict] = []
-    held_out: dict[str, list[dict]] = {kind: [] for kind in evaluation_sets}
+    held_out: dict[str, list[dict]] = {"code": [], "prose": []}
     for kind, is_evaluation, record in documents():
         (held_out[kind] if is_evaluation else training).append(record)
     random.Random(seed).shuffle(training)
-    for number, shard in enumerate(shards):
-        write_json_lines(shard, training[number :: len(shards)])
-    counts = {"corpus": size_of(training)}
+    for number in range(SHARDS):
+        write_records(folder / f"corpus-{number}.jsonl.xz", training[number::SHARDS])
     for kind, records in held_out.items():
         random.Random(seed).shuffle(records)
         kept: list[dict] = []
-        while records and size_of(kept)["characters"] < evaluation_characters:
+        while records and characters_of(kept) < EVALUATION_CHARACTERS:
             record = records.pop()
             kept.append(record | {"text": record["text"][:MAX_EVALUATION_CHARACTERS]})
-        write_json_lines(evaluation_sets[kind], kept)
-        counts[kind] = size_of(kept)
-    return counts
+        write_records(folder / f"{kind}.jsonl.xz", kept)
 
 
-def size_of(records: list[dict]) -> dict[str, int]:
-    """Numbers of documents and characters of a list of records."""
-    return {"documents": len(records), "characters": sum(len(record["text"]) for record in records)}
+def characters_of(records: list[dict]) -> int:
+    """Number of characters of the texts of records."""
+    return sum(len(record["text"]) for record in records)
 
 
-def write_json_lines(path: str, records: list[dict]) -> None:
-    """Write one JSON object per line, gzipped if the name ends in ``.gz``; equal records give equal bytes."""
-    data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_bytes(gzip.compress(data, mtime=0) if path.endswith(".gz") else data)
+def write_records(path: Path, records: list[dict]) -> None:
+    """Write one JSON object per line, compressed, and print the number of records."""
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(lzma.compress(lines.encode(), preset=9 | lzma.PRESET_EXTREME))
+    print(f"{path}: {len(records)} records, {len(lines)} characters, {path.stat().st_size} bytes")
 
 
 def natural_questions(module: Module) -> Iterator[dict]:
@@ -183,27 +176,15 @@ def long_questions(module: Module) -> Iterator[dict]:
             yield {"instruction": question, "output": ", ".join(methods)}
 
 
-def write_instructions(paths: dict[str, str]) -> dict[str, int]:
-    """Write one JSON-lines file per kind of instruction record, made from the modules that are not held out.
+def write_instructions(folder: Path, seed: int = 1) -> None:
+    """Write one file per kind of instruction record, sampled from those of the modules that are not held out."""
+    modules = [module for module in library_modules() if not module.held_out]
+    for generate in (natural_questions, programming_tasks, summaries, long_questions):
+        records = [record for module in modules for record in generate(module)]
+        sample = random.Random(seed).sample(records, min(len(records), MAX_INSTRUCTIONS))
+        write_records(folder / "instructions" / f"{generate.__name__}.jsonl.xz", sample)
 
-    Args:
-        paths: file by the data set that its records imitate: ``natural_questions``, ``evol_instruct``, ``booksum``,
-            ``long_alpaca``.
 
-    Returns:
-        Number of records by data set.
-    """
-    generators = {
-        "natural_questions": natural_questions,
-        "evol_instruct": programming_tasks,
-        "booksum": summaries,
-        "long_alpaca": long_questions,
-    }
-    records: dict[str, list[dict]] = {name: [] for name in paths}
-    for module in library_modules():
-        if not module.held_out:
-            for name in paths:
-                records[name].extend(generators[name](module))
-    for name, path in paths.items():
-        write_json_lines(path, records[name])
-    return {name: len(found) for name, found in records.items()}
+if __name__ == "__main__":
+    write_corpus(Path(sys.argv[1]))
+    write_instructions(Path(sys.argv[1]))

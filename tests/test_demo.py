@@ -1,7 +1,7 @@
 import ast
 import json
 
-from longqlora.data.demo_texts import (
+from make_texts import (
     MAX_EVALUATION_CHARACTERS,
     Module,
     is_held_out,
@@ -12,6 +12,7 @@ from longqlora.data.demo_texts import (
     write_corpus,
     write_json_lines,
 )
+
 from longqlora.data.instruction_schemas import SCHEMAS
 
 SOURCE = '''"""About shapes."""
@@ -79,7 +80,7 @@ def test_no_document_is_in_both_the_corpus_and_an_evaluation_set(tmp_path, monke
     for number in range(60):
         (library / f"module{number}.py").write_text(SOURCE)
     (library / "template.py").write_text("class {name}:")  # not Python
-    monkeypatch.setattr("longqlora.data.demo_texts.sysconfig.get_path", lambda name: str(library))
+    monkeypatch.setattr("make_texts.sysconfig.get_path", lambda name: str(library))
     shards = [str(tmp_path / f"{number}.jsonl") for number in range(2)]
     sets = {kind: str(tmp_path / f"{kind}.jsonl") for kind in ("code", "prose")}
     counts = write_corpus(shards, sets, evaluation_characters=800, seed=1)

@@ -1,0 +1,23 @@
+# A base model that is trained from scratch.
+
+PRETRAINING = EXPERIMENT.pretraining
+
+
+rule pretrain_model:
+    input:
+        sources_of(PRETRAINING.paths),
+    output:
+        model=directory(EXPERIMENT.pretrained),
+    log:
+        f"{RESULTS}/logs/pretrain_model.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/pretrain_model.tsv"
+    conda:
+        "../../environment.yml"
+    params:
+        *code_of("pretrain_model"),
+        settings=PRETRAINING.model_dump(),
+        seed={"seed": EXPERIMENT.seed},
+        contents=contents_of(PRETRAINING.paths),
+    script:
+        "../scripts/pretrain_model.py"
