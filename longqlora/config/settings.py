@@ -93,6 +93,7 @@ class PretrainingSettings(Section):
     """Trains a tokenizer and a small base model from scratch, on one core of a CPU."""
 
     paths: Paths = Field(description="Files of the texts to train on, in a format that the corpus may have.")
+    license: Text = Field(description="License of the texts, for the model card.")
     vocab_size: int = Field(ge=300, description="Number of tokens in the tokenizer's vocabulary.")
     context: int = Field(ge=32, description="Context length of the model in tokens, and the length of a training window.")
     architecture: Architecture = Field(description="Shape of the model.")

@@ -211,12 +211,13 @@ def pretrain(model: LlamaForCausalLM, tokens: torch.Tensor, settings: Pretrainin
     return fmean(losses)
 
 
-def pretrain_model(*, settings: PretrainingSettings, seed: int, output: str) -> None:
+def pretrain_model(*, settings: PretrainingSettings, seed: int, command: str, output: str) -> None:
     """Train a tokenizer and a model on texts, and write the model's folder: weights in bfloat16, tokenizer and model card.
 
     Args:
         settings: texts, shape and training.
         seed: of the weights and the windows.
+        command: makes the folder; for the model card.
         output: folder of the model.
     """
     documents = [document.text for path in settings.paths for document in read_documents(path)]
@@ -225,36 +226,41 @@ def pretrain_model(*, settings: PretrainingSettings, seed: int, output: str) -> 
     model = make_model(tokenizer, settings, seed)
     log.info("%d tokens, %.2f M parameters", len(stream), model.num_parameters() / 1e6)
     loss = pretrain(model, torch.from_numpy(stream), settings, seed)
-    model.to(torch.bfloat16).save_pretrained(output)
+    model.bfloat16().save_pretrained(output)
     tokenizer.save_pretrained(output)
-    facts = {"parameters": model.num_parameters(), "tokens": len(stream), "loss": loss}
-    Path(output, "README.md").write_text(pretrained_card(output, settings, seed, facts))
+    facts = {"command": command, "seed": seed, "parameters": model.num_parameters(), "tokens": len(stream), "loss": loss}
+    Path(output, "README.md").write_text(pretrained_card(output, settings, facts))
 
 
-def pretrained_card(folder: str, settings: PretrainingSettings, seed: int, facts: dict) -> str:
+def pretrained_card(folder: str, settings: PretrainingSettings, facts: dict) -> str:
     """The model card of a pre-trained model: how it was made, and digests of its files and of its texts.
 
     Args:
         folder: of the model, with weights and tokenizer.
-        settings, seed: see :func:`pretrain_model`.
-        facts: parameters, tokens (of the texts), loss (at the end, in nats).
+        settings: see :func:`pretrain_model`.
+        facts: command, seed, parameters, tokens (of the texts), loss (at the end, in nats).
     """
     shape = ", ".join(f"{name} {value}" for name, value in settings.architecture.model_dump().items())
     seen = settings.steps * settings.tokens_per_step
     rows = {
+        "made by": f"`{facts['command']}`",
+        "license": f"that of the texts: {settings.license}",
         "parameters": f"{facts['parameters']:,} ({shape}, vocabulary {settings.vocab_size})",
         "context": f"{settings.context} tokens",
         "texts": f"{facts['tokens']:,} tokens, each seen {seen / facts['tokens']:.1f} times",
-        "steps": f"{settings.steps:,} of {settings.tokens_per_step:,} tokens, seed {seed}",
+        "steps": f"{settings.steps:,} of {settings.tokens_per_step:,} tokens, seed {facts['seed']}",
         "repeated passages": f"in {settings.repeated_share:.0%} of the windows",
         "learning rates": f"Muon {settings.muon_learning_rate:g}, AdamW {settings.adamw_learning_rate:g}",
         "training loss at the end": f"{facts['loss']:.3f} nats per token",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
+    metadata = ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation", license="other", license_name=settings.license.lower()
+    )
     files = [*sorted(path for path in Path(folder).iterdir() if path.name != "README.md"), *map(Path, settings.paths)]
     return "\n".join(
         [
-            f"---\n{ModelCardData(library_name='transformers', pipeline_tag='text-generation')}\n---\n",
+            f"---\n{metadata}\n---\n",
             f"# A LLaMA with a context of {settings.context} tokens\n",
             "Trained from scratch, to be extended. It completes texts like those that it was trained on, and knows little.\n",
             "| | |\n|---|---|",

@@ -19,5 +19,9 @@ rule pretrain_model:
         settings=PRETRAINING.model_dump(),
         seed={"seed": EXPERIMENT.seed},
         contents=contents_of(PRETRAINING.paths),
+        # a function of the input, so that Snakemake does not compare it
+        command=lambda wildcards, input: (
+            f"snakemake {EXPERIMENT.pretrained} --cores 1 --configfile {' '.join(map(os.path.relpath, workflow.configfiles))}"
+        ),
     script:
         "../scripts/pretrain_model.py"

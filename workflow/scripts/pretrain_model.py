@@ -11,6 +11,7 @@ from longqlora.training.pretraining import pretrain_model
 with job_log(snakemake.log[0]):
     pretrain_model(
         settings=PretrainingSettings(**snakemake.params.settings),
+        command=snakemake.params.command,
         output=snakemake.output.model,
         **snakemake.params.seed,
     )
