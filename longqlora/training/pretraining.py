@@ -145,8 +145,9 @@ def draw_windows(tokens: torch.Tensor, settings: PretrainingSettings, generator:
     length = settings.context
     starts = torch.randint(len(tokens) - length, (settings.tokens_per_step // length, 1), generator=generator)
     windows = tokens[starts + torch.arange(length)]
-    for window in windows[torch.rand(len(windows), generator=generator) < settings.repeated_share]:
-        repeat_passage(window, generator)
+    repeated = torch.rand(len(windows), generator=generator) < settings.repeated_share
+    for number in repeated.nonzero().flatten().tolist():  # windows[repeated] would be a copy
+        repeat_passage(windows[number], generator)
     return windows
 
 
