@@ -154,9 +154,11 @@ class InstructionPass(SourcePass):
         return [{"path": file.path, "sha256": file.sha256, "records": file.usable} for file in self.files]
 
     def rows(self) -> Iterator[dict]:
-        """Yield the records that are kept, in the order of their priorities."""
-        for record_priority, key, value in self.kept:
-            yield {"priority": record_priority, "id": key, **value}
+        """Yield the records that are kept, in the order of their priorities, each with its relative place in the source: by
+        these, the set is in random order, and every part of it has the sources in their shares."""
+        count = len(self.kept.heap)
+        for number, (_, key, value) in enumerate(self.kept):
+            yield {"place": (number + 0.5) / count, "id": key, **value}
 
 
 def check_quotas(cards: dict[str, dict[str, int]], settings: SftSampleSettings) -> None:
@@ -209,7 +211,7 @@ def build_sft_set(
     cards = {reading.source.name: reading.card() for reading in passes}
     if not settings.allow_fewer:
         check_quotas(cards, settings)
-    write_parquet(output, RECORDS, heapq.merge(*(reading.rows() for reading in passes), key=itemgetter("priority")))
+    write_parquet(output, RECORDS, heapq.merge(*(reading.rows() for reading in passes), key=itemgetter("place")))
     rows = [row for reading in passes for record in reading.removed() for row in record.rows]
     pandas.DataFrame(rows, columns=REMOVED).convert_dtypes().to_csv(removed, index=False)
     sample_settings = {name: getattr(settings, name) for name in ("num_records", "max_tokens", "seed")}
@@ -229,7 +231,7 @@ def tokenize_sft(*, records: str, tokenizer, held_out: int, output: str) -> dict
     Args:
         records: Parquet file of :func:`build_sft_set`.
         tokenizer: of transformers.
-        held_out: number of records, at the end of the set, that are left out; the records are in random order.
+        held_out: number of records, at the end of the set, that are left out: a random sample with the set's shares.
         output: Arrow file to write, a batch of records at a time.
 
     Returns:

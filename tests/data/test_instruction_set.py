@@ -88,6 +88,14 @@ def test_shares_are_met_and_the_set_is_reproducible(tmp_path, build):
     assert [row["source"] for row in rows] != sorted(row["source"] for row in rows)  # sources are mixed
 
 
+def test_every_part_of_the_set_has_the_sources_in_their_shares(tmp_path, build):
+    """Also if the sources differ in size: the last records are held out, and must be a sample of all."""
+    sources = [source(tmp_path, "a", 0.75, records_of("a", 31)), source(tmp_path, "b", 0.25, records_of("b", 300))]
+    _, rows, _ = build(sources)
+    for begin in range(0, 40, 8):
+        assert Counter(row["source"] for row in rows[begin : begin + 8]) == {"a": 6, "b": 2}
+
+
 def test_the_set_does_not_depend_on_the_order_of_records_or_files(tmp_path, build):
     records = records_of("a", 60)
     _, expected, _ = build([source(tmp_path, "a", 1.0, records)])
