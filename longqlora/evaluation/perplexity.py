@@ -22,31 +22,14 @@ from longqlora.data.token_files import check_vocabulary, read_tokens
 from longqlora.evaluation.evaluated_model import is_within_context, load_evaluated_model, memory_advice
 from longqlora.evaluation.protocols import Window, make_windows
 from longqlora.evaluation.statistics import mean_nll
-from longqlora.evaluation.token_losses import NonFiniteLogits, nll_of_batch
+from longqlora.evaluation.token_losses import NonFiniteLogits, batches_of, nll_of_batch
 from longqlora.jobs.memory import memory_explained
 from longqlora.modeling.loading import load_config
 from longqlora.modeling.rope import context_of, rope_of
 
 log = logging.getLogger(__name__)
 
-TOKENS_PER_BATCH = 8192  # tokens of one forward pass, so that short windows use the hardware as well as long ones
 BINS_PER_OCTAVE = 4  # bins of the loss by position, per doubling of the position
-
-
-def batches_of(windows: list[Window]) -> list[list[int]]:
-    """Group windows of similar length into batches of at most :data:`TOKENS_PER_BATCH` tokens.
-
-    Returns:
-        Indices of the windows of each batch, the longest windows first, so that a lack of memory shows at once.
-    """
-    order = sorted(range(len(windows)), key=lambda index: windows[index].begin - windows[index].end)
-    batches: list[list[int]] = []
-    for index in order:
-        longest = windows[batches[-1][0]] if batches else None
-        if longest is None or (len(batches[-1]) + 1) * (longest.end - longest.begin - 1) > TOKENS_PER_BATCH:
-            batches.append([])
-        batches[-1].append(index)
-    return batches
 
 
 def position_edges(window: int) -> numpy.ndarray:
@@ -101,8 +84,8 @@ def score_windows(model, tokens: numpy.ndarray, windows: list[Window]) -> tuple[
     Raises:
         NonFiniteLogits: if a loss is not a number; the message names the window.
     """
-    batches = batches_of(windows)
-    edges = position_edges(max(window.end - window.begin - 1 for window in windows))
+    lengths = [window.num_read for window in windows]
+    batches, edges = batches_of(lengths), position_edges(max(lengths))
     results = score_batches(model, tokens, [[windows[index] for index in batch] for batch in batches], edges)
     sums, bins = numpy.zeros(len(windows)), numpy.zeros((2, len(edges) - 1))
     for batch, (window_sums, bin_sums) in zip(batches, results, strict=True):

@@ -27,6 +27,11 @@ class Window(NamedTuple):
     end: int
 
     @property
+    def num_read(self) -> int:
+        """Number of tokens that the model reads."""
+        return self.end - self.begin - 1
+
+    @property
     def num_scored(self) -> int:
         """Number of scored tokens."""
         return self.end - self.first

@@ -1,13 +1,31 @@
-"""The loss of every token of a batch, for perplexity and for retrieval without an answer in words."""
+"""The loss of every token of a batch, and which sequences form one."""
 
 import torch
 from torch.nn.functional import cross_entropy
 
+TOKENS_PER_BATCH = 8192  # tokens of one forward pass, so that short sequences use the hardware as well as long ones
 POSITIONS_PER_CHUNK = 1024  # positions whose float32 logits are in memory at the same time
 
 
 class NonFiniteLogits(ValueError):
     """A model's logits contain NaN or infinite values."""
+
+
+def batches_of(lengths: list[int]) -> list[list[int]]:
+    """Group sequences of similar length into batches of at most :data:`TOKENS_PER_BATCH` tokens.
+
+    Args:
+        lengths: number of tokens that a model reads of each sequence.
+
+    Returns:
+        Indices of the sequences of each batch, the longest ones first, so that a lack of memory shows at once.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > TOKENS_PER_BATCH:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
 
 
 @torch.inference_mode()
