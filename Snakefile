@@ -50,7 +50,7 @@ rule all:
     input:
         rules.perplexity_report.input,
         rules.train.input,
-        rules.plot_loss.output if TRAINED_TABLE_SYSTEMS else [],
+        rules.plot_loss.output if LISTED_TRAINED else [],
         rules.answers.input,
         rules.data.input,
     localrule: True

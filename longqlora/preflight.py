@@ -123,7 +123,7 @@ def first_keys(experiment: Experiment, what: str) -> dict[str, str]:
         what: ``model`` or ``tokenizer``.
     """
     keys = {"base_model.path": experiment.base_model} if what == "model" else {"base_model.tokenizer": experiment.tokenizer}
-    for name in experiment.rows:
+    for name in experiment.listed:
         path = getattr(experiment.systems[name], what)
         if path not in keys.values():
             keys[f"systems.{name}.{what}"] = path

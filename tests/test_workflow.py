@@ -20,9 +20,10 @@ PROJECT = ["Snakefile", "workflow", "config", "longqlora", "profiles", "environm
 TARGETS = {"all", "data", "train", "evaluate", "answers", "ablations", "perplexity_report"}
 PERPLEXITY_REPORTS = {"render_table": 1, "plot_perplexity": 1, "plot_loss_by_position": 1}
 REPORTS = {**PERPLEXITY_REPORTS, "report_retrieval": 1}
+ANSWERS = {"evaluate_answers": 1, "report_answers": 1}
 EVALUATION = {"evaluate_perplexity", "evaluate_retrieval", *REPORTS}
 TRAINING = {"train_adapter", "train_model", "merge_adapter", "publish_model"}
-SHOWN = {"plot_loss", "answer_held_out"}
+SHOWN = {"plot_loss", "evaluate_answers", "report_answers"}
 
 
 def environment() -> dict[str, str]:
@@ -54,7 +55,7 @@ def shrink(config: dict) -> dict:
     config["sft"].update(num_records=20, max_tokens=1024, held_out=2)
     config["training"].update(steps=2, rank=4, logging_steps=1)
     config["systems"] = {name: config["systems"][name] for name in ("base", "longqlora", "longlora-full", "chat")}
-    config["systems"]["chat"]["target_context"] = 1024
+    config["systems"]["chat"].update(target_context=1024, table_row=False)
     config["training"].update(batch_size=2)
     config["evaluation"]["lengths"] = [64, 256]
     del config["evaluation"]["datasets"]["code"]
@@ -119,17 +120,17 @@ def test_the_run_leaves_tables_plots_models_and_records(project):
     results = project / "results/demo"
     cells = pandas.read_csv(results / "tables/perplexity.csv")
     assert sorted(zip(cells["system"], cells["eval_length"], strict=True)) == [
-        (system, length) for system in ("base", "chat", "longlora-full", "longqlora") for length in (64, 256)
+        (system, length) for system in ("base", "longlora-full", "longqlora") for length in (64, 256)
     ]
     assert (cells["num_scored"] == cells["num_tokens"] - cells["num_documents"]).all()
     assert cells["perplexity"].between(1, 512 * 2).all()
     assert cells["retrieval_accuracy"].between(0, 1).all()
-    assert len(pandas.read_csv(results / "tables/differences.csv")) == 6 * 2  # pairs of systems, lengths
-    assert len(pandas.read_csv(results / "tables/retrieval.csv")) == 4 * 2 * 2  # systems, lengths, depths
+    assert len(pandas.read_csv(results / "tables/differences.csv")) == 3 * 2  # pairs of systems, lengths
+    assert len(pandas.read_csv(results / "tables/retrieval.csv")) == 3 * 2 * 2  # systems, lengths, depths
     for name in (
         "tables/perplexity.md", "tables/perplexity.tex", "plots/perplexity.png", "plots/perplexity.svg",
         "tables/loss_by_position.csv", "plots/loss_by_position.png", "plots/loss_by_position.svg",
-        "tables/retrieval.md", "plots/retrieval.png", "plots/retrieval.svg",
+        "tables/answers.md", "tables/answers.tex", "tables/retrieval.md", "plots/retrieval.png", "plots/retrieval.svg",
     ):  # fmt: skip
         assert (results / name).stat().st_size > 100
     for system, context in [("longqlora", 256), ("longlora-full", 256), ("chat", 1024)]:
@@ -148,14 +149,21 @@ def test_the_run_leaves_tables_plots_models_and_records(project):
     scaling = cells.set_index(["system", "eval_length"])[["rope_scaling", "rope_factor", "target_context"]]
     assert scaling.loc["longqlora", 64].tolist() == ["linear", 2.0, 256]
     assert scaling.loc["base", 64].tolist() == ["none", 1.0, 128]
-    assert json.loads((results / "retrieval/chat/256.json").read_text())["rope_factor"] == 8.0
+    assert json.loads((results / "retrieval/longqlora/256.json").read_text())["rope_factor"] == 2.0
 
 
-def test_the_chat_model_answers_what_it_was_not_trained_on(project):
+def test_the_chat_model_is_measured_on_what_it_was_not_trained_on_and_is_no_row_of_the_table(project):
     results = project / "results/demo"
-    answers = json.loads((results / "answers/chat.json").read_text())
-    assert len(answers) == 2
-    assert all(row["reference"] and row["messages"][-1]["role"] == "user" for row in answers)
+    record = json.loads((results / "answers/chat.json").read_text())
+    assert record["rope_factor"] == 8.0
+    assert len(record["samples"]) == 2
+    assert all(row["reference"] and row["messages"][-1]["role"] == "user" for row in record["samples"])
+    row = pandas.read_csv(results / "tables/answers.csv").loc[0]
+    assert (row["system"], row["num_conversations"]) == ("chat", 2)
+    assert row["mean_nll_after"] < row["mean_nll_before"]
+    assert not (results / "perplexity/chat").exists()
+    assert not (results / "retrieval/chat").exists()
+    assert set(pandas.read_csv(results / "tables/loss.csv")["label"]) > {"chat model"}
     assert "20 records" not in (results / "logs/tokenize_sft.log").read_text()
     assert "18 records" in (results / "logs/tokenize_sft.log").read_text()
     assert (results / "answers/chat.md").read_text().count("**Reference**") == 2
@@ -185,16 +193,16 @@ def test_nothing_is_left_to_do(project):
 # --- what an edit of the code runs again -----------------------------------------------------------------------------------
 
 EDITS = {
-    "longqlora/evaluation/perplexity.py": {"evaluate_perplexity": 8, **PERPLEXITY_REPORTS},
-    "longqlora/evaluation/token_losses.py": {"evaluate_perplexity": 8, "evaluate_retrieval": 8, **REPORTS},
-    "longqlora/evaluation/retrieval_tasks.py": {"evaluate_retrieval": 8, "render_table": 1, "report_retrieval": 1},
+    "longqlora/evaluation/perplexity.py": {"evaluate_perplexity": 6, **PERPLEXITY_REPORTS},
+    "longqlora/evaluation/token_losses.py": {"evaluate_perplexity": 6, "evaluate_retrieval": 6, **REPORTS, **ANSWERS},
+    "longqlora/evaluation/retrieval_tasks.py": {"evaluate_retrieval": 6, "render_table": 1, "report_retrieval": 1},
     "longqlora/reporting/plots.py": {"plot_perplexity": 1, "plot_loss_by_position": 1},
-    "longqlora/publishing/model_card.py": {"publish_model": 3, "answer_held_out": 1},
-    "longqlora/publishing/model_folder.py": {"publish_model": 3, "answer_held_out": 1},
-    "longqlora/evaluation/answers.py": {"answer_held_out": 1},
+    "longqlora/publishing/model_card.py": {"publish_model": 3},
+    "longqlora/publishing/model_folder.py": {"publish_model": 3},
+    "longqlora/evaluation/answers.py": ANSWERS,
+    "longqlora/reporting/answer_report.py": {"report_answers": 1},
     "longqlora/publishing/merge_report.py": {
-        "merge_adapter": 2, "publish_model": 2, "answer_held_out": 1, "evaluate_perplexity": 4, "evaluate_retrieval": 4,
-        **REPORTS,
+        "merge_adapter": 2, "publish_model": 2, "evaluate_perplexity": 2, "evaluate_retrieval": 2, **REPORTS, **ANSWERS,
     },
     "longqlora/reporting/records.py": REPORTS,
     "longqlora/reporting/tables.py": {"render_table": 1},
@@ -297,12 +305,12 @@ def test_a_merge_above_the_ratio_stops_the_run_with_its_figures(project, tmp_pat
 
 def test_a_new_length_computes_the_new_cells_only(project, config_file):
     edit(config_file, lambda config: config["evaluation"].update(lengths=[64, 128, 256]))
-    assert planned(project) == {"evaluate_perplexity": 4, "evaluate_retrieval": 4, **REPORTS}
+    assert planned(project) == {"evaluate_perplexity": 3, "evaluate_retrieval": 3, **REPORTS}
 
 
 def test_another_protocol_measures_perplexity_anew_and_nothing_else(project, config_file):
     edit(config_file, lambda config: config["evaluation"].update(protocol="longqlora"))
-    assert planned(project) == {"evaluate_perplexity": 8, **PERPLEXITY_REPORTS}
+    assert planned(project) == {"evaluate_perplexity": 6, **PERPLEXITY_REPORTS}
 
 
 def test_an_ablation_is_made_by_its_target_from_weights_that_are_there(project):
@@ -539,8 +547,8 @@ def test_new_weights_in_a_local_base_are_noticed_and_no_data_made_anew(restored)
     data[-3] ^= 1  # a bit of the last weight
     file.write_bytes(data)
     assert planned(restored) == {
-        "train_adapter": 2, "merge_adapter": 2, "publish_model": 2, "answer_held_out": 1, "plot_loss": 1,
-        "evaluate_perplexity": 3, "evaluate_retrieval": 3, **REPORTS,
+        "train_adapter": 2, "merge_adapter": 2, "publish_model": 2, "plot_loss": 1,
+        "evaluate_perplexity": 2, "evaluate_retrieval": 2, **REPORTS, **ANSWERS,
     }  # fmt: skip
     run = snakemake(restored, "-n", "results/own/adapters/longqlora")
     assert re.search(r"Params have changed.*own/base/config.json, own/base/model.safetensors \w+", run.stdout)
@@ -548,7 +556,7 @@ def test_new_weights_in_a_local_base_are_noticed_and_no_data_made_anew(restored)
 
 def test_other_generation_settings_of_a_local_base_are_published_and_nothing_else(restored):
     (restored / "own/base/generation_config.json").write_text('{"eos_token_id": 2, "temperature": 0.5}')
-    assert planned(restored) == {"publish_model": 2, "answer_held_out": 1}
+    assert planned(restored) == {"publish_model": 2}
 
 
 def test_another_chat_template_is_for_conversations_alone(restored):

@@ -20,14 +20,16 @@ def check_values(config: Configuration, experiment: Experiment) -> Iterator[str]
     yield from check_pretraining(experiment)
     datasets = experiment.evaluation.datasets
     yield from check_distinct("evaluation.datasets", "label", [dataset.label for dataset in datasets.values()])
-    yield from check_distinct("systems", "label", [experiment.systems[name].label for name in experiment.rows])
-    for name in experiment.rows:
+    yield from check_distinct("systems", "label", [experiment.systems[name].label for name in experiment.listed])
+    for name in experiment.listed:
         yield from check_system(name, config, experiment)
     for name, system in experiment.systems.items():
         if system.training is not None:
             yield from check_training(name, system, experiment)
         if system.training is not None and name in config.systems:
             yield from check_length(name, config, system)
+    if not experiment.rows:
+        yield "systems: none is a row of the tables; remove table_row: false from at least one"
     yield from check_data(experiment)
     labels_of_sets = {dataset.label for dataset in datasets.values()}
     for row in experiment.published:
@@ -73,7 +75,7 @@ def check_evaluation(experiment: Experiment) -> Iterator[str]:
 
 def check_ablations(config: Configuration, experiment: Experiment) -> Iterator[str]:
     """Yield which ablations do not vary a trained system, or vary nothing."""
-    trained = [name for name in experiment.rows if experiment.systems[name].training]
+    trained = [name for name in experiment.listed if experiment.systems[name].training]
     for name, ablation in config.ablations.items():
         if ablation.system not in trained:
             legal = ", ".join(trained)
@@ -87,10 +89,12 @@ def check_ablations(config: Configuration, experiment: Experiment) -> Iterator[s
 
 
 def check_system(name: str, config: Configuration, experiment: Experiment) -> Iterator[str]:
-    """Yield what is wrong with a row: a model or weights that do not go with its other keys."""
+    """Yield what is wrong with a listed system: keys that do not go with each other."""
     row, system = config.systems[name], experiment.systems[name]
     if row.training is not None and system.model != experiment.base_model:
         yield f"systems.{name}.model: {system.model} is evaluated as it is; only the base_model is trained"
+    if row.training is None and not row.table_row:
+        yield f"systems.{name}.table_row: false needs 'training': of a system that is not trained, nothing else would be made"
     if row.rope_scaling is not None and system.target_context is None:
         yield f"systems.{name}.rope_scaling: has no effect without target_context; give both"
     if row.tokenizer is not None and row.model is None and row.weights_of is None:

@@ -60,8 +60,9 @@ class Experiment(Section):
 
     Attributes:
         name: everything it makes lies under ``results/<name>/``.
-        systems: rows of the table and cells of the ablations, by name.
-        rows: names of the systems that are rows of the table.
+        systems: those that the configuration lists and the cells of the ablations, by name.
+        listed: names of the systems that the configuration lists.
+        rows: names of those that are rows of the table.
         retrieval_lengths: context lengths in tokens.
         filler: name of the evaluation set that retrieval takes its text from.
 
@@ -79,6 +80,7 @@ class Experiment(Section):
     corpus: CorpusSettings | None
     sft: SftSettings | None
     systems: dict[str, System]
+    listed: list[str]
     rows: list[str]
     evaluation: EvaluationSettings
     retrieval: RetrievalSettings

@@ -37,8 +37,8 @@ def load_experiment(config: object, *further_checks: Callable[[Experiment], Iter
 
 def complete(config: Configuration) -> Experiment:
     """Fill in what a configuration leaves open, expand wildcards, and add the cells of the ablations to the systems."""
-    rows = {name: complete_system(name, config) for name in config.systems}
-    systems, ablations = add_ablations(rows, config.ablations)
+    listed = {name: complete_system(name, config) for name in config.systems}
+    systems, ablations = add_ablations(listed, config.ablations)
     evaluation, retrieval = config.evaluation, config.retrieval
     datasets = {
         name: dataset.model_copy(update={"paths": expand_all(dataset.paths)}) for name, dataset in evaluation.datasets.items()
@@ -50,7 +50,8 @@ def complete(config: Configuration) -> Experiment:
         corpus=complete_corpus(config.corpus) if config.corpus else None,
         sft=complete_sft(config.sft) if config.sft else None,
         systems=systems,
-        rows=list(rows),
+        listed=list(listed),
+        rows=[name for name in listed if config.systems[name].table_row],
         evaluation=evaluation.model_copy(update={"datasets": datasets}),
         retrieval=RetrievalSettings(
             tasks=retrieval.tasks, depths=retrieval.depths, samples=retrieval.samples, seed=config.seed

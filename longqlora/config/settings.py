@@ -188,7 +188,10 @@ class SftSettings(Section):
         description="Length of the longest record in tokens; a longer one loses the end of its document."
     )
     held_out: int = Field(
-        default=8, ge=0, description="Number of records that are not trained on and that the fine-tuned models answer."
+        default=64,
+        ge=0,
+        description="Number of records that are not trained on; the loss on their answers is measured before and after the "
+        "fine-tuning, and the fine-tuned models answer the first five.",
     )
     allow_fewer: bool = Field(default=False, description="Accept fewer records where a source cannot fill its share.")
 
@@ -277,7 +280,7 @@ class MergeSettings(Section):
 
 
 class SystemSection(Section):
-    """One row of the table: the base model as it is, extended or trained, or another model."""
+    """The base model as it is, extended or trained, or another model: usually one row of the table."""
 
     label: Text | None = Field(default=None, description="Name in tables and plots; by default the system's name.")
     model: Text | None = Field(
@@ -309,6 +312,11 @@ class SystemSection(Section):
     )
     evaluation_attention: Attention | None = Field(
         default=None, description="Attention in evaluation: full (the default), or shifted_sparse for comparison."
+    )
+    table_row: bool = Field(
+        default=True,
+        description="Measure perplexity and retrieval, as a row of their tables and plots; false is for a trained system, such "
+        "as a chat model.",
     )
 
 
@@ -416,7 +424,7 @@ class Configuration(Section):
     corpus: CorpusSettings | None = Field(default=None, description="The texts that systems are trained on.")
     sft: SftSettings | None = Field(default=None, description="The instruction set for supervised fine-tuning.")
     training: TrainingSection = Field(default=TrainingSection(), description="Settings that all trained systems share.")
-    systems: dict[Name, SystemSection] = Field(min_length=1, description="The rows of the table, by name.")
+    systems: dict[Name, SystemSection] = Field(min_length=1, description="The systems by name: the rows of the table.")
     evaluation: EvaluationSettings = Field(description="How perplexity is measured.")
     retrieval: RetrievalSection = Field(default=RetrievalSection(), description="How retrieval is measured.")
     merge: MergeSettings = Field(default=MergeSettings(), description="When a merged model is good enough to publish.")

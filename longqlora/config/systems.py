@@ -20,7 +20,7 @@ ADAPTER_SETTINGS = ("rank", "alpha", "dropout", "target_modules", "modules_to_sa
 
 
 def complete_system(name: str, config: Configuration) -> System:
-    """A row of the table, its missing settings filled in from the experiment, or from the system in ``weights_of``."""
+    """A listed system, its missing settings filled in from the experiment, or from the system in ``weights_of``."""
     row = config.systems[name]
     owner = config.systems.get(row.weights_of or "", SystemSection())
     model = row.model or owner.model
@@ -67,23 +67,30 @@ def complete_training(row: SystemSection, common: TrainingSection) -> tuple[Trai
     )
 
 
-def evaluated_model(experiment: Experiment, name: str) -> EvaluatedModel:
-    """What a system is evaluated as: the weights that training made of it, its adapter on the base, its published model, or
-    the base."""
+def untrained_model(experiment: Experiment, name: str) -> EvaluatedModel:
+    """A system without its training: the base or its published model, with the system's context extension."""
     system = experiment.systems[name]
-    owner = system.weights_of or name
-    training = experiment.systems[owner].training
-    model = EvaluatedModel(
+    training = experiment.systems[system.weights_of or name].training
+    return EvaluatedModel(
         path=system.model,
-        adapter=f"{experiment.results}/adapters/{owner}" if training else None,
         extension=extension_of(system),
         precision=system.precision,
         attention=system.evaluation_attention,
         group_ratio=training.group_ratio if training else DEFAULT_GROUP_RATIO,
     )
-    if training and (system.merged or training.method == "full"):  # the configuration of the weights has the scaling
-        return model.model_copy(update={"path": f"{experiment.results}/weights/{owner}", "adapter": None, "extension": None})
-    return model
+
+
+def evaluated_model(experiment: Experiment, name: str) -> EvaluatedModel:
+    """What a system is evaluated as: the weights that training made of it, its adapter on the base, its published model, or
+    the base."""
+    system, model = experiment.systems[name], untrained_model(experiment, name)
+    owner = system.weights_of or name
+    training = experiment.systems[owner].training
+    if training is None:
+        return model
+    if system.merged or training.method == "full":  # the configuration of the weights has the scaling
+        return model.model_copy(update={"path": f"{experiment.results}/weights/{owner}", "extension": None})
+    return model.model_copy(update={"adapter": f"{experiment.results}/adapters/{owner}"})
 
 
 def extension_of(system: System) -> RopeExtension | None:

@@ -1,21 +1,29 @@
-"""Answers of a chat model to questions that were held out of its training, for a person to read."""
+"""How a system answers conversations that were held out of its fine-tuning: the loss on their answers, before and after it, and
+sample answers."""
 
+import gc
 import logging
 from collections import deque
 
+import numpy
 import torch
 from transformers import AutoTokenizer
 
-from longqlora.config.settings import Device
+from longqlora.config.settings import Device, EvaluatedModel
+from longqlora.data.chat_template import tokenize_conversation, with_chat_template
+from longqlora.data.packing import pad_at_right
 from longqlora.data.readers import read_parquet
+from longqlora.data.token_files import IGNORED
+from longqlora.evaluation.evaluated_model import load_evaluated_model
+from longqlora.evaluation.token_losses import NonFiniteLogits, batches_of, nll_of_batch
 from longqlora.jobs.memory import memory_explained
-from longqlora.modeling.devices import find_device, keep_freed_memory
-from longqlora.modeling.loading import load_model
+from longqlora.modeling.loading import load_config
+from longqlora.modeling.rope import rope_of
 
 log = logging.getLogger(__name__)
 
-MAX_NEW_TOKENS = 256
-SHOWN_CHARACTERS = 600  # of a question in the Markdown file; the JSON file has the whole question
+NUM_SAMPLES = 5  # conversations whose last question is answered in words: enough to read
+MAX_NEW_TOKENS = 256  # of such an answer
 
 
 @torch.inference_mode()
@@ -29,62 +37,99 @@ def answer(model, tokenizer, messages: list[dict[str, str]]) -> str:
         do_sample=False,
         temperature=None,
         top_p=None,
+        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
+        use_cache=not model.config._attn_implementation.startswith("shifted_sparse"),  # which does not support a cache
     )
     return tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def answer_held_out(*, model_path: str, records: str, held_out: int, device: Device) -> list[dict]:
-    """Let a model answer the last question of each held-out conversation.
+def nll_of_answers(model, conversations: list[tuple[list[int], list[int]]]) -> numpy.ndarray:
+    """The loss on the answers of each conversation, on the same tokens as the loss in training.
 
     Args:
-        model_path: folder of a model with a chat template.
+        model: a causal language model of transformers, in evaluation mode.
+        conversations: token ids and labels of each, see :func:`longqlora.data.chat_template.tokenize_conversation`.
+
+    Returns:
+        ``[conversations]``, float64: the negative log-likelihood (nats), summed over the tokens of the answers.
+
+    Raises:
+        NonFiniteLogits: if a loss is not a number; the message names the model and the conversation.
+    """
+    device, sums = model.get_input_embeddings().weight.device, numpy.zeros(len(conversations))
+    for batch in batches_of([len(ids) - 1 for ids, _ in conversations]):
+        rows = [[torch.tensor(part) for part in conversations[index]] for index in batch]
+        padded = pad_at_right([{"input_ids": ids, "labels": labels} for ids, labels in rows])
+        is_scored = (padded["labels"] != IGNORED)[:, 1:].numpy()  # [b, n - 1]
+        skipped = int(is_scored.any(axis=0).argmax())
+        losses = nll_of_batch(model, padded["input_ids"].to(device), skipped).double().cpu().numpy()
+        sums[batch] = losses.sum(axis=1, where=is_scored[:, skipped:])
+    if not numpy.isfinite(sums).all():
+        index = int(numpy.argmin(numpy.isfinite(sums)))
+        raise NonFiniteLogits(
+            f"{model.name_or_path}, held-out conversation {index} of {len(sums)}: "
+            "the loss is not a number (NaN or infinite logits)"
+        )
+    return sums
+
+
+def evaluate_answers(
+    *, untrained: EvaluatedModel, trained: EvaluatedModel, tokenizer: str, records: str, held_out: int, device: Device
+) -> dict:
+    """Measure the loss on the answers of held-out conversations before and after the fine-tuning, and let the fine-tuned model
+    answer the last question of the first :data:`NUM_SAMPLES`.
+
+    Args:
+        untrained: the system before its fine-tuning: the base model with the system's context extension.
+        trained: the system.
+        tokenizer: directory or hub id of the tokenizer of the training data.
         records: Parquet file of the instruction set; its last ``held_out`` records were not trained on.
         held_out: number of these records.
         device: ``cpu`` or ``cuda``.
 
     Returns:
-        For each conversation its source, messages (up to the question), reference and answer.
+        Model and precision; ``conversations``, for each its source, id, num_tokens (of its answers), nll_before and nll_after
+        (summed over these tokens, in nats); ``samples``, for each its source, messages up to the question, reference, answer.
+
+    Raises:
+        NonFiniteLogits: if a loss is not a number; the message names model and conversation.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    answers = []
-    advice = "A GPU with more memory, or the targets that need no answers: train, evaluate, perplexity_report."
-    with memory_explained(f"answering with {model_path}", advice):
-        torch_device = find_device(device)
-        keep_freed_memory(torch_device)
-        model = load_model(model_path, device=torch_device).eval()
-        for _, row in deque(read_parquet(records), maxlen=held_out):
-            *messages, reference = row["messages"]
-            text = answer(model, tokenizer, messages)
-            answers.append({"source": row["source"], "messages": messages, "reference": reference["content"], "answer": text})
-            log.info("%s: %d characters", row["source"], len(text))
-    return answers
+    chat = with_chat_template(AutoTokenizer.from_pretrained(tokenizer))
+    rows = [row for _, row in deque(read_parquet(records), maxlen=held_out)]
+    conversations = [tokenize_conversation(chat, row["messages"]) for row in rows]
+    rope = rope_of(load_config(trained.path, trained.extension))
+    window, longest = rope["target_context"], max(len(ids) for ids, _ in conversations)
+    what = f"reading conversations of up to {longest} tokens with {trained.path} in precision {trained.precision}"
+    advice = "A smaller evaluation.precision (nf4 takes least), or the targets without answers: train, perplexity_report."
+    with memory_explained(what, advice):
+        before = nll_of_answers(load_evaluated_model(untrained, device, window), conversations)
+        gc.collect()  # quantized layers of bitsandbytes are in reference cycles
+        model = load_evaluated_model(trained, device, window)
+        after = nll_of_answers(model, conversations)
+        samples = [sample_answer(model, chat, row) for row in rows[:NUM_SAMPLES]]
+    return {
+        "precision": trained.precision,
+        "attention": trained.attention,
+        "base_model": untrained.path,
+        "model": trained.path,
+        **rope,
+        "conversations": [
+            {"source": row["source"], "id": row["id"], "num_tokens": num_scored(labels), "nll_before": first, "nll_after": last}
+            for row, (_, labels), first, last in zip(rows, conversations, before.tolist(), after.tolist(), strict=True)
+        ],
+        "samples": samples,
+    }
 
 
-def render_answers(label: str, answers: list[dict]) -> str:
-    """Questions, references and answers as Markdown, with long questions shortened.
-
-    Args:
-        label: name of the system in the title.
-        answers: see :func:`answer_held_out`.
-    """
-    parts = [f"# Answers of {label}\n\nGreedy answers to {len(answers)} questions that were held out of the training."]
-    for number, row in enumerate(answers, start=1):
-        question = shorten_middle(row["messages"][-1]["content"])
-        texts = {"Question": question, "Reference": row["reference"], "Answer": row["answer"] or "(nothing)"}
-        parts.append(f"## {number}. {row['source']}")
-        parts += [f"**{name}**\n\n{indent(text)}" for name, text in texts.items()]
-    return "\n\n".join(parts) + "\n"
+def num_scored(labels: list[int]) -> int:
+    """Number of tokens of a conversation that a loss covers."""
+    return sum(label != IGNORED for label in labels[1:])
 
 
-def shorten_middle(text: str) -> str:
-    """A text, without its middle if it is longer than :data:`SHOWN_CHARACTERS`."""
-    if len(text) <= SHOWN_CHARACTERS:
-        return text
-    half = SHOWN_CHARACTERS // 2
-    return f"{text[:half]}\n[… {len(text) - 2 * half} characters …]\n{text[-half:]}"
-
-
-def indent(text: str) -> str:
-    """A text as an indented Markdown code block, so that markup in it is not interpreted."""
-    return "\n".join(f"    {line}" for line in text.splitlines())
+def sample_answer(model, tokenizer, row: dict) -> dict:
+    """The last question of a record, its reference and the model's answer."""
+    *messages, reference = row["messages"]
+    text = answer(model, tokenizer, messages)
+    log.info("%s: %d characters", row["source"], len(text))
+    return {"source": row["source"], "messages": messages, "reference": reference["content"], "answer": text}

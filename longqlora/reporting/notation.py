@@ -13,6 +13,7 @@ class Notation:
     Attributes:
         bold: format string of a bold number.
         plus_minus: sign before the standard error.
+        minus: sign of a negative number.
         beyond: mark of a cell beyond the model's context.
         warning: mark of a low perplexity with a poor retrieval accuracy.
         percent: percent sign.
@@ -20,15 +21,17 @@ class Notation:
 
     bold: str
     plus_minus: str
+    minus: str
     beyond: str
     warning: str
     percent: str
 
 
-MARKDOWN = Notation(bold="**{}**", plus_minus=" ± ", beyond="†", warning=" ⚠", percent=" %")
+MARKDOWN = Notation(bold="**{}**", plus_minus=" ± ", minus="−", beyond="†", warning=" ⚠", percent=" %")
 LATEX = Notation(
     bold=r"\textbf{{{}}}",
     plus_minus=r" $\pm$ ",
+    minus="$-$",
     beyond=r"\textsuperscript{\textdagger}",
     warning=r" (!)",
     percent=r"\,\%",

@@ -77,6 +77,16 @@ def test_the_papers_run_has_the_published_hyper_parameters(root):
             {"x": {"tokenizer": "a/b"}},
             r"^systems\.x\.tokenizer: goes with model; the tokenizer of the base model is",
         ),
+        (
+            "systems",
+            {"x": {"target_context": 256, "table_row": False}},
+            r"^systems\.x\.table_row: false needs 'training': of a system that is not trained, nothing else would be made$",
+        ),
+        (
+            "systems",
+            {"x": {"weights_of": "longqlora", "merged": False, "table_row": False}},
+            r"^systems\.x\.table_row: false needs 'training'",
+        ),
         ("systems", {"x": {"merged": False}}, r"^systems\.x\.merged: false needs an adapter"),
         ("systems", {"x": {"weights_of": "longlora-full", "merged": False}}, r"^systems\.x\.merged: false needs an adapter"),
         (
@@ -124,6 +134,22 @@ def test_reference_figures_belong_to_an_evaluation_set(demo):
         load_experiment(demo)
     demo["published"][0]["dataset"] = demo["evaluation"]["datasets"]["code"]["label"]
     assert load_experiment(demo).published[0].perplexity == {32: 1.0, 64: 2.0}
+
+
+def test_a_trained_system_need_not_be_a_row_of_the_tables(demo):
+    demo["systems"]["chat"]["table_row"] = False
+    demo["systems"]["longqlora"]["table_row"] = False
+    demo["ablations"] = {"rank": {"system": "longqlora", "grid": {"rank": [8]}}}
+    experiment = load_experiment(demo)
+    assert experiment.listed == list(demo["systems"])
+    assert experiment.rows == [name for name in demo["systems"] if name not in ("chat", "longqlora")]
+    assert set(experiment.systems) - set(experiment.listed) == set(experiment.ablations["rank"].rows)
+
+
+def test_a_table_needs_a_row(demo):
+    demo["systems"] = {"chat": demo["systems"]["chat"] | {"table_row": False}}
+    with pytest.raises(ConfigError, match=r"^systems: none is a row of the tables; remove table_row: false from at least one$"):
+        load_experiment(demo)
 
 
 def test_training_data_must_be_configured(demo):

@@ -4,7 +4,7 @@ import pytest
 
 from longqlora.config.experiment import load_experiment
 from longqlora.config.settings import EvaluatedModel, Protocol, RopeExtension
-from longqlora.config.systems import evaluated_model, protocol_at
+from longqlora.config.systems import evaluated_model, protocol_at, untrained_model
 
 TO_256 = RopeExtension(scaling="linear", target_context=256)
 BASE = EvaluatedModel(path="results/demo/pretrained/base", precision="float32", group_ratio=0.25)
@@ -60,6 +60,12 @@ def test_rows_of_the_demo_are_evaluated_as_they_were_made(evaluated):
     assert evaluated("long").path == "results/demo/pretrained/long"
     for name in ("longqlora", "longlora-full", "chat"):
         assert evaluated(name) == weights_of(name)
+
+
+def test_before_its_training_a_system_is_the_base_with_the_same_positions(demo):
+    demo["systems"]["chat"] |= {"rope_scaling": "yarn", "precision": "nf4"}
+    before = untrained_model(load_experiment(demo), "chat")
+    assert before == on_the_base(extension=RopeExtension(scaling="yarn", target_context=256), precision="nf4")
 
 
 def test_an_adapter_that_is_not_merged_is_put_on_the_base(evaluated):

@@ -96,6 +96,7 @@ def test_all_mistakes_are_told_at_once_of_the_values_too(demo):
     [
         ("systems", {"longqlora": {"target_context": "256", "training": {}}}),
         ("systems", {"longqlora": {"target_contxt": 256, "training": {}}}),
+        ("systems", {"longqlora": {"target_context": 256, "table_row": False, "training": True}}),
         ("evaluation", {"lengths": "64"}),
         ("evaluation", {"length": [64]}),
         ("training", {"steps": "50"}),

@@ -5,7 +5,7 @@ from snakemake.exceptions import WorkflowError
 from longqlora.config.experiment import load_experiment
 from longqlora.config.paths import is_local, is_made_here
 from longqlora.config.shards import corpus_shards, sample_shares
-from longqlora.config.systems import evaluated_model, extension_of, protocol_at
+from longqlora.config.systems import evaluated_model, extension_of, protocol_at, untrained_model
 from longqlora.config.validation import ConfigError, duplicate_keys
 from longqlora.jobs.code import Code
 from longqlora.jobs.digests import FileFacts
@@ -24,13 +24,13 @@ CODE = Code(Path(workflow.basedir), FACTS)
 RESULTS = EXPERIMENT.results
 BASE_MODEL = EXPERIMENT.base_model
 TOKENIZER = EXPERIMENT.tokenizer
-SYSTEMS = EXPERIMENT.systems  # the rows of the table, and the cells of the ablations
-TABLE_SYSTEMS = EXPERIMENT.rows
+SYSTEMS = EXPERIMENT.systems  # those of the configuration, and the cells of the ablations
+TABLE_SYSTEMS = EXPERIMENT.rows  # those whose perplexity and retrieval are measured
 TRAINED = [name for name, system in SYSTEMS.items() if system.training]
-TRAINED_TABLE_SYSTEMS = [name for name in TABLE_SYSTEMS if name in TRAINED]
+LISTED_TRAINED = [name for name in EXPERIMENT.listed if name in TRAINED]
 FULL_FINETUNED = [name for name in TRAINED if SYSTEMS[name].training.method == "full"]  # nothing to merge
 ADAPTED = [name for name in TRAINED if name not in FULL_FINETUNED]
-CHAT = [name for name in TRAINED_TABLE_SYSTEMS if SYSTEMS[name].training.data == "sft"]
+CHAT = [name for name in LISTED_TRAINED if SYSTEMS[name].training.data == "sft"]
 DATASETS = EXPERIMENT.evaluation.datasets
 LENGTHS = EXPERIMENT.evaluation.lengths
 CORPUS, SFT = EXPERIMENT.corpus, EXPERIMENT.sft  # None if the experiment does not have it
@@ -113,6 +113,11 @@ def training_data(wildcards):
 def model_of(wildcards):
     """The model that a system is evaluated with, as longqlora.config.settings.EvaluatedModel has it."""
     return evaluated_model(EXPERIMENT, wildcards.system).model_dump()
+
+
+def untrained_model_of(wildcards):
+    """A trained system before its training, as longqlora.config.settings.EvaluatedModel has it."""
+    return untrained_model(EXPERIMENT, wildcards.system).model_dump()
 
 
 def made_folders(wildcards):

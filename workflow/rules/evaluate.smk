@@ -1,5 +1,5 @@
-# One small JSON record per cell of the tables: perplexity by {system, dataset, length}, retrieval by {system, length}. One job
-# measures all evaluation sets, because loading a model takes longer than a small set.
+# One small JSON record per cell of the tables: perplexity by {system, dataset, length}, retrieval by {system, length}, and answers
+# by {system}. One job measures all evaluation sets, because loading a model takes longer than a small set.
 
 
 rule evaluate_perplexity:
@@ -74,17 +74,18 @@ rule evaluate:
 
 if SFT:
 
-    rule answer_held_out:
+    rule evaluate_answers:
         input:
-            model=f"{RESULTS}/models/{{system}}",
             records=rules.build_sft_set.output.records,
+            base_model=made_model(BASE_MODEL),
+            model=made_folders,
+            tokenizer=made_model(TOKENIZER),
         output:
-            answers=f"{RESULTS}/answers/{{system}}.json",
-            markdown=f"{RESULTS}/answers/{{system}}.md",
+            record=f"{RESULTS}/answers/{{system}}.json",
         log:
-            f"{RESULTS}/logs/answer_held_out/{{system}}.log",
+            f"{RESULTS}/logs/evaluate_answers/{{system}}.log",
         benchmark:
-            f"{RESULTS}/benchmarks/answer_held_out/{{system}}.tsv"
+            f"{RESULTS}/benchmarks/evaluate_answers/{{system}}.tsv"
         wildcard_constraints:
             system=one_of(CHAT),
         conda:
@@ -92,15 +93,13 @@ if SFT:
         resources:
             gpu=GPUS,
         params:
-            *code_of("answer_held_out"),
+            *code_of("evaluate_answers"),
+            untrained=untrained_model_of,
+            untrained_contents=contents_of_model(BASE_MODEL),
+            model=model_of,
+            tokenizer=base_tokenizer,
+            tokenizer_contents=contents_of_tokenizer(TOKENIZER, with_chat_template=True),
             held_out=SFT.held_out,
-            label=lookup("{system}/label", within=SYSTEM_VALUES),
             device=EXPERIMENT.device,
         script:
-            "../scripts/answer_held_out.py"
-
-
-rule answers:
-    input:
-        expand(rules.answer_held_out.output, system=CHAT) if SFT and SFT.held_out else [],
-    localrule: True
+            "../scripts/evaluate_answers.py"

@@ -86,9 +86,32 @@ rule report_retrieval:
         "../scripts/report_retrieval.py"
 
 
+if SFT:
+
+    rule report_answers:
+        input:
+            records=expand(rules.evaluate_answers.output.record, system=CHAT),
+        output:
+            csv=f"{RESULTS}/tables/answers.csv",
+            markdown=f"{RESULTS}/tables/answers.md",
+            latex=f"{RESULTS}/tables/answers.tex",
+            samples=expand(f"{RESULTS}/answers/{{system}}.md", system=CHAT),
+        log:
+            f"{RESULTS}/logs/report_answers.log",
+        benchmark:
+            f"{RESULTS}/benchmarks/report_answers.tsv"
+        conda:
+            "../../environment.yml"
+        params:
+            *code_of("report_answers"),
+            labels={system: SYSTEMS[system].label for system in CHAT},
+        script:
+            "../scripts/report_answers.py"
+
+
 rule plot_loss:
     input:
-        cards=expand(f"{RESULTS}/training/{{system}}.json", system=TRAINED_TABLE_SYSTEMS),
+        cards=expand(f"{RESULTS}/training/{{system}}.json", system=LISTED_TRAINED),
     output:
         csv=f"{RESULTS}/tables/loss.csv",
         png=f"{RESULTS}/plots/loss.png",
@@ -101,7 +124,7 @@ rule plot_loss:
         "../../environment.yml"
     params:
         *code_of("plot_loss"),
-        labels={system: SYSTEMS[system].label for system in TRAINED_TABLE_SYSTEMS},
+        labels={system: SYSTEMS[system].label for system in LISTED_TRAINED},
     script:
         "../scripts/plot_loss.py"
 
@@ -142,4 +165,10 @@ rule perplexity_report:
         rules.plot_perplexity.output,
         rules.plot_loss_by_position.output,
         rules.report_retrieval.output if EXPERIMENT.retrieval.tasks else [],
+    localrule: True
+
+
+rule answers:
+    input:
+        rules.report_answers.output if CHAT and SFT.held_out else [],
     localrule: True

@@ -106,5 +106,5 @@ rule publish_model:
 
 rule train:
     input:
-        expand(f"{RESULTS}/models/{{system}}", system=TRAINED_TABLE_SYSTEMS),
+        expand(f"{RESULTS}/models/{{system}}", system=LISTED_TRAINED),
     localrule: True

@@ -1,0 +1,26 @@
+"""Measure the loss of a fine-tuned system on the answers of held-out conversations, before and after its fine-tuning.
+
+Reads the base model, the system's model, and the instruction set; writes the result (JSON), with sample answers.
+"""
+
+import json
+from pathlib import Path
+
+from longqlora.jobs.log import job_log
+
+from longqlora.config.settings import EvaluatedModel
+from longqlora.evaluation.answers import evaluate_answers
+from longqlora.jobs.digests import stamp
+from longqlora.jobs.gpus import reserve_gpus
+
+with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, 1):
+    result = evaluate_answers(
+        untrained=EvaluatedModel(**snakemake.params.untrained),
+        trained=EvaluatedModel(**snakemake.params.model),
+        tokenizer=snakemake.params.tokenizer,
+        records=snakemake.input.records,
+        held_out=snakemake.params.held_out,
+        device=snakemake.params.device,
+    )
+    record = {"system": snakemake.wildcards.system} | result | stamp(snakemake.params)
+    Path(snakemake.output.record).write_text(json.dumps(record, indent=2, ensure_ascii=False))
