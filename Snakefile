@@ -54,3 +54,6 @@ rule all:
         rules.answers.input,
         rules.data.input,
     localrule: True
+
+
+include: "workflow/rules/terminal.smk"

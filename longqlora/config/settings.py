@@ -202,7 +202,11 @@ class SftSettings(Section):
 class ProgressSettings(Section):
     """What a training logs and saves on its way; nothing here changes what is trained."""
 
-    logging_steps: Count = Field(default=10, description="Optimizer steps between two lines of the log.")
+    logging_steps: Count = Field(
+        default=10,
+        description="Optimizer steps between two lines of the log. If these steps take longer than 15 seconds, there are lines "
+        "in between.",
+    )
     checkpoint_steps: Count = Field(default=50, description="Optimizer steps between two checkpoints.")
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from pydantic_core import to_jsonable_python
 from longqlora.jobs.gpus import share_reservation
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+ARGUMENTS, RESULT, ERROR = "arguments.json", "result.json", "error.txt"  # files in a temporary folder
 
 
 def launch(function: Callable[..., dict], *, num_processes: int, threads: int, by_torchrun: bool = False, **arguments) -> dict:
@@ -36,19 +38,22 @@ def launch(function: Callable[..., dict], *, num_processes: int, threads: int, b
         The result of the first process.
 
     Raises:
-        RuntimeError: if one of several processes fails; its error is on the terminal.
+        RuntimeError: if one of several processes fails, with its error. The job's log has what they printed.
     """
     if num_processes == 1 and not by_torchrun:
         return function(**arguments)
     with tempfile.TemporaryDirectory() as folder:
-        arguments_file, result_file = Path(folder) / "arguments.json", Path(folder) / "result.json"
-        arguments_file.write_text(json.dumps(to_jsonable_python(arguments)))
-        run_processes(
-            ["-m", "longqlora.jobs.launch", function.__module__, function.__name__, str(arguments_file), str(result_file)],
+        (Path(folder) / ARGUMENTS).write_text(json.dumps(to_jsonable_python(arguments)))
+        code = run_processes(
+            ["-m", "longqlora.jobs.launch", function.__module__, function.__name__, folder],
             num_processes=num_processes,
             environment=process_environment(arguments["device"], threads // num_processes),
         )
-        return json.loads(result_file.read_text())
+        if code:
+            error = Path(folder) / ERROR
+            reason = error.read_text() if error.exists() else f"exit status {code}"
+            raise RuntimeError(f"one of {num_processes} processes failed: {reason}")
+        return json.loads((Path(folder) / RESULT).read_text())
 
 
 def process_environment(device: str, threads: int) -> dict[str, str]:
@@ -60,37 +65,45 @@ def process_environment(device: str, threads: int) -> dict[str, str]:
     return environment
 
 
-def run_processes(command: list[str], *, num_processes: int, environment: dict[str, str]) -> None:
-    """Run a Python command in several processes with torchrun, and forward SIGTERM and SIGINT to them.
+def run_processes(command: list[str], *, num_processes: int, environment: dict[str, str]) -> int:
+    """Run a Python command in several processes with torchrun, and forward SIGTERM and SIGINT to them. What they print goes to
+    the job's log, if there is one.
 
-    Raises:
-        RuntimeError: if one fails.
+    Returns:
+        The exit status, which is not 0 if one of them fails.
     """
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={num_processes}"]
     torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]  # for this machine only
-    process = subprocess.Popen([*torchrun, *command], env=environment, start_new_session=True)
+    logs = [handler.stream for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
+    log = logs[0] if logs else None
+    process = subprocess.Popen([*torchrun, *command], env=environment, stdout=log, stderr=log, start_new_session=True)
     former = {
         number: signal.signal(number, lambda number, _: process.send_signal(number))
         for number in (signal.SIGTERM, signal.SIGINT)
     }
     try:
-        code = process.wait()
+        return process.wait()
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
-    if code:
-        raise RuntimeError(f"one of {num_processes} processes failed (exit status {code}); see its error above")
 
 
-def main(module: str, function: str, arguments_file: str, result_file: str) -> None:
-    """Run by each process: call the function; the first process writes its result."""
+def main(module: str, function: str, folder: str) -> None:
+    """Run by each process: call the function. The first process writes its result to the folder, and the first one that fails
+    its error."""
     share_reservation()
     is_first = os.environ["RANK"] == "0"
-    logging.basicConfig(level=logging.INFO if is_first else logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    level = logging.INFO if is_first else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     call = validate_call(getattr(import_module(module), function))
-    result = call(**json.loads(Path(arguments_file).read_text()))
+    try:
+        result = call(**json.loads((Path(folder) / ARGUMENTS).read_text()))
+    except Exception as error:
+        with suppress(FileExistsError), (Path(folder) / ERROR).open("x") as file:
+            file.write(f"{type(error).__name__}: {error}")
+        raise
     if is_first:
-        Path(result_file).write_text(json.dumps(result))
+        (Path(folder) / RESULT).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

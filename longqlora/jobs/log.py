@@ -27,11 +27,13 @@ if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same se
 def job_log(path: str) -> Iterator[None]:
     """Write log messages and warnings to the file ``path``.
 
-    On an error, write the traceback to the file, print the error and the path on the terminal, and exit with status 1.
+    On an error, write the traceback to the file and the error as its last line, where :mod:`longqlora.jobs.terminal` finds it,
+    and exit with status 1.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(
-        filename=path, filemode="w", level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
+    Path(path).write_bytes(b"")
+    logging.basicConfig(  # appends, because the processes of a job write to the same file
+        filename=path, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
     )
     logging.captureWarnings(True)
     gc.freeze()  # imported modules live as long as the process: later garbage collections skip their objects
@@ -41,4 +43,8 @@ def job_log(path: str) -> Iterator[None]:
     except Exception as error:
         logging.exception("the job failed")
         message = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        sys.exit(f"error: {message}\n(more in {path})")
+        logging.error("error: %s", message)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        logging.error("error: interrupted")
+        sys.exit(1)

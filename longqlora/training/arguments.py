@@ -1,7 +1,6 @@
 """The settings of a training as transformers' trainer and DeepSpeed take them."""
 
 import os
-import sys
 from typing import Any
 
 import torch
@@ -49,7 +48,7 @@ def training_arguments(
         logging_steps=1,  # the training card has every step; LogProgress logs a line every progress.logging_steps
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="all",
-        disable_tqdm=not sys.stderr.isatty(),
+        disable_tqdm=True,  # jobs that run at the same time would overwrite each other's bars; LogProgress reports
         save_strategy="steps",
         save_steps=progress.checkpoint_steps,
         report_to="none",

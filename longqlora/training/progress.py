@@ -6,26 +6,36 @@ import time
 from transformers import TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
 
+from longqlora.jobs.progress import step_of
+
 log = logging.getLogger(__name__)
 
 TRACED = ("step", "loss", "learning_rate", "grad_norm")
 """What the training card has of every step."""
+LONGEST_SILENCE = 15  # seconds
 
 
 class LogProgress(TrainerCallback):
-    """Logs a line every ``every`` optimizer steps: step, loss, learning rate, tokens per second."""
+    """Logs a line every ``every`` optimizer steps, and at the first step that ends more than 15 seconds after the last line:
+    step, time left, loss, learning rate, tokens per second."""
 
     def __init__(self, every: int):
         self.every = every
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.started, self.tokens = time.perf_counter(), state.num_input_tokens_seen
+        self.started = self.logged = time.perf_counter()
+        self.steps, self.tokens = state.global_step, state.num_input_tokens_seen
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs and (state.global_step % self.every == 0 or state.global_step == state.max_steps):
-            rate = (state.num_input_tokens_seen - self.tokens) / (time.perf_counter() - self.started)
-            line = "step %d of %d: loss %.4f, learning rate %.2e, %.0f tokens/s"
-            log.info(line, state.global_step, state.max_steps, float(logs["loss"]), float(logs["learning_rate"]), rate)
+        if "loss" not in logs:
+            return
+        step, now = state.global_step, time.perf_counter()
+        if step % self.every == 0 or step == state.max_steps or now - self.logged > LONGEST_SILENCE:
+            self.logged, seconds = now, now - self.started
+            left = seconds / (step - self.steps) * (state.max_steps - step)
+            rate = (state.num_input_tokens_seen - self.tokens) / seconds
+            line = "%s: loss %.4f, learning rate %.2e, %.0f tokens/s"
+            log.info(line, step_of(step, state.max_steps, left), float(logs["loss"]), float(logs["learning_rate"]), rate)
 
     def cost(self, state: TrainerState) -> dict[str, int | float]:
         """Steps and tokens of the whole run; seconds and speed since this process started or resumed it."""

@@ -382,7 +382,16 @@ def test_events_and_the_trainers_state_hold_the_losses_of_the_trace(systems):
 def test_the_log_has_a_line_a_logged_step(model_folder, corpus, tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="longqlora")
     train_tiny(model_folder, corpus, tmp_path / "a", steps=4, logging_steps=2)
-    assert [line.split(":")[0] for line in caplog.messages if line.startswith("step")] == ["step 2 of 4", "step 4 of 4"]
+    lines = [line.split(":")[0] for line in caplog.messages if line.startswith("step")]
+    assert [line.split(",")[0] for line in lines] == ["step 2 of 4", "step 4 of 4"]
+    assert lines[0].endswith(" s left")
+
+
+def test_slow_steps_are_logged_more_often(model_folder, corpus, tmp_path, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, logger="longqlora")
+    monkeypatch.setattr("longqlora.training.progress.LONGEST_SILENCE", 0)
+    train_tiny(model_folder, corpus, tmp_path / "a", steps=4, logging_steps=100)
+    assert sum(line.startswith("step") for line in caplog.messages) == 4
 
 
 @pytest.mark.parametrize("name", ["full", "full, tied"])

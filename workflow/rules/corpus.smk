@@ -36,6 +36,8 @@ rule sample_shard:
         tokenizer=base_tokenizer,
         tokenizer_contents=contents_of_tokenizer(TOKENIZER),
         threshold=EXPERIMENT.decontamination.threshold,
+    message:
+        "sample texts from {wildcards.shard}"
     script:
         "../scripts/sample_shard.py"
 
@@ -62,6 +64,8 @@ rule sample_corpus:
         joining=CORPUS.model_dump(include={"near_duplicates", "allow_fewer"})
         | {"max_malformed_share": EXPERIMENT.max_malformed_share},
         threshold=EXPERIMENT.decontamination.threshold,
+    message:
+        "join the sampled texts"
     script:
         "../scripts/sample_corpus.py"
 
@@ -80,6 +84,8 @@ rule plot_text_lengths:
         "../../environment.yml"
     params:
         *code_of("plot_text_lengths"),
+    message:
+        "plot the lengths of the texts"
     script:
         "../scripts/plot_text_lengths.py"
 
@@ -101,5 +107,7 @@ rule tokenize_corpus:
         *code_of("tokenize_corpus"),
         tokenizer=base_tokenizer,
         tokenizer_contents=contents_of_tokenizer(TOKENIZER),
+    message:
+        "tokenize the texts"
     script:
         "../scripts/tokenize_corpus.py"

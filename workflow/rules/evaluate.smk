@@ -29,6 +29,8 @@ rule evaluate_perplexity:
         # Snakemake does not compare params that are functions of the input: one changes no result, the other is in the outputs
         num_processes=lambda wildcards, input: EXPERIMENT.evaluation.num_processes,
         datasets=lambda wildcards, input: list(DATASETS),
+    message:
+        "perplexity of {wildcards.system} at {wildcards.length} tokens"
     script:
         "../scripts/evaluate_perplexity.py"
 
@@ -57,6 +59,8 @@ rule evaluate_retrieval:
         tokenizer_contents=lambda wildcards: contents_of_tokenizer(SYSTEMS[wildcards.system].tokenizer),
         settings=EXPERIMENT.retrieval.model_dump(),
         device=EXPERIMENT.device,
+    message:
+        "retrieval of {wildcards.system} at {wildcards.length} tokens"
     script:
         "../scripts/evaluate_retrieval.py"
 
@@ -101,5 +105,7 @@ if SFT:
             tokenizer_contents=contents_of_tokenizer(TOKENIZER, with_chat_template=True),
             held_out=SFT.held_out,
             device=EXPERIMENT.device,
+        message:
+            "answers of {wildcards.system}"
         script:
             "../scripts/evaluate_answers.py"

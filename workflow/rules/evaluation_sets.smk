@@ -20,6 +20,8 @@ rule prepare_evaluation_set:
         contents=lambda wildcards: contents_of(DATASETS[wildcards.dataset].paths),
         tokenizer=base_tokenizer,
         tokenizer_contents=contents_of_tokenizer(TOKENIZER),
+    message:
+        "prepare the evaluation set {wildcards.dataset}"
     script:
         "../scripts/prepare_evaluation_set.py"
 
@@ -45,6 +47,8 @@ rule retokenize_evaluation_set:
         base_tokenizer_contents=contents_of_tokenizer(TOKENIZER),
         tokenizer=lookup("{system}/tokenizer", within=SYSTEM_VALUES),
         tokenizer_contents=lambda wildcards: contents_of_tokenizer(SYSTEMS[wildcards.system].tokenizer),
+    message:
+        "tokenize {wildcards.dataset} for {wildcards.system}"
     script:
         "../scripts/retokenize_evaluation_set.py"
 
@@ -68,5 +72,7 @@ rule index_evaluation_sets:
         tokenizer=base_tokenizer,
         tokenizer_contents=contents_of_tokenizer(TOKENIZER),
         ngram_words=EXPERIMENT.decontamination.ngram_words,
+    message:
+        "index the evaluation sets, to keep them out of the training data"
     script:
         "../scripts/index_evaluation_sets.py"

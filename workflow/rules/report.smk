@@ -21,6 +21,8 @@ rule render_table:
         *code_of("render_table"),
         labels=labels_of(TABLE_SYSTEMS),
         published=[row.model_dump() for row in EXPERIMENT.published],
+    message:
+        "table of perplexity and retrieval"
     script:
         "../scripts/render_table.py"
 
@@ -41,6 +43,8 @@ rule plot_perplexity:
         *code_of("plot_perplexity"),
         labels=labels_of(TABLE_SYSTEMS),
         published=[row.model_dump() for row in EXPERIMENT.published],
+    message:
+        "plot perplexity"
     script:
         "../scripts/plot_perplexity.py"
 
@@ -61,6 +65,8 @@ rule plot_loss_by_position:
     params:
         *code_of("plot_loss_by_position"),
         labels=labels_of(TABLE_SYSTEMS),
+    message:
+        "plot the loss by position"
     script:
         "../scripts/plot_loss_by_position.py"
 
@@ -82,6 +88,8 @@ rule report_retrieval:
     params:
         *code_of("report_retrieval"),
         labels=labels_of(TABLE_SYSTEMS),
+    message:
+        "table and plot of retrieval"
     script:
         "../scripts/report_retrieval.py"
 
@@ -125,6 +133,8 @@ rule plot_loss:
     params:
         *code_of("plot_loss"),
         labels={system: SYSTEMS[system].label for system in LISTED_TRAINED},
+    message:
+        "plot the training losses"
     script:
         "../scripts/plot_loss.py"
 
@@ -149,6 +159,8 @@ rule report_ablation:
         *code_of("report_ablation"),
         labels=lambda wildcards: labels_of(EXPERIMENT.ablations[wildcards.ablation].rows),
         ablation=lambda wildcards: EXPERIMENT.ablations[wildcards.ablation].model_dump(),
+    message:
+        "table and plot of the ablation {wildcards.ablation}"
     script:
         "../scripts/report_ablation.py"
 

@@ -31,6 +31,8 @@ rule build_sft_set:
         tokenizer_contents=contents_of_tokenizer(TOKENIZER, with_chat_template=True),
         settings=SFT_SETTINGS,
         threshold=EXPERIMENT.decontamination.threshold,
+    message:
+        "sample the instructions"
     script:
         "../scripts/build_sft_set.py"
 
@@ -49,6 +51,8 @@ rule plot_sft_shares:
         "../../environment.yml"
     params:
         *code_of("plot_sft_shares"),
+    message:
+        "plot where the instructions come from"
     script:
         "../scripts/plot_sft_shares.py"
 
@@ -70,5 +74,7 @@ rule tokenize_sft:
         tokenizer=base_tokenizer,
         tokenizer_contents=contents_of_tokenizer(TOKENIZER, with_chat_template=True),
         held_out=SFT.held_out,
+    message:
+        "tokenize the instructions"
     script:
         "../scripts/tokenize_sft.py"

@@ -34,6 +34,8 @@ rule train_adapter:
         # Snakemake does not compare params that are functions of the input; these two do not change what is trained
         progress=lambda wildcards, input: SYSTEM_VALUES[wildcards.system]["progress"],
         checkpoint_dir=lambda wildcards, input: f"{RESULTS}/checkpoints/{wildcards.system}",  # kept when the job fails
+    message:
+        "train {wildcards.system}"
     script:
         "../scripts/train.py"
 
@@ -72,6 +74,8 @@ rule merge_adapter:
         base_model_contents=contents_of_model(BASE_MODEL),
         settings=EXPERIMENT.merge.model_dump(),
         device=EXPERIMENT.device,
+    message:
+        "merge {wildcards.system} into one model"
     script:
         "../scripts/merge_adapter.py"
 
@@ -100,6 +104,8 @@ rule publish_model:
         tokenizer=base_tokenizer,
         tokenizer_contents=contents_of_tokenizer(TOKENIZER, with_chat_template=True),
         label=lookup("{system}/label", within=SYSTEM_VALUES),
+    message:
+        "write the model folder of {wildcards.system}"
     script:
         "../scripts/publish_model.py"
 

@@ -1,0 +1,44 @@
+# What the terminal shows of a run, in place of Snakemake's paragraphs: the message of each rule that starts, how far long jobs
+# are, and at the end the files to look at or why a job failed. Snakemake's own output comes with --quiet host or --verbose.
+
+from snakemake.logging import logger
+
+from longqlora.jobs.terminal import Terminal
+
+
+def results_to_look_at():
+    """The files that a reader opens first, with what they show: those that this run was asked for."""
+    files = {
+        rules.render_table.output.markdown: "table of perplexity and retrieval by context length",
+        rules.plot_perplexity.output.png: "the same as a plot",
+        rules.report_retrieval.output.png: "retrieval by context length",
+        **{
+            path: "tables of ablations" for path in expand(rules.report_ablation.output.markdown, ablation=EXPERIMENT.ablations)
+        },
+    }
+    if SFT:
+        answers = expand(rules.answer_held_out.output.markdown, system=CHAT)
+        files |= dict.fromkeys(answers, "answers to questions that were held out of the training")
+    models = {f"{RESULTS}/models/{system}": f"model folder of {SYSTEMS[system].label}" for system in TRAINED}
+    made = {path for job in workflow.dag.jobs for path in job.output}
+    return {path: words for path, words in (files | models).items() if path in made}
+
+
+MESSAGES = {job_rule.name: job_rule.message for job_rule in workflow.rules if job_rule.message}
+TERMINAL = Terminal(titles=MESSAGES, labels=labels_of(SYSTEMS), results=results_to_look_at)
+
+for job_rule in workflow.rules:
+    job_rule.message = None  # otherwise the log of Snakemake and a dry run would have it in place of the job's files
+
+if workflow.is_main_process and not (
+    workflow.output_settings.dryrun or workflow.output_settings.quiet or workflow.output_settings.verbose
+):
+    TERMINAL.replace(logger)
+
+
+onsuccess:
+    TERMINAL.succeeded()
+
+
+onerror:
+    TERMINAL.stopped()
