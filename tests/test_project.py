@@ -65,11 +65,12 @@ def test_the_tested_versions_include_every_dependency_within_its_bounds(root, pr
         assert requirement.specifier.contains(tested[canonicalize_name(requirement.name)]), text
 
 
-def test_every_rule_that_runs_a_script_names_the_environment_its_code_and_a_log(root):
+def test_every_rule_that_runs_a_script_names_the_environment_its_code_a_log_and_what_it_does(root):
     for path in (root / "workflow/rules").glob("*.smk"):
-        for rule in re.split(r"(?m)^rule ", path.read_text())[1:]:
-            script = re.search(r'script:\n        "../scripts/(\w+).py"', rule)
+        for rule in re.split(r"(?m)^ *rule ", path.read_text())[1:]:
+            script = re.search(r'script:\n +"../scripts/(\w+).py"', rule)
             if script:
                 assert '"../../environment.yml"' in rule, rule.split(":")[0]
+                assert "message:" in rule, f"{rule.split(':')[0]}: the terminal shows the message of each rule"
                 assert "log:" in rule
                 assert f'*code_of("{script[1]}")' in rule

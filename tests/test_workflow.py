@@ -88,6 +88,7 @@ def project(root, tmp_path_factory) -> Path:
     folder = copy_project(root, tmp_path_factory.mktemp("project"))
     run = snakemake(folder)
     assert run.returncode == 0, run.stdout + run.stderr
+    (folder / "terminal.txt").write_text(run.stdout + run.stderr)
     return folder
 
 
@@ -188,6 +189,45 @@ def test_the_run_leaves_its_data_and_how_it_was_drawn(project):
 
 def test_nothing_is_left_to_do(project):
     assert planned(project) == {}
+
+
+# --- what the terminal shows -----------------------------------------------------------------------------------------------
+
+
+def test_the_terminal_counts_the_jobs_and_names_what_to_look_at(project):
+    lines = (project / "terminal.txt").read_text().splitlines()
+    started = [line for line in lines if re.fullmatch(r"\[ *\d+ of \d+\] [^:]+", line)]
+    numbers = [int(re.search(r"\d+", line)[0]) for line in started]
+    assert numbers == list(range(1, len(started) + 1))
+    assert f"{len(started)} jobs to run" in lines
+    assert all(f"of {len(started)}] " in line for line in started)
+    assert sum("] train LongQLoRA to 256" in line for line in started) == 1
+    assert len([line for line in lines if not line.startswith("[")]) < 20
+    shown = [line.split()[0] for line in lines if line.startswith("  results/")]
+    assert shown[:2] == ["results/demo/tables/perplexity.md", "results/demo/plots/perplexity.png"]
+    assert {"results/demo/answers/chat.md", "results/demo/models/longqlora"} <= set(shown)
+    assert lines[-1] == [line for line in lines if line.startswith("  results/")][-1]
+
+
+def test_the_log_of_snakemake_has_the_files_and_the_reason_of_each_job(project):
+    log = "".join(path.read_text() for path in (project / ".snakemake/log").iterdir())
+    assert "rule merge_adapter:\n    input: results/demo/adapters/longqlora" in log
+    assert "reason: Missing output files: results/demo/weights/longqlora" in log
+    assert "steps (100%) done" in log
+
+
+def test_a_run_without_jobs_names_what_to_look_at_too(project):
+    run = snakemake(project)
+    assert "All files are up to date. Look at\n  results/demo/tables/perplexity.md" in run.stderr
+
+
+def test_snakemakes_own_output_comes_when_it_is_asked_for(project, tmp_path):
+    folder = shutil.copytree(project, tmp_path / "project")
+    (folder / "results/demo/plots/perplexity.png").unlink()
+    run = snakemake(folder, "--quiet", "host")
+    assert "rule plot_perplexity:" in run.stderr
+    assert "2 of 2 steps (100%) done" in run.stderr
+    assert "Look at" not in run.stderr
 
 
 # --- what an edit of the code runs again -----------------------------------------------------------------------------------
@@ -413,8 +453,11 @@ def test_a_job_that_fails_names_its_log_and_the_reason(project, tmp_path):
     run = snakemake(folder, "results/demo/corpus/sample.parquet")
     output = run.stdout + run.stderr
     assert run.returncode != 0
-    assert "corpus.num_texts asks for 1000000 texts" in output
-    assert "results/demo/logs/sample_corpus.log" in output
+    assert "[1 of 1] join the sampled texts: failed after" in output
+    *_, log, reason = [line for line in output.splitlines() if line.startswith("  log: ") or line.startswith("  reason: ")]
+    assert log == "  log: results/demo/logs/sample_corpus.log"
+    assert reason.startswith("  reason: corpus.num_texts asks for 1000000 texts")
+    assert len(output.splitlines()) < 25
     assert "Traceback" in (folder / "results/demo/logs/sample_corpus.log").read_text()
 
 

@@ -66,17 +66,14 @@ def process_environment(device: str, threads: int) -> dict[str, str]:
 
 
 def run_processes(command: list[str], *, num_processes: int, environment: dict[str, str]) -> int:
-    """Run a Python command in several processes with torchrun, and forward SIGTERM and SIGINT to them. What they print goes to
-    the job's log, if there is one.
+    """Run a Python command in several processes with torchrun, and forward SIGTERM and SIGINT to them.
 
     Returns:
         The exit status, which is not 0 if one of them fails.
     """
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={num_processes}"]
     torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]  # for this machine only
-    logs = [handler.stream for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
-    log = logs[0] if logs else None
-    process = subprocess.Popen([*torchrun, *command], env=environment, stdout=log, stderr=log, start_new_session=True)
+    process = subprocess.Popen([*torchrun, *command], env=environment, start_new_session=True)
     former = {
         number: signal.signal(number, lambda number, _: process.send_signal(number))
         for number in (signal.SIGTERM, signal.SIGINT)

@@ -7,17 +7,22 @@ Import this module first in a script, because it sets the process up before torc
 - torch reads the settings of its memory allocators when it creates the first tensor, which importing bitsandbytes already does.
   On a CPU, large tensors get huge pages. On a GPU, memory segments can grow, which wastes less memory between tensors, unless
   the user has set the allocator otherwise.
+- Ctrl-C ends the process silently until :func:`job_log` begins. Otherwise each job would print where in its imports it was.
+- Progress bars are off. Jobs that run at the same time would overwrite each other's.
 """
 
 import gc
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 gc.disable()
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same setting
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -25,26 +30,25 @@ if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same se
 
 @contextmanager
 def job_log(path: str) -> Iterator[None]:
-    """Write log messages and warnings to the file ``path``.
+    """Write to the file ``path`` what the job logs and prints, also from native code and from its processes.
 
-    On an error, write the traceback to the file and the error as its last line, where :mod:`longqlora.jobs.terminal` finds it,
-    and exit with status 1.
+    On an error, write the traceback, then the error as :mod:`longqlora.jobs.terminal` finds it, its further lines indented, and
+    exit with status 1.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_bytes(b"")
-    logging.basicConfig(  # appends, because the processes of a job write to the same file
-        filename=path, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
-    )
+    with open(path, "wb"), open(path, "ab") as file:  # appends, because several processes write to it
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    sys.stdout.reconfigure(line_buffering=True)  # in order with what is logged
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.captureWarnings(True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.freeze()  # imported modules live as long as the process: later garbage collections skip their objects
     gc.enable()
     try:
         yield
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         logging.exception("the job failed")
         message = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        logging.error("error: %s", message)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        logging.error("error: interrupted")
+        logging.error("error: %s", message.replace("\n", "\n  "))
         sys.exit(1)

@@ -36,7 +36,8 @@ HIDDEN_MESSAGES = (
 """Beginnings of messages of Snakemake that this module replaces or a reader does not need."""
 LONG = 10  # seconds after which the end of a job has a line of its own
 ENDING = 16384  # bytes at the end of a log that are searched
-ERROR = "ERROR error: "  # before the reason of a failure, in the log of a job
+LAST_LINES = 5  # of a log without a reason that are shown
+ERROR = re.compile(r"ERROR error: (.*(?:\n  .*)*)")  # the reason of a failure, in the log of a job
 
 
 @dataclass
@@ -199,12 +200,15 @@ class Terminal(logging.Handler):
     def watch(self) -> None:
         """Once a second, show how far the long jobs are."""
         while not self.closed.wait(1):
-            with self.lock:
+            self.acquire()
+            try:
                 self.show_progress()
+            finally:
+                self.release()
 
     def show_progress(self) -> None:
         """Write a line for each running job that is due for one."""
-        for job in [self.jobs[number] for number in self.running]:
+        for job in [job for jobid, job in self.jobs.items() if jobid in self.running]:
             if time.time() >= job.due:
                 job.due = time.time() + pause(job.seconds())
                 self.write_job(job, f": {newest_step(ending(job)) or f'running for {duration(job.seconds())}'}")
@@ -255,11 +259,11 @@ def reason_of_failure(job: Job, exit_text: str, cluster: str | None) -> str:
         exit_text: Snakemake's message of how the job's process ended, or nothing.
         cluster: message of the executor, if it has one.
     """
-    _, found, reason = ending(job).rpartition(ERROR)
-    if found:
-        return reason.strip()
+    text = ending(job)
+    if found := ERROR.findall(text):
+        return found[-1]
     exit_status = re.search(r"non-zero exit status \d+|died with <Signals\.\w+", exit_text)
-    how = cluster or (exit_status[0].replace("<Signals.", "") if exit_status else "")
-    if "SIGKILL" in how or how.endswith(" 137"):
-        return f"it was killed ({how}), probably because the machine ran out of memory"
-    return f"it ended without an error in its log{f' ({how})' if how else ''}; see the messages above"
+    how = cluster or (exit_status[0].replace("<Signals.", "") if exit_status else "no exit status")
+    killed = "SIGKILL" in how or how.endswith(" 137")
+    first = f"{'killed, probably because memory ran out' if killed else 'ended without saying why'} ({how})"
+    return "\n".join([first, *text.splitlines()[-LAST_LINES:]])

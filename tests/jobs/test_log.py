@@ -10,21 +10,22 @@ import logging, sys
 from longqlora.jobs.log import job_log
 with job_log(sys.argv[1]):
     logging.info("a line")
-    {}
+    STATEMENT
 """
 
 
 def run(root, path, statement: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", SCRIPT.format(statement), str(path)]
+    command = [sys.executable, "-c", SCRIPT.replace("STATEMENT", statement), str(path)]
     return subprocess.run(command, cwd=root, capture_output=True, text=True)
 
 
 @pytest.mark.process
-def test_a_log_begins_anew_and_has_the_lines_of_the_job(root, tmp_path):
+def test_a_log_begins_anew_and_has_what_the_job_logs_and_prints(root, tmp_path):
     path = tmp_path / "logs/job.log"
     for _ in range(2):
-        assert run(root, path, "pass").returncode == 0
-    assert path.read_text().count("INFO a line") == 1
+        process = run(root, path, "print('printed'); import os; os.system('echo from a process')")
+        assert (process.returncode, process.stdout + process.stderr) == (0, "")
+    assert [line.split("INFO ")[-1] for line in path.read_text().splitlines()] == ["a line", "printed", "from a process"]
 
 
 @pytest.mark.process
@@ -32,11 +33,12 @@ def test_a_log_begins_anew_and_has_the_lines_of_the_job(root, tmp_path):
     ("statement", "reason"),
     [
         ("raise ValueError('too few texts')", "too few texts"),
+        ("raise ValueError('too few\\ntexts')", "too few\n  texts"),
         ("raise OSError('disk full')", "OSError: disk full"),
-        ("raise KeyboardInterrupt", "interrupted"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt: "),
     ],
 )
-def test_the_last_line_of_a_failed_job_is_its_error_and_the_terminal_stays_free(root, tmp_path, statement, reason):
+def test_the_log_of_a_failed_job_ends_with_its_error_and_the_terminal_stays_free(root, tmp_path, statement, reason):
     process = run(root, tmp_path / "job.log", statement)
     assert (process.returncode, process.stdout + process.stderr) == (1, "")
-    assert (tmp_path / "job.log").read_text().splitlines()[-1].endswith(f"ERROR error: {reason}")
+    assert (tmp_path / "job.log").read_text().endswith(f"ERROR error: {reason}\n")

@@ -108,7 +108,9 @@ def test_a_run_of_hours_does_not_flood_the_terminal():
 def test_the_reason_of_a_failure_is_the_last_that_is_seen(run, tmp_path):
     log = tmp_path / "train.log"
     run.start(log=[log])
-    log.write_text("12:00:00 ERROR the job failed\nTraceback …\n12:00:01 ERROR error: too few texts\n  Lower num_texts\n")
+    log.write_text(
+        "12:00:00 ERROR the job failed\nTraceback …\n12:00:01 ERROR error: too few texts\n  Lower num_texts\nException ignored\n"
+    )
     run.fail()
     run.start(job=2, system="base")
     run.log("error", "WorkflowError:\nAt least one job did not complete successfully.", level=logging.ERROR)
@@ -134,8 +136,20 @@ def test_an_error_of_an_earlier_run_is_not_taken_for_the_reason(run, tmp_path):
 def test_a_job_that_was_killed_says_so(run, exit_text):
     run.start()
     run.fail(exit_text)
-    assert "it was killed" in run.lines[-1]
-    assert "out of memory" in run.lines[-1]
+    assert "killed, probably because memory ran out" in run.lines[-1]
+
+
+def test_the_last_lines_of_a_log_without_an_error_are_shown(run, tmp_path):
+    log = tmp_path / "train.log"
+    run.start(log=[log])
+    log.write_text("".join(f"line {number}\n" for number in range(9)) + "Segmentation fault\n")
+    run.fail("returned non-zero exit status 139.")
+    run.terminal.stopped()
+    assert run.lines[-6:] == [
+        "  reason: ended without saying why (non-zero exit status 139)",
+        *(f"  line {number}" for number in range(5, 9)),
+        "  Segmentation fault",
+    ]
 
 
 def test_a_cluster_says_why_a_job_failed(run):
