@@ -39,7 +39,7 @@ def job_log(path: str) -> Iterator[None]:
     with open(path, "wb"), open(path, "ab") as file:  # appends, because several processes write to it
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
-    sys.stdout.reconfigure(line_buffering=True)  # in order with what is logged
+    sys.stdout = sys.stderr  # which has no buffer, so that what is printed is in order with what is logged
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.captureWarnings(True)
     signal.signal(signal.SIGINT, signal.default_int_handler)

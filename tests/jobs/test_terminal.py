@@ -109,7 +109,7 @@ def test_the_reason_of_a_failure_is_the_last_that_is_seen(run, tmp_path):
     log = tmp_path / "train.log"
     run.start(log=[log])
     log.write_text(
-        "12:00:00 ERROR the job failed\nTraceback …\n12:00:01 ERROR error: too few texts\n  Lower num_texts\nException ignored\n"
+        "12:00:00 ERROR the job failed\nTraceback\n12:00:01 ERROR error: too few texts\n  Lower num_texts\nExiting\n"
     )
     run.fail()
     run.start(job=2, system="base")
