@@ -21,7 +21,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 gc.disable()
-signal.signal(signal.SIGINT, signal.SIG_DFL)
+INTERRUPT = signal.getsignal(signal.SIGINT)  # ignored in the background of a shell script
+if INTERRUPT is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same setting
@@ -42,13 +44,14 @@ def job_log(path: str) -> Iterator[None]:
     sys.stdout = sys.stderr  # which has no buffer, so that what is printed is in order with what is logged
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.captureWarnings(True)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, INTERRUPT)
     gc.freeze()  # imported modules live as long as the process: later garbage collections skip their objects
     gc.enable()
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
         logging.exception("the job failed")
-        message = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        message = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{kind}{error}"
         logging.error("error: %s", message.replace("\n", "\n  "))
         sys.exit(1)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from types import SimpleNamespace
 
 from longqlora.jobs.progress import duration, newest_step
@@ -89,6 +90,7 @@ class Terminal(logging.Handler):
         self.running: set[int] = set()
         self.failed: dict[int, Job] = {}
         self.exits: dict[int | None, str] = {}  # by thread: how the last job's process ended
+        self.interrupted = False  # by Ctrl-C
         self.closed = threading.Event()
         self.shown = {
             "run_info": self.count,
@@ -184,14 +186,19 @@ class Terminal(logging.Handler):
         if job is None:
             return self.pass_on(record)
         self.running.discard(record.jobid)
-        self.failed[record.jobid] = job
         job.reason = reason_of_failure(job, self.exits.pop(record.thread, ""), record.rule_msg)
-        self.write_job(job, f": failed after {duration(job.seconds())}: {job.reason.splitlines()[0]}")
+        if self.interrupted:
+            return self.write_job(job, f": {job.reason.partition('Interrupted: ')[2] or 'interrupted'}")
+        self.failed[record.jobid] = job
+        self.write_job(job, f": failed after {duration(job.seconds())}: {shorten(job.reason.splitlines()[0], 100)}")
 
     def message(self, record) -> None:
         text = record.getMessage()
         if text.startswith("Nothing to be done"):
             self.write(*self.results_after("All files are up to date."))
+        elif text.startswith("Terminating processes on user request"):
+            self.interrupted = True
+            self.write("Interrupted: the running jobs end.")
         elif not text.startswith("Trying to restart job"):  # the next line says it
             self.pass_on(record)
 

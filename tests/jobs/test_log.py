@@ -35,7 +35,7 @@ def test_a_log_begins_anew_and_has_what_the_job_logs_and_prints(root, tmp_path):
         ("raise ValueError('too few texts')", "too few texts"),
         ("raise ValueError('too few\\ntexts')", "too few\n  texts"),
         ("raise OSError('disk full')", "OSError: disk full"),
-        ("raise KeyboardInterrupt", "KeyboardInterrupt: "),
+        ("raise KeyboardInterrupt", "interrupted"),
     ],
 )
 def test_the_log_of_a_failed_job_ends_with_its_error_and_the_terminal_stays_free(root, tmp_path, statement, reason):

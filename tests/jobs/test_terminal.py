@@ -168,6 +168,22 @@ def test_a_job_that_is_tried_again_keeps_its_number_and_has_not_failed(run):
     assert not any(line.startswith("Failed") for line in run.lines)
 
 
+def test_jobs_that_ctrl_c_ends_have_not_failed(run, tmp_path):
+    log = tmp_path / "train.log"
+    run.start(log=[log])
+    run.start(job=2, system="base")
+    log.write_text("12:00:01 ERROR error: Interrupted: ended by SIGINT after step 7 of 9; a rerun resumes from there\n")
+    run.log(message="Terminating processes on user request, this might take some time.")
+    run.fail("died with <Signals.SIGINT: 2>", job=2)
+    run.fail()
+    run.terminal.stopped()
+    assert run.lines[4:6] == [
+        "[ 2 of 12] train base: interrupted",
+        "[ 1 of 12] train LongQLoRA to 256: ended by SIGINT after step 7 of 9; a rerun resumes from there",
+    ]
+    assert run.lines[-1].endswith("0 of 12 jobs done. The same command continues from there.")
+
+
 def test_a_run_ends_with_the_files_to_look_at(run):
     run.terminal.succeeded()
     assert run.lines[2].startswith("Done in ")
