@@ -19,6 +19,7 @@ from longqlora.data.readers import read_documents
 from longqlora.data.token_files import encode
 from longqlora.jobs.digests import digest_of_file
 from longqlora.jobs.machine import versions
+from longqlora.jobs.progress import step_of
 from longqlora.modeling.chunked_loss import next_token_loss
 from longqlora.modeling.devices import find_device, keep_freed_memory
 
@@ -205,9 +206,8 @@ def pretrain(model: LlamaForCausalLM, tokens: torch.Tensor, settings: Pretrainin
         losses.append(loss.item())
         if step % LOGGED_STEPS == 0 or step == settings.steps:
             seconds = (time.perf_counter() - started) / step
-            left = (settings.steps - step) * seconds / 60
-            message = "step %d of %d: loss %.3f, %.0f tokens/s, %.0f minutes left"
-            log.info(message, step, settings.steps, fmean(losses), settings.tokens_per_step / seconds, left)
+            progress = step_of(step, settings.steps, (settings.steps - step) * seconds)
+            log.info("%s: loss %.3f, %.0f tokens/s", progress, fmean(losses), settings.tokens_per_step / seconds)
     model.eval()
     return fmean(losses)
 

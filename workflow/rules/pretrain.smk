@@ -23,5 +23,7 @@ rule pretrain_model:
         command=lambda wildcards, input: (
             f"snakemake {EXPERIMENT.pretrained} --cores 1 --configfile {' '.join(map(os.path.relpath, workflow.configfiles))}"
         ),
+    message:
+        "train the base model from scratch"
     script:
         "../scripts/pretrain_model.py"

@@ -113,6 +113,8 @@ if SFT:
         params:
             *code_of("report_answers"),
             labels={system: SYSTEMS[system].label for system in CHAT},
+        message:
+            "table of answers"
         script:
             "../scripts/report_answers.py"
 

@@ -17,8 +17,8 @@ def results_to_look_at():
         },
     }
     if SFT:
-        answers = expand(rules.answer_held_out.output.markdown, system=CHAT)
-        files |= dict.fromkeys(answers, "answers to questions that were held out of the training")
+        files[rules.report_answers.output.markdown] = "loss on held-out answers, before and after fine-tuning"
+        files |= dict.fromkeys(rules.report_answers.output.samples, "sample answers")
     models = {f"{RESULTS}/models/{system}": f"model folder of {SYSTEMS[system].label}" for system in TRAINED}
     made = {path for job in workflow.dag.jobs for path in job.output}
     return {path: words for path, words in (files | models).items() if path in made}
