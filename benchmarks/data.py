@@ -23,7 +23,6 @@ from transformers import AutoTokenizer
 
 from longqlora.config.settings import CorpusSource
 from longqlora.data.decontamination import EvaluationNgrams, index_evaluation_sets
-from longqlora.data.demo_texts import library_modules
 from longqlora.data.readers import open_binary, read_documents
 from longqlora.data.shards import SampleSettings, ShardFiles, sample_shard
 from longqlora.data.token_files import batches, tokenize_documents

@@ -59,9 +59,17 @@ def root() -> Path:
 
 
 @pytest.fixture
-def demo(root) -> dict:
-    """The demo's configuration, as parsed from YAML."""
+def demo(root, monkeypatch) -> dict:
+    """The demo's configuration, as parsed from YAML; its paths begin at the root, which becomes the current folder."""
+    monkeypatch.chdir(root)
     return yaml.safe_load((root / "config/config.yaml").read_text())
+
+
+@pytest.fixture
+def demo_pretraining(root, monkeypatch) -> dict:
+    """The configuration that trains the demo's base model, as parsed from YAML; its paths begin at the root, too."""
+    monkeypatch.chdir(root)
+    return yaml.safe_load((root / "config/demo-pretraining.yaml").read_text())
 
 
 @pytest.fixture(scope="session")

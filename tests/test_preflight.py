@@ -4,20 +4,22 @@ import json
 
 import numpy
 import pytest
-import yaml
 
 from longqlora.config.experiment import load_experiment
 from longqlora.config.validation import ConfigError
 from longqlora.preflight import check_inputs
 
 
-@pytest.fixture
-def demo(root) -> dict:
-    return yaml.safe_load((root / "config/config.yaml").read_text())
-
-
 def check(config: dict):
     return load_experiment(config, check_inputs)
+
+
+@pytest.fixture
+def elsewhere(demo, root, tmp_path, monkeypatch):
+    """Another current folder, with the files of the demo."""
+    (tmp_path / "demo").symlink_to(root / "demo")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def local_model(folder, **config) -> str:
@@ -43,10 +45,7 @@ def test_the_demo_has_what_it_needs(demo):
         ("nowhere/*.jsonl", r"^corpus\.sources\[0\]\.paths: no file matches nowhere/\*\.jsonl$"),
         ("nowhere.jsonl", r"^corpus\.sources\[0\]\.paths: no such file: nowhere\.jsonl$"),
         ("~/a.jsonl", r"^corpus\.sources\[0\]\.paths: ~/a\.jsonl: ~ is not expanded; write the full path$"),
-        (
-            "results/demo/sources/corpus/shard0.jsonl.gz",
-            r"no rule makes .*/shard0\.jsonl\.gz; did you mean results/",
-        ),
+        ("results/demo/shard.jsonl", r"^corpus\.sources\[0\]\.paths: no rule makes results/demo/shard\.jsonl"),
         (
             "a{b}.jsonl",
             r"^corpus\.sources\[0\]\.paths: a\{b\}\.jsonl: Snakemake reads braces in a path as a wildcard; rename or link",
@@ -92,12 +91,11 @@ def test_a_file_whose_name_has_brackets_is_itself(demo, tmp_path):
         (["y.bin"], r"y\.json: does not describe .*y\.bin \(dtype uint16 or uint32, document_ends\); rename it"),
     ],
 )
-def test_files_that_make_no_evaluation_set_are_told(demo, tmp_path, monkeypatch, paths, message):
-    monkeypatch.chdir(tmp_path)
+def test_files_that_make_no_evaluation_set_are_told(demo, elsewhere, paths, message):
     for name in ("a.txt", "x.bin", "y.bin"):
-        (tmp_path / name).write_bytes(b"ab")
-    (tmp_path / "y.json").write_text('{"title": "a book"}')
-    (tmp_path / "folder").mkdir()
+        (elsewhere / name).write_bytes(b"ab")
+    (elsewhere / "y.json").write_text('{"title": "a book"}')
+    (elsewhere / "folder").mkdir()
     demo["evaluation"]["datasets"]["prose"]["paths"] = paths
     with pytest.raises(ConfigError, match=message):
         check(demo)
@@ -158,13 +156,12 @@ def test_a_model_or_tokenizer_that_is_not_there_is_told(tmp_path, demo):
         check(demo)
 
 
-def test_a_model_that_no_rule_makes_is_told_unless_it_is_there(tmp_path, demo, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    demo["base_model"]["path"] = "results/demo/pretrained/bse"
-    message = r"^base_model\.path: no rule makes results/demo/pretrained/bse; did you mean results/demo/pretrained/base\?$"
+def test_a_model_that_no_rule_makes_is_told_unless_it_is_there(demo, elsewhere):
+    demo["systems"]["again"] = {"model": "results/demo/models/longqlra"}
+    message = r"^systems\.again\.model: no rule makes results/demo/models/longqlra; did you mean results/demo/models/longqlora\?$"
     with pytest.raises(ConfigError, match=message):
         check(demo)
-    local_model(tmp_path / "results/demo/pretrained/bse")  # of an earlier run
+    local_model(elsewhere / "results/demo/models/longqlra")  # of an earlier run
     check(demo)
 
 
@@ -173,9 +170,8 @@ def test_a_model_that_the_experiment_publishes_can_be_a_row(demo):
     assert check(demo).systems["again"].model == "results/demo/models/longqlora"
 
 
-def test_a_misspelled_folder_is_not_taken_for_a_hub_id(tmp_path, demo, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    local_model(tmp_path / "models/tinystories")
+def test_a_misspelled_folder_is_not_taken_for_a_hub_id(demo, elsewhere):
+    local_model(elsewhere / "models/tinystories")
     demo["base_model"]["path"] = "models/tinystorys"
     message = (
         r"^base_model\.path: models/tinystorys would be a hub id, but models is a folder .*; did you mean models/tinystories\?"
@@ -211,8 +207,8 @@ def test_a_folder_without_weights_or_with_a_broken_configuration_is_told(tmp_pat
 @pytest.mark.parametrize(
     ("system", "message"),
     [
-        ({"target_context": 64}, r"^systems\.x: .*base: target_context 64 is below the model's own context of 128 tokens$"),
-        ({"target_context": 256, "training": {"rank": 200}}, r"^systems\.x: .*: rank 200 is above the model's width, .* 128$"),
+        ({"target_context": 64}, r"^systems\.x: demo/model: target_context 64 is below the model's own context of 128 tokens$"),
+        ({"target_context": 256, "training": {"rank": 200}}, r"^systems\.x: .*: rank 200 is above the model's width, .* 192$"),
     ],
 )
 def test_a_system_that_the_base_cannot_become_is_told(demo, system, message):
@@ -224,7 +220,7 @@ def test_a_system_that_the_base_cannot_become_is_told(demo, system, message):
 def test_a_cell_of_an_ablation_is_checked_like_a_row(demo):
     demo["ablations"] = {"a": {"system": "longqlora", "grid": {"rank": [500]}}}
     with pytest.raises(
-        ConfigError, match=r"^systems\.longqlora\.rank-500: .*: rank 500 is above the model's width, hidden_size 128"
+        ConfigError, match=r"^systems\.longqlora\.rank-500: .*: rank 500 is above the model's width, hidden_size 192"
     ):
         check(demo)
 
@@ -235,14 +231,35 @@ def test_a_local_model_of_another_family_is_told(tmp_path, demo):
         check(demo)
 
 
+# --- a base model that is trained from scratch ----------------------------------------------------------------------------
+
+
+def test_the_config_that_trains_the_base_of_the_demo_has_what_it_needs(demo_pretraining):
+    experiment = check(demo_pretraining)
+    assert experiment.base_model == experiment.pretrained == "results/demo-pretraining/pretrained"
+
+
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
+    ("path", "message"),
     [
-        ("num_key_value_heads", 3, r"num_attention_heads 4 is not divisible by num_key_value_heads 3"),
-        ("hidden_size", 130, r"hidden_size 130 is not divisible by num_attention_heads 4"),
+        ("nowhere.jsonl", r"^pretraining\.paths: no such file: nowhere\.jsonl$"),
+        ("nowhere/*.jsonl", r"^pretraining\.paths: no file matches nowhere/\*\.jsonl$"),
+        ("demo/texts/prose.jsonl.xz", r"^pretraining\.paths: demo/texts/prose\.jsonl\.xz is listed, .* more than once$"),
     ],
 )
-def test_the_architecture_of_the_demo_is_checked_before_it_is_made(demo, key, value, message):
-    demo["demo"]["architecture"][key] = value
+def test_texts_to_train_from_scratch_on_are_checked_like_those_of_the_corpus(demo_pretraining, path, message):
+    demo_pretraining["pretraining"]["paths"] = ["demo/texts/prose.jsonl.xz", path]
     with pytest.raises(ConfigError, match=message):
+        check(demo_pretraining)
+
+
+def test_a_model_that_is_going_to_be_made_is_checked_by_what_it_will_be(demo_pretraining):
+    demo_pretraining["systems"]["x"] = {"target_context": 64}
+    with pytest.raises(ConfigError, match=r"^systems\.x: .*: target_context 64 is below the model's own context of 128 tokens$"):
+        check(demo_pretraining)
+
+
+def test_only_an_experiment_that_makes_a_base_may_name_it(demo, elsewhere):
+    demo["base_model"]["path"] = "results/demo/pretrained"
+    with pytest.raises(ConfigError, match=r"^base_model\.path: no rule makes results/demo/pretrained"):
         check(demo)

@@ -49,12 +49,13 @@ def check_pretraining(experiment: Experiment) -> Iterator[str]:
     if pretraining.tokens_per_step < pretraining.context:
         yield f"pretraining.tokens_per_step: {pretraining.tokens_per_step} is less than a window, {pretraining.context}"
     shape = pretraining.architecture
-    for larger, smaller in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")):
-        if getattr(shape, larger) % getattr(shape, smaller):
-            yield (
-                f"pretraining.architecture.{larger}: {getattr(shape, larger)} is not a multiple of "
-                f"{smaller}, {getattr(shape, smaller)}"
-            )
+    width, heads, key_value_heads = shape.hidden_size, shape.num_attention_heads, shape.num_key_value_heads
+    if width % (2 * heads):  # rotary embeddings rotate pairs
+        yield f"pretraining.architecture.hidden_size: {width} is not a multiple of 2 * num_attention_heads, {2 * heads}"
+    if heads % key_value_heads:
+        yield (
+            f"pretraining.architecture.num_attention_heads: {heads} is not a multiple of num_key_value_heads, {key_value_heads}"
+        )
 
 
 def check_evaluation(experiment: Experiment) -> Iterator[str]:

@@ -7,7 +7,7 @@ from longqlora.config.settings import EvaluatedModel, Protocol, RopeExtension
 from longqlora.config.systems import evaluated_model, protocol_at, untrained_model
 
 TO_256 = RopeExtension(scaling="linear", target_context=256)
-BASE = EvaluatedModel(path="results/demo/pretrained/base", precision="float32", group_ratio=0.25)
+BASE = EvaluatedModel(path="demo/model", precision="float32", group_ratio=0.25)
 
 
 def test_a_systems_own_training_wins_over_the_experiments(demo):
@@ -31,8 +31,8 @@ def test_a_published_model_is_evaluated_as_it_is_with_its_own_tokenizer(demo):
     assert systems["mpt"].tokenizer == systems["mpt"].model == "owner/mpt"
     assert systems["own"].tokenizer == "owner/other"
     assert systems["base"].model == demo["base_model"]["path"]
-    assert systems["base"].tokenizer == systems["long"].tokenizer == demo["base_model"]["tokenizer"]
-    assert {system.rope_scaling for system in systems.values()} == {"linear"}
+    assert systems["base"].tokenizer == systems["longqlora"].tokenizer == "demo/model"
+    assert {systems[name].rope_scaling for name in ("base", "mpt", "own")} == {"linear"}
 
 
 @pytest.fixture
@@ -57,8 +57,9 @@ def on_the_base(**changes) -> EvaluatedModel:
 def test_rows_of_the_demo_are_evaluated_as_they_were_made(evaluated):
     assert evaluated("base") == BASE
     assert evaluated("interpolated") == on_the_base()
-    assert evaluated("long").path == "results/demo/pretrained/long"
-    for name in ("longqlora", "longlora-full", "chat"):
+    dynamic = RopeExtension(scaling="dynamic", target_context=256)
+    assert evaluated("dynamic") == on_the_base(extension=dynamic)
+    for name in ("longqlora", "longqlora-512", "longlora-full", "chat"):
         assert evaluated(name) == weights_of(name)
 
 
@@ -84,7 +85,7 @@ def test_the_weights_of_another_system_are_evaluated_in_another_way(evaluated):
 def test_a_folder_is_the_same_with_a_slash_at_its_end(demo):
     before = load_experiment(demo)
     demo["base_model"] = {key: f"{path}/" for key, path in demo["base_model"].items()}
-    demo["systems"]["long"] |= {"model": "results/demo/pretrained/long/", "tokenizer": "results/demo/pretrained/tokenizer/"}
+    demo["systems"]["base"] |= {"model": "demo/model/", "tokenizer": "demo/model/"}
     assert load_experiment(demo) == before
 
 
