@@ -3,7 +3,7 @@
     python benchmarks/data.py                                   # 4 minutes on 2 cores; no network, no GPU
     python benchmarks/data.py --tokenizer models/llama-2-7b     # with a real tokenizer
 
-The texts are lines of the Python standard library in random order; without --tokenizer one of 2048 pieces is trained on them.
+The texts are lines of the demo's corpus in random order; without --tokenizer one of 2048 pieces is trained on them.
 The two sides of a ratio run in turn, and the best time of each counts. Memory is the peak of a process of its own.
 """
 
@@ -28,6 +28,7 @@ from longqlora.data.shards import SampleSettings, ShardFiles, sample_shard
 from longqlora.data.token_files import batches, tokenize_documents
 from longqlora.training.pretraining import train_tokenizer
 
+CORPUS = Path(__file__).resolve().parent.parent / "demo/texts"
 ROUNDS = 5
 SHORT, LONG = 2_000, 24_000  # characters of a text below the range of 4096 to 32768 tokens, and within it
 REJECTED = 0.95  # of the documents of the shard, by their characters
@@ -169,7 +170,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", help="folder or hub id of a tokenizer")
     tokenizer = parser.parse_args().tokenizer
-    lines = [f"{line}\n" for module in library_modules() for line in module.lines if line.strip()]
+    documents = [document for path in sorted(CORPUS.glob("corpus-*")) for document in read_documents(str(path))]
+    lines = [f"{line}\n" for document in documents for line in document.text.splitlines() if line.strip()]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if tokenizer is None:
