@@ -158,7 +158,7 @@ def test_a_model_or_tokenizer_that_is_not_there_is_told(tmp_path, demo):
 
 def test_a_model_that_no_rule_makes_is_told_unless_it_is_there(demo, elsewhere):
     demo["systems"]["again"] = {"model": "results/demo/models/longqlra"}
-    message = r"^systems\.again\.model: no rule makes results/demo/models/longqlra; did you mean results/demo/models/longqlora\?$"
+    message = r"^systems\.again\.model: no rule makes results/demo/models/longqlra; did you mean .*/models/longqlora\?$"
     with pytest.raises(ConfigError, match=message):
         check(demo)
     local_model(elsewhere / "results/demo/models/longqlra")  # of an earlier run
@@ -255,7 +255,7 @@ def test_texts_to_train_from_scratch_on_are_checked_like_those_of_the_corpus(dem
 
 def test_a_model_that_is_going_to_be_made_is_checked_by_what_it_will_be(demo_pretraining):
     demo_pretraining["systems"]["x"] = {"target_context": 64}
-    with pytest.raises(ConfigError, match=r"^systems\.x: .*: target_context 64 is below the model's own context of 128 tokens$"):
+    with pytest.raises(ConfigError, match=r"^systems\.x: .*: target_context 64 is below the model's own context of 128"):
         check(demo_pretraining)
 
 

@@ -1,7 +1,7 @@
 """The workflow as a user runs it: a copy of the project, one small run, then what an edit would run again."""
 
-import gzip
 import json
+import lzma
 import os
 import random
 import re
@@ -16,7 +16,7 @@ import pandas
 import pytest
 import yaml
 
-PROJECT = ["Snakefile", "workflow", "config", "longqlora", "profiles", "environment.yml"]
+PROJECT = ["Snakefile", "workflow", "config", "demo", "longqlora", "profiles", "environment.yml"]
 TARGETS = {"all", "data", "train", "evaluate", "answers", "ablations", "perplexity_report"}
 PERPLEXITY_REPORTS = {"render_table": 1, "plot_perplexity": 1, "plot_loss_by_position": 1}
 REPORTS = {**PERPLEXITY_REPORTS, "report_retrieval": 1}
@@ -46,11 +46,24 @@ def planned(folder: Path, *arguments: str) -> dict[str, int]:
 
 
 def shrink(config: dict) -> dict:
-    """The demo with every size cut to seconds: the base, an adapter, all weights and a chat model; two lengths, one set."""
-    demo = config["demo"]
-    demo["pretraining"].update(steps=4, tokens_per_step=512)
-    demo["architecture"].update(hidden_size=32, intermediate_size=64, num_hidden_layers=2)
-    demo.update(evaluation_characters=4000, vocab_size=512)
+    """The demo with every size cut to seconds, and a base that is trained from scratch: the base, an adapter, all weights and a
+    chat model; two lengths, two evaluation sets."""
+    config["base_model"] = {"path": "results/demo/pretrained"}
+    config["pretraining"] = {
+        "paths": ["demo/texts/corpus-1.jsonl.xz"],
+        "license": "PSF-2.0",
+        "vocab_size": 512,
+        "context": 128,
+        "architecture": {
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2,
+        },
+        "repeated_share": 0.2,
+        "steps": 4,
+        "tokens_per_step": 512,
+        "muon_learning_rate": 0.02,
+        "adamw_learning_rate": 0.005,
+    }  # fmt: skip
     config["corpus"].update(num_texts=50)
     config["sft"].update(num_records=20, max_tokens=1024, held_out=2)
     config["training"].update(steps=2, rank=4, logging_steps=1)
@@ -58,7 +71,6 @@ def shrink(config: dict) -> dict:
     config["systems"]["chat"].update(target_context=1024, table_row=False)
     config["training"].update(batch_size=2)
     config["evaluation"]["lengths"] = [64, 256]
-    del config["evaluation"]["datasets"]["code"]
     config["retrieval"] = {"tasks": ["induction"], "depths": [0, 1], "samples": 2}
     config["ablations"] = {
         "rank": {"system": "longqlora", "grid": {"rank": [4, 8]}},
@@ -73,12 +85,26 @@ def edit(path: Path, change) -> None:
     path.write_text(yaml.safe_dump(config))
 
 
+def read_lines(path: Path) -> list[bytes]:
+    """The lines of a shipped file of texts."""
+    return lzma.decompress(path.read_bytes()).splitlines(keepends=True)
+
+
+def shorten(path: Path, num_bytes: int) -> None:
+    """Leave the first records of a file, about so many bytes."""
+    lines = read_lines(path)
+    kept = [line for number, line in enumerate(lines) if sum(map(len, lines[:number])) < num_bytes]
+    path.write_bytes(lzma.compress(b"".join(kept), preset=0))
+
+
 def copy_project(root: Path, folder: Path) -> Path:
-    """A copy of the project with the demo cut to seconds."""
+    """A copy of the project with the demo and its texts cut to seconds."""
     for name in PROJECT:
         copy = shutil.copytree if (root / name).is_dir() else shutil.copy
         copy(root / name, folder / name)
     edit(folder / "config/config.yaml", shrink)
+    for name, num_bytes in {"corpus-0": 1_100_000, "corpus-1": 200_000, "prose": 6_000, "code": 2_000}.items():
+        shorten(folder / f"demo/texts/{name}.jsonl.xz", num_bytes)
     return folder
 
 
@@ -120,13 +146,16 @@ def module(project):
 def test_the_run_leaves_tables_plots_models_and_records(project):
     results = project / "results/demo"
     cells = pandas.read_csv(results / "tables/perplexity.csv")
-    assert sorted(zip(cells["system"], cells["eval_length"], strict=True)) == [
-        (system, length) for system in ("base", "longlora-full", "longqlora") for length in (64, 256)
-    ]
+    assert sorted(zip(cells["system"], cells["dataset"], cells["eval_length"], strict=True)) == [
+        (system, dataset, length)
+        for system in ("base", "longlora-full", "longqlora") for dataset in ("code", "prose") for length in (64, 256)
+    ]  # fmt: skip
+    assert cells.groupby("dataset")["num_tokens"].nunique().tolist() == [1, 1]
+    assert cells["num_tokens"].nunique() == 2
     assert (cells["num_scored"] == cells["num_tokens"] - cells["num_documents"]).all()
     assert cells["perplexity"].between(1, 512 * 2).all()
     assert cells["retrieval_accuracy"].between(0, 1).all()
-    assert len(pandas.read_csv(results / "tables/differences.csv")) == 3 * 2  # pairs of systems, lengths
+    assert len(pandas.read_csv(results / "tables/differences.csv")) == 3 * 2 * 2  # pairs of systems, sets, lengths
     assert len(pandas.read_csv(results / "tables/retrieval.csv")) == 3 * 2 * 2  # systems, lengths, depths
     for name in (
         "tables/perplexity.md", "tables/perplexity.tex", "plots/perplexity.png", "plots/perplexity.svg",
@@ -147,9 +176,9 @@ def test_the_run_leaves_tables_plots_models_and_records(project):
     report = json.loads((results / "models/longqlora/merge_report.json").read_text())
     assert len(report["models"]) == 4
     assert report["published"] in report["models"]
-    scaling = cells.set_index(["system", "eval_length"])[["rope_scaling", "rope_factor", "target_context"]]
-    assert scaling.loc["longqlora", 64].tolist() == ["linear", 2.0, 256]
-    assert scaling.loc["base", 64].tolist() == ["none", 1.0, 128]
+    scaling = cells.set_index(["system", "dataset", "eval_length"])[["rope_scaling", "rope_factor", "target_context"]]
+    assert scaling.loc["longqlora", "code", 64].tolist() == ["linear", 2.0, 256]
+    assert scaling.loc["base", "prose", 64].tolist() == ["none", 1.0, 128]
     assert json.loads((results / "retrieval/longqlora/256.json").read_text())["rope_factor"] == 2.0
 
 
@@ -185,6 +214,15 @@ def test_the_run_leaves_its_data_and_how_it_was_drawn(project):
         "plots/loss.svg",
     ):
         assert (results / name).stat().st_size > 50
+
+
+def test_the_base_is_trained_from_scratch_and_its_card_has_the_command(project):
+    made = project / "results/demo/pretrained"
+    assert {"config.json", "model.safetensors", "tokenizer.json"} < {path.name for path in made.iterdir()}
+    card = (made / "README.md").read_text()
+    assert "| made by | `snakemake results/demo/pretrained --cores 1 --configfile config/config.yaml` |" in card
+    assert "| corpus-1.jsonl.xz |" in card
+    assert "step 4 of 4: loss" in (project / "results/demo/logs/pretrain_model.log").read_text()
 
 
 def test_nothing_is_left_to_do(project):
@@ -270,6 +308,11 @@ def test_an_edit_of_what_decides_the_weights_retrains(project, module, name):
     assert set(planned(project)) <= TRAINING | EVALUATION | SHOWN
 
 
+def test_an_edit_of_the_pretraining_makes_the_base_anew_and_all_that_depends_on_it(project, module):
+    module("longqlora/training/pretraining.py")
+    assert set(planned(project)) > {"pretrain_model", "prepare_evaluation_set", "tokenize_corpus", *TRAINING, *EVALUATION}
+
+
 def test_the_reason_names_the_file_that_changed_and_no_other(project, module):
     module("longqlora/reporting/tables.py")
     run = snakemake(project, "-n", "results/demo/tables/perplexity.md")
@@ -348,6 +391,32 @@ def test_a_new_length_computes_the_new_cells_only(project, config_file):
     assert planned(project) == {"evaluate_perplexity": 3, "evaluate_retrieval": 3, **REPORTS}
 
 
+def test_a_new_evaluation_set_is_measured_with_all_others_in_one_job_per_system_and_length(project, config_file):
+    """The corpus must not have passages of it either, so that its texts are sampled anew."""
+    more = {"label": "more", "paths": ["demo/texts/LICENSE.txt"]}
+    edit(config_file, lambda config: config["evaluation"]["datasets"].update(more=more))
+    jobs = planned(project)
+    assert (jobs["prepare_evaluation_set"], jobs["evaluate_perplexity"]) == (1, 6)
+    assert {"index_evaluation_sets", "sample_shard", "build_sft_set", *TRAINING, *EVALUATION} <= set(jobs)
+    assert "pretrain_model" not in jobs
+
+
+def test_one_evaluation_set_less_leaves_the_other_as_it_is(project, config_file):
+    def remove(config):
+        del config["evaluation"]["datasets"]["code"]
+
+    edit(config_file, remove)
+    jobs = planned(project)
+    assert "prepare_evaluation_set" not in jobs
+    assert jobs["evaluate_perplexity"] == 6
+    assert jobs["index_evaluation_sets"] == 1
+
+
+def test_another_shape_of_the_base_trains_it_anew(project, config_file):
+    edit(config_file, lambda config: config["pretraining"]["architecture"].update(num_hidden_layers=1))
+    assert set(planned(project)) > {"pretrain_model", *TRAINING, *EVALUATION}
+
+
 def test_another_protocol_measures_perplexity_anew_and_nothing_else(project, config_file):
     edit(config_file, lambda config: config["evaluation"].update(protocol="longqlora"))
     assert planned(project) == {"evaluate_perplexity": 6, **PERPLEXITY_REPORTS}
@@ -360,10 +429,11 @@ def test_an_ablation_is_made_by_its_target_from_weights_that_are_there(project):
     run = snakemake(project, table)
     assert run.returncode == 0, run.stdout + run.stderr
     cells = pandas.read_csv(project / table)
-    assert cells["attention"].tolist() == cells["evaluation_attention"].tolist() == ["full"] * 2 + ["shifted_sparse"] * 2
+    assert cells["attention"].tolist() == cells["evaluation_attention"].tolist()
     assert (cells["weights"] == "adapter on the base").all()
-    full, sparse = cells[cells["eval_length"] == 256]["perplexity"]
-    assert full != sparse
+    for _, prose in cells[cells["eval_length"] == 256].groupby("dataset"):
+        assert prose["attention"].tolist() == ["full", "shifted_sparse"]
+        assert prose["perplexity"].nunique() == 2
     assert (project / "results/demo/plots/ablations/attention.svg").exists()
 
 
@@ -379,21 +449,21 @@ def test_what_only_the_join_uses_joins_the_shards_anew_and_reads_none(project, c
 
 
 def test_a_further_file_is_read_alone(project, config_file):
-    shutil.copy(project / "results/demo/sources/corpus/shard-0.jsonl.gz", project / "more.jsonl.gz")
-    edit(config_file, lambda config: config["corpus"]["sources"][0]["paths"].append("more.jsonl.gz"))
+    shutil.copy(project / "demo/texts/corpus-0.jsonl.xz", project / "more.jsonl.xz")
+    edit(config_file, lambda config: config["corpus"]["sources"][0]["paths"].append("more.jsonl.xz"))
     assert planned(project, "data") == {"sample_shard": 1, "sample_corpus": 1, "plot_text_lengths": 1, "tokenize_corpus": 1}
 
 
 def test_a_damaged_shard_stops_the_run_and_names_the_file(project, tmp_path):
     folder = shutil.copytree(project, tmp_path / "project")
-    whole = (folder / "results/demo/sources/corpus/shard-0.jsonl.gz").read_bytes()
-    (folder / "torn.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    source = {"paths": ["torn.jsonl.gz"]}
+    whole = (folder / "demo/texts/corpus-0.jsonl.xz").read_bytes()
+    (folder / "torn.jsonl.xz").write_bytes(whole[: len(whole) // 2])
+    source = {"paths": ["torn.jsonl.xz"]}
     edit(folder / "config/config.yaml", lambda config: config["corpus"]["sources"].append(source))
     run = snakemake(folder, "results/demo/corpus/sample.parquet")
     output = run.stdout + run.stderr
     assert run.returncode != 0
-    assert "torn.jsonl.gz: the file is damaged, truncated or cannot be read (Compressed file ended" in output
+    assert "torn.jsonl.xz: the file is damaged, truncated or cannot be read (Compressed file ended" in output
 
 
 def test_a_changed_rank_retrains_that_system_only(project, config_file):
@@ -415,7 +485,7 @@ def test_a_published_model_is_a_row_of_its_own_with_its_own_tokenizer(project, c
     published = {"label": "published", "model": "owner/model"}
     edit(config_file, lambda config: config["systems"].update(published=published))
     assert planned(project) == {
-        "retokenize_evaluation_set": 1, "evaluate_perplexity": 2, "evaluate_retrieval": 2, **REPORTS,
+        "retokenize_evaluation_set": 2, "evaluate_perplexity": 2, "evaluate_retrieval": 2, **REPORTS,
     }  # fmt: skip
 
 
@@ -465,8 +535,9 @@ def test_a_job_that_fails_names_its_log_and_the_reason(project, tmp_path):
 
 
 def test_touching_code_and_config_reruns_nothing(project):
-    for path in [*project.glob("longqlora/**/*.py"), *project.glob("workflow/**/*.*"), project / "config/config.yaml"]:
-        path.touch()
+    for pattern in ("longqlora/**/*.py", "workflow/**/*.*", "config/config.yaml", "demo/**/*.*"):
+        for path in project.glob(pattern):
+            path.touch()
     assert planned(project) == {}
 
 
@@ -541,21 +612,19 @@ def test_a_driver_needs_snakemake_and_the_checks_alone(root, tmp_path):
 def own(root, project, tmp_path_factory) -> Path:
     """A project whose base model and texts are the user's own files, where everything has run."""
     folder = copy_project(root, tmp_path_factory.mktemp("own"))
-    made = project / "results/demo"
-    shutil.copytree(made / "pretrained/base", folder / "own/base")
-    shutil.copytree(made / "sources", folder / "own/sources")
-    shards = sorted((folder / "own/sources/corpus").glob("*.gz"))
-    corpus = folder / "own/sources/corpus/corpus.jsonl"
-    corpus.write_bytes(gzip.decompress(shards[0].read_bytes()))
+    shutil.copytree(project / "results/demo/pretrained", folder / "own/base")
+    shutil.copytree(folder / "demo/texts", folder / "own/texts")
+    corpus = folder / "own/texts/corpus.jsonl"
+    corpus.write_bytes(b"".join(read_lines(folder / "own/texts/corpus-0.jsonl.xz")))
     assert corpus.stat().st_size > 10**6  # which Snakemake compares by its date
 
     def use_own(config):
-        text = yaml.safe_dump(config).replace("results/demo/sources", "own/sources")
+        text = yaml.safe_dump(config).replace("demo/texts", "own/texts")
         config.clear()
         config.update(yaml.safe_load(text))
-        del config["demo"], config["ablations"]
+        del config["pretraining"], config["ablations"]
         config.update(experiment="own", base_model={"path": "own/base"})
-        config["corpus"]["sources"] = [{"paths": ["own/sources/corpus/corpus.jsonl"]}]
+        config["corpus"]["sources"] = [{"paths": ["own/texts/corpus.jsonl"]}]
         config["systems"] = {name: config["systems"][name] for name in ("base", "longqlora", "chat")}
         config["evaluation"]["lengths"] = [256]
 
@@ -578,7 +647,7 @@ def restored(own):
 def test_new_dates_and_stray_files_rerun_nothing(restored):
     for path in restored.glob("own/**/*"):
         os.utime(path)
-    for name in ("base/.DS_Store", "base/notes.md", "base/training.log", "sources/corpus/notes.md"):
+    for name in ("base/.DS_Store", "base/README.md", "base/training.log", "texts/notes.md"):
         (restored / "own" / name).write_text("x")
     (restored / "own/base").touch()
     assert planned(restored) == {}
@@ -618,7 +687,7 @@ def test_another_tokenizer_file_makes_the_data_anew(restored):
 
 
 def test_other_texts_in_a_large_file_of_the_same_size_are_noticed(restored):
-    file = restored / "own/sources/corpus/corpus.jsonl"
+    file = restored / "own/texts/corpus.jsonl"
     text = file.read_text()
     file.write_text(text.replace(" the ", " The ", 1))
     assert file.stat().st_size == len(text.encode())

@@ -6,7 +6,10 @@ import yaml
 from longqlora.config.experiment import load_experiment
 from longqlora.config.validation import ConfigError
 
-CONFIGS = ["config", "demo-pretraining", "llama2-7b-8k", "llama2-7b-12k", "llama2-13b-8k", "vicuna-13b-8k", "vicuna-13b-8k-mixture", "local-files"]
+CONFIGS = [
+    "config", "demo-pretraining", "llama2-7b-8k", "llama2-7b-12k", "llama2-13b-8k", "vicuna-13b-8k", "vicuna-13b-8k-mixture",
+    "local-files",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -201,7 +204,7 @@ def test_shares_of_a_corpus_are_checked(demo, corpus, problem):
         (
             "base_model",
             {"path": "demo/model"},
-            r"(?m)^base_model\.path: demo/model is not results/demo-pretraining/pretrained, which the section pretraining makes$",
+            r"^base_model\.path: demo/model is not results/demo-pretraining/pretrained, which the section pretraining makes",
         ),
         (
             "base_model",

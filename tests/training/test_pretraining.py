@@ -13,7 +13,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from longqlora.config.settings import PretrainingSettings
 from longqlora.data.token_files import encode
 from longqlora.modeling.chunked_loss import next_token_loss
-from longqlora.training.pretraining import Muon, draw_windows, make_model, optimizers_of, pretrain, pretrain_model, repeat_passage
+from longqlora.training.pretraining import (
+    Muon,
+    draw_windows,
+    make_model,
+    optimizers_of,
+    pretrain,
+    pretrain_model,
+    repeat_passage,
+)
 
 SETTINGS = PretrainingSettings.model_validate(
     {
@@ -22,7 +30,8 @@ SETTINGS = PretrainingSettings.model_validate(
         "vocab_size": 512,
         "context": 64,
         "architecture": {
-            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2,
         },
         "steps": 30,
         "tokens_per_step": 512,
@@ -124,6 +133,8 @@ def test_every_weight_has_one_optimizer_and_the_rates_rise_and_fall(tokenizer):
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     }  # fmt: skip
     rates = []
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
     for _ in range(100):
         rates.append([schedule.get_last_lr()[0] for schedule in schedules])
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
