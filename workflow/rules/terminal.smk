@@ -10,12 +10,11 @@ def results_to_look_at():
     """The files that a reader opens first, with what they show: those that this run was asked for."""
     files = {
         rules.render_table.output.markdown: "table of perplexity and retrieval by context length",
-        rules.plot_perplexity.output.png: "the same as a plot",
+        rules.plot_perplexity.output.png: "plot of perplexity by context length",
         rules.report_retrieval.output.png: "retrieval by context length",
-        **{
-            path: "tables of ablations" for path in expand(rules.report_ablation.output.markdown, ablation=EXPERIMENT.ablations)
-        },
     }
+    ablations = expand(rules.report_ablation.output.markdown, ablation=EXPERIMENT.ablations)
+    files |= dict.fromkeys(ablations, "table of an ablation")
     if SFT:
         files[rules.report_answers.output.markdown] = "loss on held-out answers, before and after fine-tuning"
         files |= dict.fromkeys(rules.report_answers.output.samples, "sample answers")
@@ -24,11 +23,11 @@ def results_to_look_at():
     return {path: words for path, words in (files | models).items() if path in made}
 
 
-MESSAGES = {job_rule.name: job_rule.message for job_rule in workflow.rules if job_rule.message}
+MESSAGES = {each.name: each.message for each in workflow.rules if each.message}
 TERMINAL = Terminal(titles=MESSAGES, labels=labels_of(SYSTEMS), results=results_to_look_at)
 
-for job_rule in workflow.rules:
-    job_rule.message = None  # otherwise the log of Snakemake and a dry run would have it in place of the job's files
+for each in workflow.rules:
+    each.message = None  # otherwise the log of Snakemake and a dry run would have it in place of the job's files
 
 if workflow.is_main_process and not (
     workflow.output_settings.dryrun or workflow.output_settings.quiet or workflow.output_settings.verbose
