@@ -45,7 +45,7 @@ def describe_numbers(cells: pandas.DataFrame, notation: Notation) -> list[str]:
     if protocol == "exact" and (cells["stride"] < cells["window"]).any():
         sentences.append(f"Stride {', '.join(map(str, cells['stride'].unique()))}.")
     if not cells["is_within_context"].all():
-        sentences.append(f"{notation.beyond} beyond the model's context, with positions not scaled.")
+        sentences.append(f"{notation.beyond} beyond the model's context.")
     return sentences
 
 

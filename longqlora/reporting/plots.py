@@ -33,20 +33,29 @@ def use_log2_axis(axes, values: Iterable[int]) -> None:
 
 
 def draw_panel(axes, cells: pandas.DataFrame, colors: dict[str, str], x: str = "eval_length") -> None:
-    """Draw one evaluation set: one line per label over a log₂ axis; values above the panel are written at its upper edge."""
+    """Draw one evaluation set: one line per label over a log₂ axis, dotted where it leads beyond the model's context; values
+    above the panel are written at its upper edge."""
     for number, (label, rows) in enumerate(cells.groupby("label", sort=False)):
         rows = rows.sort_values(x)
-        style = {"linestyle": "--" if str(label).endswith("(published)") else "-", "marker": MARKERS[number % len(MARKERS)]}
-        errors = rows.get("standard_error", pandas.Series(dtype=float)).reindex(rows.index).astype(float).fillna(0)
-        axes.errorbar(
-            rows[x], rows["perplexity"], yerr=rows["perplexity"] * errors, color=colors[str(label)], markersize=5, label=label,
-            elinewidth=0.8, capsize=2, **style,
-        )  # fmt: skip
+        style = {"color": colors[str(label)], "marker": MARKERS[number % len(MARKERS)]}
+        inside = rows.get("is_within_context", pandas.Series(dtype=object)).reindex(rows.index).ne(False)
+        draw_line(axes, rows[inside], x, **style, label=label, linestyle="--" if str(label).endswith("(published)") else "-")
+        draw_line(
+            axes, rows[~inside | (~inside).shift(-1, fill_value=False)], x, **style, linestyle=":"
+        )  # from the last inside
     top = upper_limit(cells, x)
     axes.set_ylim(cells["perplexity"].min() * 0.95, top)
     write_clipped_values(axes, cells[cells["perplexity"] > top], colors, x, top, cells[x].min())
     use_log2_axis(axes, cells[x].unique())
     axes.set_title(cells["dataset_label"].iloc[0])
+
+
+def draw_line(axes, rows: pandas.DataFrame, x: str, **style) -> None:
+    """Draw perplexities with their standard errors, where there are any."""
+    errors = rows.get("standard_error", pandas.Series(dtype=float)).reindex(rows.index).astype(float).fillna(0)
+    axes.errorbar(
+        rows[x], rows["perplexity"], yerr=rows["perplexity"] * errors, markersize=5, elinewidth=0.8, capsize=2, **style
+    )
 
 
 def write_clipped_values(axes, cells: pandas.DataFrame, colors: dict[str, str], x: str, top: float, leftmost: float) -> None:

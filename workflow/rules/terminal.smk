@@ -23,8 +23,9 @@ def results_to_look_at():
     return {path: words for path, words in (files | models).items() if path in made}
 
 
+WITHOUT_DIGEST = {shard: shard.rpartition("-")[0] for shard in SHARDS} if CORPUS else {}
 MESSAGES = {each.name: each.message for each in workflow.rules if each.message}
-TERMINAL = Terminal(titles=MESSAGES, labels=labels_of(SYSTEMS), results=results_to_look_at)
+TERMINAL = Terminal(titles=MESSAGES, labels=labels_of(SYSTEMS) | {"shard": WITHOUT_DIGEST}, results=results_to_look_at)
 
 for each in workflow.rules:
     each.message = None  # otherwise the log of Snakemake and a dry run would have it in place of the job's files
