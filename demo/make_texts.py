@@ -104,7 +104,10 @@ def documents() -> Iterator[tuple[str, bool, dict]]:
 
 
 def write_corpus(folder: Path, seed: int = 1) -> None:
-    """Write the corpus, shuffled and in :data:`SHARDS` files, and one evaluation set per kind of text."""
+    """Write the corpus, shuffled and in :data:`SHARDS` files, and one evaluation set per kind of text.
+
+    Some modules and help topics have paragraphs in common. A held-out text is not used if the corpus has one of its paragraphs.
+    """
     training: list[dict] = []
     held_out: dict[str, list[dict]] = {"code": [], "prose": []}
     for kind, is_evaluation, record in documents():
@@ -112,13 +115,20 @@ def write_corpus(folder: Path, seed: int = 1) -> None:
     random.Random(seed).shuffle(training)
     for number in range(SHARDS):
         write_records(folder / f"corpus-{number}.jsonl.xz", training[number::SHARDS])
+    known = {paragraph for record in training for paragraph in long_paragraphs(record)}
     for kind, records in held_out.items():
         random.Random(seed).shuffle(records)
         kept: list[dict] = []
         while records and characters_of(kept) < EVALUATION_CHARACTERS:
             record = records.pop()
-            kept.append(record | {"text": record["text"][:MAX_EVALUATION_CHARACTERS]})
+            if known.isdisjoint(long_paragraphs(record)):
+                kept.append(record | {"text": record["text"][:MAX_EVALUATION_CHARACTERS]})
         write_records(folder / f"{kind}.jsonl.xz", kept)
+
+
+def long_paragraphs(record: dict) -> list[str]:
+    """The paragraphs of a text that have more than 100 characters."""
+    return [paragraph for paragraph in record["text"].split("\n\n") if len(paragraph) > 100]
 
 
 def characters_of(records: list[dict]) -> int:
