@@ -7,13 +7,13 @@ from collections import deque
 
 import numpy
 import torch
-from transformers import AutoTokenizer
 
 from longqlora.config.settings import Device, EvaluatedModel
 from longqlora.data.chat_template import tokenize_conversation, with_chat_template
 from longqlora.data.packing import pad_at_right
 from longqlora.data.readers import read_parquet
 from longqlora.data.token_files import IGNORED
+from longqlora.data.tokenizers import load_tokenizer
 from longqlora.evaluation.evaluated_model import load_evaluated_model
 from longqlora.evaluation.token_losses import NonFiniteLogits, batches_of, nll_of_batch
 from longqlora.jobs.memory import memory_explained
@@ -95,7 +95,7 @@ def evaluate_answers(
     Raises:
         NonFiniteLogits: if a loss is not a number; the message names model and conversation.
     """
-    chat = with_chat_template(AutoTokenizer.from_pretrained(tokenizer))
+    chat = with_chat_template(load_tokenizer(tokenizer))
     rows = [row for _, row in deque(read_parquet(records), maxlen=held_out)]
     conversations = [tokenize_conversation(chat, row["messages"]) for row in rows]
     rope = rope_of(load_config(trained.path, trained.extension))

@@ -8,9 +8,10 @@ import os
 import shutil
 from pathlib import Path
 
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from longqlora.data.chat_template import with_chat_template
+from longqlora.data.tokenizers import load_tokenizer
 from longqlora.modeling.model_files import weight_files
 from longqlora.publishing.model_card import model_card
 
@@ -65,7 +66,7 @@ def generation_config(base_model: str, target_context: int) -> GenerationConfig:
 
 def save_tokenizer(path: str, output: str, *, target_context: int, is_chat_model: bool) -> None:
     """Write the tokenizer of a model with a longer context; a chat model gets the chat template that it was trained with."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = load_tokenizer(path)
     tokenizer.model_max_length = target_context
     if is_chat_model:
         with_chat_template(tokenizer)

@@ -10,17 +10,16 @@ from pathlib import Path
 
 from longqlora.jobs.log import job_log
 
-from transformers import AutoTokenizer
-
 from longqlora.config.settings import SftSource
 from longqlora.data.decontamination import EvaluationNgrams
 from longqlora.data.instruction_set import SftSampleSettings, build_sft_set
+from longqlora.data.tokenizers import load_tokenizer
 
 with job_log(snakemake.log[0]):
     card = build_sft_set(
         sources=[SftSource(**source) for source in snakemake.params.sources],
         settings=SftSampleSettings(**snakemake.params.settings),
-        tokenizer=AutoTokenizer.from_pretrained(snakemake.params.tokenizer),
+        tokenizer=load_tokenizer(snakemake.params.tokenizer),
         ngrams=EvaluationNgrams(snakemake.input.ngrams, snakemake.params.threshold),
         output=snakemake.output.records,
         removed=snakemake.output.removed,

@@ -7,14 +7,13 @@ import logging
 
 from longqlora.jobs.log import job_log
 
-from transformers import AutoTokenizer
-
 from longqlora.data.decontamination import index_evaluation_sets
+from longqlora.data.tokenizers import load_tokenizer
 
 with job_log(snakemake.log[0]):
     counts = index_evaluation_sets(
         evaluation_sets=dict(zip(snakemake.params.names, snakemake.input.tokens, strict=True)),
-        tokenizer=AutoTokenizer.from_pretrained(snakemake.params.tokenizer),
+        tokenizer=load_tokenizer(snakemake.params.tokenizer),
         n=snakemake.params.ngram_words,
         output=snakemake.output.ngrams,
     )

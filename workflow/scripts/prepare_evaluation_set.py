@@ -6,13 +6,12 @@ the vocabulary of the base model's tokenizer.
 
 from longqlora.jobs.log import job_log
 
-from transformers import AutoTokenizer
-
 from longqlora.data.evaluation_sets import prepare_evaluation_set
+from longqlora.data.tokenizers import load_tokenizer
 
 with job_log(snakemake.log[0]):
     prepare_evaluation_set(
         sources=snakemake.params.sources,
-        tokenizer=AutoTokenizer.from_pretrained(snakemake.params.tokenizer),
+        tokenizer=load_tokenizer(snakemake.params.tokenizer),
         output=snakemake.output.tokens,
     )

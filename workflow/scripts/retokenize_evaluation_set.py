@@ -6,14 +6,13 @@ description (JSON).
 
 from longqlora.jobs.log import job_log
 
-from transformers import AutoTokenizer
-
 from longqlora.data.evaluation_sets import retokenize_evaluation_set
+from longqlora.data.tokenizers import load_tokenizer
 
 with job_log(snakemake.log[0]):
     retokenize_evaluation_set(
         tokens=snakemake.input.tokens,
-        tokenizer=AutoTokenizer.from_pretrained(snakemake.params.base_tokenizer),
-        new_tokenizer=AutoTokenizer.from_pretrained(snakemake.params.tokenizer),
+        tokenizer=load_tokenizer(snakemake.params.base_tokenizer),
+        new_tokenizer=load_tokenizer(snakemake.params.tokenizer),
         output=snakemake.output.tokens,
     )

@@ -1,0 +1,34 @@
+"""Loading tokenizers; without torch, if a folder names the general class."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import transformers  # imports what is used of it, when it is used: AutoTokenizer imports torch
+
+
+def load_tokenizer(path: str) -> Any:
+    """Load a tokenizer exactly as ``AutoTokenizer`` does.
+
+    ``AutoTokenizer`` imports torch to find the class of a tokenizer. This takes 1.6 s, most of the time of a small job, and is
+    not needed if the class is known.
+
+    Args:
+        path: directory or hub id.
+    """
+    loader = transformers.TokenizersBackend if names_general_class(Path(path)) else transformers.AutoTokenizer
+    return loader.from_pretrained(path)
+
+
+def names_general_class(folder: Path) -> bool:
+    """Whether the files in a folder say that ``AutoTokenizer`` would choose the class that reads all of tokenizer.json.
+
+    Transformers writes this class when it saves a tokenizer trained from scratch. For some types of models, ``AutoTokenizer``
+    uses another class than the files name; LLaMA is not one of them.
+    """
+    tokenizer, model = folder / "tokenizer_config.json", folder / "config.json"
+    if not tokenizer.is_file():
+        return False
+    settings = json.loads(tokenizer.read_text(encoding="utf-8"))
+    model_type = json.loads(model.read_text(encoding="utf-8")).get("model_type") if model.is_file() else "llama"
+    return settings.get("tokenizer_class") == "TokenizersBackend" and "auto_map" not in settings and model_type == "llama"
