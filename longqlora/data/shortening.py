@@ -5,7 +5,6 @@ from bisect import bisect, bisect_left
 from dataclasses import replace
 from operator import itemgetter
 
-from longqlora.data.chat_template import tokenize_conversation
 from longqlora.data.instruction_schemas import Conversation
 
 SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’)\]]*(?:\s+|$)|\n\s*\n")
@@ -15,7 +14,7 @@ Span = tuple[int, int]  # (begin, end) in characters
 
 def count_tokens(tokenizer, conversation: Conversation) -> int:
     """Number of tokens of a conversation in the chat template."""
-    return len(tokenize_conversation(tokenizer, conversation.messages())[0])
+    return len(tokenizer.apply_chat_template(conversation.messages(), return_dict=True)["input_ids"])
 
 
 def sentence_boundaries(document: str) -> list[int]:
