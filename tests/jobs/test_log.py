@@ -42,3 +42,28 @@ def test_the_log_of_a_failed_job_ends_with_its_error_and_the_terminal_stays_free
     process = run(root, tmp_path / "job.log", statement)
     assert (process.returncode, process.stdout + process.stderr) == (1, "")
     assert (tmp_path / "job.log").read_text().endswith(f"ERROR error: {reason}\n")
+
+
+IMPORTS = """
+import gc, sys
+from longqlora.jobs.log import importing, job_log
+
+assert not gc.isenabled()
+with job_log(sys.argv[1]):
+    frozen = gc.get_freeze_count()
+    assert gc.isenabled() and frozen > 0
+    with importing():
+        assert not gc.isenabled()
+        import xml.dom.minidom
+    assert gc.isenabled() and gc.get_freeze_count() > frozen
+    try:
+        with importing():
+            import a_module_that_does_not_exist
+    except ModuleNotFoundError:
+        assert gc.isenabled()
+"""
+
+
+@pytest.mark.process
+def test_modules_are_imported_without_garbage_collection(root, tmp_path):
+    subprocess.run([sys.executable, "-c", IMPORTS, str(tmp_path / "job.log")], cwd=root, check=True)

@@ -7,14 +7,14 @@ Reads the base model, the adapter, its training card and the training data; writ
 import json
 from pathlib import Path
 
-from longqlora.jobs.log import job_log
+from longqlora.jobs.log import importing, job_log
 
 from longqlora.config.settings import MergeSettings
 from longqlora.jobs.gpus import reserve_gpus
 
 with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, 1):
-    # imports bitsandbytes, which starts CUDA: reserve GPUs first
-    from longqlora.publishing.merge_report import MergeFiles, merge_adapter
+    with importing():  # bitsandbytes too, which starts CUDA: reserve GPUs first
+        from longqlora.publishing.merge_report import MergeFiles, merge_adapter
 
     report = merge_adapter(
         files=MergeFiles(

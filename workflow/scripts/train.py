@@ -9,7 +9,7 @@ import json
 import shutil
 from pathlib import Path
 
-from longqlora.jobs.log import job_log
+from longqlora.jobs.log import importing, job_log
 
 from longqlora.config.settings import ProgressSettings, RopeExtension, TrainingSettings
 from longqlora.jobs.gpus import reserve_gpus
@@ -17,7 +17,8 @@ from longqlora.jobs.launch import launch
 
 settings = TrainingSettings(**snakemake.params.settings)
 with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, settings.num_processes):
-    from longqlora.training.train import TrainingFiles, train  # imports bitsandbytes, which starts CUDA: reserve GPUs first
+    with importing():  # bitsandbytes too, which starts CUDA: reserve GPUs first
+        from longqlora.training.train import TrainingFiles, train
 
     card = launch(
         train,
