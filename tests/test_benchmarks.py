@@ -36,6 +36,13 @@ def measuring(benchmark):
     return importlib.import_module("measuring")
 
 
+def test_every_script_finds_what_it_imports(root, benchmark):
+    names = [path.stem for path in (root / "benchmarks").glob("*.py")]
+    assert {"data", "gpu_check"} < set(names)
+    for name in names:
+        importlib.import_module(name)
+
+
 @pytest.mark.process
 def test_the_script_measures_every_case_and_writes_json_and_markdown(root, tmp_path):
     output = tmp_path / "results.json"

@@ -192,7 +192,7 @@ def rooms_behind(code: Code, name: str) -> set[str]:
     [
         (["sample_corpus", "sample_shard", "build_sft_set"], {"modeling", "training", "publishing", "evaluation", "reporting"}),
         (["tokenize_corpus", "tokenize_sft"], {"modeling", "training", "publishing", "evaluation", "reporting"}),
-        (["train"], {"publishing", "evaluation", "reporting"}),
+        (["train", "pretrain_model"], {"publishing", "evaluation", "reporting"}),
         (["merge_adapter", "publish_model"], {"training", "evaluation", "reporting"}),
         (["evaluate_perplexity", "evaluate_retrieval"], {"training", "publishing", "reporting"}),
         (["render_table", "plot_perplexity", "report_retrieval", "report_ablation"], {"modeling", "training", "publishing"}),
@@ -205,7 +205,8 @@ def test_an_edit_in_a_room_does_not_rerun_scripts_that_are_independent_of_it(cod
 
 def test_each_stage_depends_on_its_own_modules(code):
     for name, module in {
-        "train": "training/trainer", "merge_adapter": "publishing/merging", "publish_model": "publishing/model_card",
+        "pretrain_model": "training/pretraining", "train": "training/trainer",
+        "merge_adapter": "publishing/merging", "publish_model": "publishing/model_card",
         "evaluate_perplexity": "evaluation/perplexity", "evaluate_retrieval": "evaluation/retrieval_tasks",
         "render_table": "reporting/tables", "plot_loss": "reporting/loss_curves", "sample_corpus": "data/corpus",
         "tokenize_sft": "data/token_files",
