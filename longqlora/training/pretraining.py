@@ -155,7 +155,7 @@ def draw_windows(tokens: torch.Tensor, settings: PretrainingSettings, generator:
 def repeat_passage(window: torch.Tensor, generator: torch.Generator) -> None:
     """Copy a passage of a window, of random length and from a random place, to a random later place in it.
 
-    In every second window, the passage consists of random tokens, which nothing but copying can predict.
+    In every second window, its tokens are shuffled first, so that nothing but copying can predict the repetition.
 
     Args:
         window: ``[n]``, token ids, changed in place.
