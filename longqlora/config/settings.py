@@ -20,7 +20,7 @@ Method = Literal["qlora", "lora", "full"]
 TrainingData = Literal["corpus", "sft"]
 Optimizer = Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch"]
 ProtocolName = Literal["exact", "longqlora", "longlora"]
-RetrievalTask = Literal["passkey", "single_needle", "multi_key", "multi_value", "induction", "copy"]
+RetrievalTask = Literal["passkey", "single_needle", "multi_key", "multi_value", "induction"]
 DEFAULT_ROPE_SCALING: RopeScaling = "linear"  # Position Interpolation
 InstructionSchema = Literal[
     "natural_questions",
@@ -359,8 +359,8 @@ class RetrievalSection(Section):
 
     tasks: Annotated[list[RetrievalTask], Field(json_schema_extra={"uniqueItems": True}), DISTINCT] = Field(
         default=["passkey", "single_needle", "multi_key", "multi_value"],
-        description="Tasks: passkey and the needles hide numbers in a text and ask for them; induction repeats a passage and "
-        "copy repeats random tokens, for models of a few million parameters; an empty list measures no retrieval.",
+        description="Tasks: passkey and the needles hide numbers in a text and ask for them; induction repeats a passage, for "
+        "models of a few million parameters; an empty list measures no retrieval.",
     )
     lengths: EvalLengths | None = Field(
         default=None, description="Context lengths in tokens, out of evaluation.lengths; by default all of them."

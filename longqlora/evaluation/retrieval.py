@@ -1,7 +1,6 @@
 """Retrieval accuracy of a system at one context length, by task and by depth in the text."""
 
 import logging
-from collections.abc import Callable
 from functools import partial
 from itertools import product
 
@@ -18,7 +17,6 @@ from longqlora.evaluation.retrieval_tasks import (
     PASSAGE_TOKENS,
     UNSCORED_TOKENS,
     Prompt,
-    make_copies,
     make_prompts,
     make_repetitions,
     score_answer,
@@ -92,28 +90,6 @@ def score_repetitions(model, repetitions: list[list[list[int]]]) -> list[float]:
     return scores
 
 
-@torch.inference_mode()
-def score_copies(model, texts: list[list[int]]) -> list[float]:
-    """The share of its last tokens, a repeated passage, that a model predicts in each text.
-
-    Args:
-        model: a causal language model of transformers, in evaluation mode.
-        texts: see :func:`longqlora.evaluation.retrieval_tasks.make_copies`.
-    """
-    device, num_scored, scores = model.get_input_embeddings().weight.device, PASSAGE_TOKENS - UNSCORED_TOKENS, []
-    for batch in torch.tensor(texts, device=device).split(max(1, TOKENS_PER_BATCH // len(texts[0]))):
-        logits = model(batch[:, :-1], use_cache=False, logits_to_keep=num_scored).logits
-        scores += (logits.argmax(-1) == batch[:, -num_scored:]).double().mean(1).tolist()
-    return scores
-
-
-WORDLESS: dict[str, tuple[Callable, Callable]] = {
-    "induction": (make_repetitions, score_repetitions),
-    "copy": (make_copies, score_copies),
-}
-"""How the texts of a task are made and scored, for tasks whose answer is not words."""
-
-
 def evaluate_retrieval(
     *, model: EvaluatedModel, tokenizer: str, filler: str, length: int, settings: RetrievalSettings, device: Device
 ) -> dict:
@@ -140,7 +116,7 @@ def evaluate_retrieval(
     with memory_explained(*memory_advice(model, length)):
         loaded = load_evaluated_model(model, device, length)
         for (task, depth), asked in tqdm(questions.items(), unit="cell", disable=None):
-            scores = WORDLESS[task][1](loaded, asked) if task in WORDLESS else answer(loaded, own_tokenizer, *asked)
+            scores = score_repetitions(loaded, asked) if task == "induction" else answer(loaded, own_tokenizer, *asked)
             cells.append({"task": task, "depth": depth, "accuracy": sum(scores) / len(scores), "samples": len(scores)})
             log.info("%d tokens, %s at depth %g: %.0f %% found", length, task, depth, 100 * cells[-1]["accuracy"])
     return {
@@ -160,7 +136,7 @@ def draw_questions(settings: RetrievalSettings, length: int, filler: numpy.ndarr
     at once.
 
     Returns:
-        The texts of the tasks in :data:`WORDLESS`; for other tasks what
+        For ``induction`` the texts of :func:`longqlora.evaluation.retrieval_tasks.make_repetitions`, for other tasks what
         :func:`longqlora.evaluation.retrieval_tasks.make_prompts` returns.
 
     Raises:
@@ -168,6 +144,6 @@ def draw_questions(settings: RetrievalSettings, length: int, filler: numpy.ndarr
     """
     questions: dict = {}
     for task, depth in product(settings.tasks, settings.depths):
-        draw = WORDLESS[task][0] if task in WORDLESS else partial(make_prompts, task, tokenizer=tokenizer)
+        draw = make_repetitions if task == "induction" else partial(make_prompts, task, tokenizer=tokenizer)
         questions[task, depth] = draw(length=length, depth=depth, samples=settings.samples, filler=filler, seed=settings.seed)
     return questions

@@ -5,11 +5,8 @@
   number that belongs to a word; the same among numbers of other words; several numbers of one word.
 * ``induction`` (Olsson et al. 2022, arXiv 2209.11895): a passage occurs in the text and again at its end. The answer is correct
   if the repetition has a lower loss than with any of seven other passages in the place of the first occurrence; guessing is
-  right one time in eight.
-* ``copy`` (the repeated random tokens of Olsson et al.): a passage of random tokens occurs in the text and again at its end.
-  The score is the share of the repeated tokens that the model predicts; guessing finds none of them.
-
-The last two need neither language nor a written answer, so models of a few million parameters can solve them.
+  right one time in eight. The task needs neither language nor a written answer, so models of a million parameters can solve
+  it.
 
 All prompts are drawn from the seed, the surrounding text (filler) comes from an evaluation set of the experiment, and every
 prompt of a cell has the same number of tokens. A prompt is a list of token ids.
@@ -31,7 +28,7 @@ WORDS = (
     "fennel", "flint", "garnet", "glacier", "harbor", "hazel", "indigo", "ivory", "juniper", "lagoon", "lantern", "maple",
     "meadow", "nectar", "orchid", "pebble", "quartz", "raven", "saffron", "thistle", "tundra", "velvet", "willow",
 )  # fmt: skip
-PASSAGE_TOKENS = 28  # length of the repeated passage of induction and copy
+PASSAGE_TOKENS = 28  # length of the repeated passage of induction
 UNSCORED_TOKENS = 4  # first tokens of the repetition, from which a model recognizes the passage that follows
 NUM_CANDIDATES = 8  # passages of induction, one of which is repeated
 SLACK_TOKENS = 8  # tokens that an answer may have besides the numbers it is asked for
@@ -190,27 +187,6 @@ def make_repetitions(*, length: int, depth: float, samples: int, filler: "numpy.
         passages = [cut_filler(filler, PASSAGE_TOKENS, rng) for _ in range(NUM_CANDIDATES)]
         repetitions.append([insert_at_depths(around, [passage], [depth]) + passages[0] for passage in passages])
     return repetitions
-
-
-def make_copies(*, length: int, depth: float, samples: int, filler: "numpy.ndarray", seed: int) -> list[list[int]]:
-    """Texts of a copy cell: token ids, ``[samples, length]``. Each ends in the passage that it has at ``depth``: different
-    tokens, drawn from those that occur in the filler.
-
-    Args:
-        length, depth, samples, filler, seed: see :func:`make_prompts`.
-
-    Raises:
-        ValueError: if the length is too short, or the filler has too few different tokens.
-    """
-    rng, known = cell_rng(seed, "copy", length, depth), sorted(set(map(int, filler)))
-    num_filler = filler_length(length, 2 * PASSAGE_TOKENS, "copy")
-    if len(known) < PASSAGE_TOKENS:
-        raise ValueError(f"retrieval.filler: {len(known)} different tokens are too few for the task copy ({PASSAGE_TOKENS})")
-    texts = []
-    for _ in range(samples):
-        passage = rng.sample(known, PASSAGE_TOKENS)
-        texts.append(insert_at_depths(cut_filler(filler, num_filler, rng), [passage], [depth]) + passage)
-    return texts
 
 
 def score_answer(prompt: Prompt, text: str) -> float:

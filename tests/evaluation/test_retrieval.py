@@ -1,5 +1,4 @@
 import re
-from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -12,14 +11,7 @@ from longqlora.data.token_files import tokenize_documents
 from longqlora.evaluation import retrieval
 from longqlora.evaluation.evaluated_model import load_evaluated_model
 from longqlora.evaluation.retrieval import answer, evaluate_retrieval, score_repetitions
-from longqlora.evaluation.retrieval_tasks import (
-    NUM_CANDIDATES,
-    PASSAGE_TOKENS,
-    UNSCORED_TOKENS,
-    Prompt,
-    make_copies,
-    make_prompts,
-)
+from longqlora.evaluation.retrieval_tasks import NUM_CANDIDATES, PASSAGE_TOKENS, UNSCORED_TOKENS, Prompt, make_prompts
 from longqlora.evaluation.token_losses import NonFiniteLogits
 
 TASKS = ("passkey", "single_needle", "multi_key", "multi_value")
@@ -102,36 +94,6 @@ def test_an_untrained_model_finds_next_to_nothing(ask):
     record = ask(tasks=["passkey", "multi_value"], samples=4, length=500)
     assert record["accuracy"] < 0.1
     assert record["accuracy"] == ask(tasks=["passkey", "multi_value"], samples=4, length=500)["accuracy"]
-
-
-class Copier(torch.nn.Module):
-    """Predicts the token that followed an earlier occurrence of the last two tokens, with a share of its predictions wrong."""
-
-    def __init__(self, wrong: float):
-        super().__init__()
-        self.embeddings, self.wrong = torch.nn.Embedding(1, 1), wrong
-
-    def get_input_embeddings(self):
-        return self.embeddings
-
-    def forward(self, ids, use_cache, logits_to_keep):
-        logits = torch.zeros(*ids.shape, 512)
-        for row, text in enumerate(ids.tolist()):
-            for place in range(1, len(text)):
-                earlier = [end for end in range(1, place) if text[end - 1 : end + 1] == text[place - 1 : place + 1]]
-                logits[row, place, text[earlier[-1] + 1] if earlier else 0] = 1
-        num_wrong = round(self.wrong * logits_to_keep)
-        logits = logits[:, -logits_to_keep:]
-        logits[:, :num_wrong, 1] = 2  # a token that no passage has
-        return SimpleNamespace(logits=logits)
-
-
-@pytest.mark.parametrize(("wrong", "score"), [(0, 1), (0.25, 0.75), (1, 0)])
-def test_a_copy_scores_the_share_of_predicted_tokens(monkeypatch, wrong, score):
-    filler = numpy.random.default_rng(0).integers(3, 512, 5000)
-    texts = make_copies(length=100, depth=0.5, samples=5, filler=filler, seed=1)
-    monkeypatch.setattr(retrieval, "TOKENS_PER_BATCH", 200)
-    assert retrieval.score_copies(Copier(wrong), texts) == pytest.approx([score] * 5)
 
 
 def test_a_record_says_how_it_was_measured(ask, base):

@@ -14,7 +14,6 @@ from longqlora.evaluation.retrieval_tasks import (
     Prompt,
     cut_filler,
     insert_at_depths,
-    make_copies,
     make_prompts,
     make_repetitions,
     score_answer,
@@ -143,39 +142,6 @@ def test_an_induction_needs_room_for_the_passage_twice(repeat):
     assert len(repeat(length=2 * PASSAGE_TOKENS)[0][0]) == 2 * PASSAGE_TOKENS
     with pytest.raises(ValueError, match="55 tokens are too short for the task induction, which needs at least 56"):
         repeat(length=2 * PASSAGE_TOKENS - 1)
-
-
-@pytest.fixture
-def copies(filler):
-    def texts(**changes):
-        return make_copies(**{"length": 300, "depth": 0.3, "samples": 3, "filler": filler, "seed": 1, **changes})
-
-    return texts
-
-
-@pytest.mark.parametrize("depth", [0, 0.3, 1])
-def test_a_copy_repeats_different_known_tokens_from_the_depth_at_the_end(copies, filler, depth):
-    at = round(depth * (300 - 2 * PASSAGE_TOKENS))
-    for text in copies(depth=depth):
-        assert len(text) == 300
-        passage = text[-PASSAGE_TOKENS:]
-        assert text[at : at + PASSAGE_TOKENS] == passage
-        assert len(set(passage)) == PASSAGE_TOKENS
-        assert set(passage) <= set(filler.tolist())
-
-
-def test_the_same_arguments_draw_the_same_copies_and_others_others(copies):
-    assert copies() == copies()
-    assert copies() != copies(seed=2)
-    assert copies()[0][-PASSAGE_TOKENS:] != copies()[1][-PASSAGE_TOKENS:]
-    assert copies(samples=5)[:3] == copies()
-
-
-def test_a_copy_needs_room_and_enough_different_tokens(copies):
-    with pytest.raises(ValueError, match="55 tokens are too short for the task copy, which needs at least 56"):
-        copies(length=2 * PASSAGE_TOKENS - 1)
-    with pytest.raises(ValueError, match=r"^retrieval\.filler: 5 different tokens are too few for the task copy \(28\)"):
-        copies(filler=numpy.arange(100) % 5)
 
 
 @pytest.mark.parametrize("task", TASKS)
