@@ -96,14 +96,11 @@ class PretrainingSettings(Section):
     license: Text = Field(description="License of the texts, for the model card.")
     vocab_size: int = Field(ge=300, description="Number of tokens in the tokenizer's vocabulary.")
     context: int = Field(ge=32, description="Context length of the model in tokens, and the length of a training window.")
-    architecture: Architecture = Field(description="Shape of the model.")
-    repeated_share: float = Field(
-        default=0,
-        ge=0,
-        le=1,
-        description="Share of the windows in which a passage is repeated. A small model learns to copy from them what it has "
-        "read before; larger models learn that from texts alone.",
+    rope_theta: float = Field(
+        gt=1,
+        description="Base of the wavelengths of the rotary position embeddings; the longest is about 2π times this, in tokens.",
     )
+    architecture: Architecture = Field(description="Shape of the model.")
     steps: Count = Field(description="Number of optimizer steps.")
     tokens_per_step: int = Field(ge=32, description="Tokens of one optimizer step.")
     muon_learning_rate: float = Field(gt=0, description="Learning rate of the matrices inside the layers (Muon).")

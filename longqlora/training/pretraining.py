@@ -126,6 +126,7 @@ def make_model(tokenizer, settings: PretrainingSettings, seed: int) -> LlamaForC
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             max_position_embeddings=settings.context,
+            rope_parameters={"rope_type": "default", "rope_theta": settings.rope_theta},
             tie_word_embeddings=True,
             **settings.architecture.model_dump(),
         )
@@ -133,45 +134,19 @@ def make_model(tokenizer, settings: PretrainingSettings, seed: int) -> LlamaForC
 
 
 def draw_windows(tokens: torch.Tensor, settings: PretrainingSettings, generator: torch.Generator) -> torch.Tensor:
-    """The windows of one step, from random places of a stream; in some of them a passage is repeated.
+    """The windows of one step, from random places of a stream.
 
     Args:
         tokens: ``[num_tokens]``, the texts as one stream.
-        settings: length and number of the windows, and the share of those with a repeated passage.
+        settings: length and number of the windows.
         generator: of the random numbers.
 
     Returns:
         ``[b, n]``, token ids.
     """
     length = settings.context
-    starts = torch.randint(len(tokens) - length, (settings.tokens_per_step // length, 1), generator=generator)
-    windows = tokens[starts + torch.arange(length)]
-    repeated = torch.rand(len(windows), generator=generator) < settings.repeated_share
-    for number in repeated.nonzero().flatten().tolist():  # windows[repeated] would be a copy
-        repeat_passage(windows[number], generator)
-    return windows
-
-
-def repeat_passage(window: torch.Tensor, generator: torch.Generator) -> None:
-    """Copy a passage of a window, of random length and from a random place, to a random later place in it.
-
-    In every second window, its tokens are shuffled first, so that nothing but copying can predict the repetition.
-
-    Args:
-        window: ``[n]``, token ids, changed in place.
-        generator: of the random numbers.
-    """
-
-    def draw(low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (1,), generator=generator))
-
-    length = draw(8, len(window) // 3)
-    source = draw(0, len(window) - 2 * length)
-    target = draw(source + length, len(window) - length)
-    if draw(0, 1):
-        shuffled = torch.randperm(length, generator=generator)
-        window[source : source + length] = window[source : source + length][shuffled]
-    window[target : target + length] = window[source : source + length]
+    starts = torch.randint(len(tokens) - length + 1, (settings.tokens_per_step // length, 1), generator=generator)
+    return tokens[starts + torch.arange(length)]
 
 
 def pretrain(model: LlamaForCausalLM, tokens: torch.Tensor, settings: PretrainingSettings, seed: int) -> float:
@@ -247,10 +222,9 @@ def pretrained_card(folder: str, settings: PretrainingSettings, facts: dict) -> 
         "made by": f"`{facts['command']}`",
         "license": f"that of the texts: {settings.license}",
         "parameters": f"{facts['parameters']:,} ({shape}, vocabulary {settings.vocab_size})",
-        "context": f"{settings.context} tokens",
+        "context": f"{settings.context} tokens, rope_theta {settings.rope_theta:g}",
         "texts": f"{facts['tokens']:,} tokens, each seen {seen / facts['tokens']:.1f} times",
         "steps": f"{settings.steps:,} of {settings.tokens_per_step:,} tokens, seed {facts['seed']}",
-        "repeated passages": f"in {settings.repeated_share:.0%} of the windows",
         "learning rates": f"Muon {settings.muon_learning_rate:g}, AdamW {settings.adamw_learning_rate:g}",
         "training loss at the end": f"{facts['loss']:.3f} nats per token",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),

@@ -213,7 +213,6 @@ def test_shares_of_a_corpus_are_checked(demo, corpus, problem):
         ),
         ("pretraining", {"tokens_per_step": 64}, r"^pretraining\.tokens_per_step: 64 is less than a window, 128$"),
         ("pretraining", {"context": 16}, r"^pretraining\.context: 16 is below the minimum of 32 "),
-        ("pretraining", {"repeated_share": 1.5}, r"^pretraining\.repeated_share: 1\.5 is above the maximum of 1 "),
     ],
 )
 def test_a_pretraining_that_cannot_run_is_refused(demo_pretraining, section, values, message):
@@ -225,9 +224,9 @@ def test_a_pretraining_that_cannot_run_is_refused(demo_pretraining, section, val
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("hidden_size", 190, r"hidden_size: 190 is not a multiple of 2 \* num_attention_heads, 12$"),
-        ("hidden_size", 198, r"hidden_size: 198 is not a multiple of 2 \* num_attention_heads, 12$"),  # heads of odd width
-        ("num_key_value_heads", 4, r"num_attention_heads: 6 is not a multiple of num_key_value_heads, 4$"),
+        ("hidden_size", 126, r"hidden_size: 126 is not a multiple of 2 \* num_attention_heads, 8$"),
+        ("hidden_size", 132, r"hidden_size: 132 is not a multiple of 2 \* num_attention_heads, 8$"),  # heads of odd width
+        ("num_key_value_heads", 3, r"num_attention_heads: 4 is not a multiple of num_key_value_heads, 3$"),
     ],
 )
 def test_the_shape_of_a_new_model_is_checked(demo_pretraining, key, value, message):
@@ -239,9 +238,7 @@ def test_the_shape_of_a_new_model_is_checked(demo_pretraining, key, value, messa
 def test_a_pretraining_of_one_window_a_step_is_legal(demo_pretraining):
     demo_pretraining["pretraining"] |= {"tokens_per_step": 128}
     demo_pretraining["base_model"]["path"] += "/"
-    del demo_pretraining["pretraining"]["repeated_share"]
-    pretraining = load_experiment(demo_pretraining).pretraining
-    assert (pretraining.tokens_per_step, pretraining.repeated_share) == (128, 0)
+    assert load_experiment(demo_pretraining).pretraining.tokens_per_step == 128
 
 
 def test_wildcards_in_the_texts_of_a_pretraining_become_files_and_addresses_stay(tmp_path, demo_pretraining):

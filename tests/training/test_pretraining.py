@@ -20,7 +20,6 @@ from longqlora.training.pretraining import (
     optimizers_of,
     pretrain,
     pretrain_model,
-    repeat_passage,
 )
 
 SETTINGS = PretrainingSettings.model_validate(
@@ -29,6 +28,7 @@ SETTINGS = PretrainingSettings.model_validate(
         "license": "PSF-2.0",
         "vocab_size": 512,
         "context": 64,
+        "rope_theta": 500,
         "architecture": {
             "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -61,39 +61,6 @@ def test_windows_are_pieces_of_the_stream():
     assert len(set(windows[:, 0].tolist())) > 5  # places differ
     assert torch.equal(windows, draw_windows(stream, settings(), generator()))
     assert not torch.equal(windows, draw_windows(stream, settings(), generator(1)))
-
-
-@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_a_passage_is_repeated_in_the_share_of_the_windows(share):
-    """All tokens of the stream differ, so that a token which occurs twice in a window has been copied."""
-    stream = torch.arange(5000)
-    windows = draw_windows(stream, settings(repeated_share=share, tokens_per_step=64 * 2000), generator())
-    repeated = numpy.mean([len(set(window)) < 64 for window in windows.tolist()])
-    assert repeated == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 2000))
-    assert torch.equal(stream, torch.arange(5000))
-
-
-@pytest.mark.parametrize("length", [32, 128])  # 32 is the shortest context
-def test_the_passage_occurs_twice_at_places_that_do_not_overlap(length):
-    lengths, shuffled, draws, numbers = set(), 0, 400, generator()
-    for _ in range(draws):
-        window = torch.arange(length)
-        repeat_passage(window, numbers)
-        ids, counts = window.unique(return_counts=True)
-        passage = ids[counts == 2].tolist()
-        places = [place for place, token in enumerate(window.tolist()) if token in passage]
-        first, second = places[: len(passage)], places[len(passage) :]
-        source, target = first[0], second[0]
-        assert passage == first == list(range(source, source + len(passage)))
-        assert second == list(range(target, target + len(passage)))
-        assert target >= source + len(passage)
-        assert window[first].tolist() == window[second].tolist()
-        others = [place for place in range(length) if place not in places]
-        assert window[others].tolist() == others
-        lengths.add(len(passage))
-        shuffled += window[first].tolist() != passage
-    assert (min(lengths), max(lengths)) == (8, length // 3)
-    assert shuffled / draws == pytest.approx(1 / 2, abs=0.1)  # four standard deviations
 
 
 # --- optimizers ------------------------------------------------------------------------------------------------------------
@@ -184,7 +151,7 @@ def made(root):
 
     def make(output: Path, seed: int = 3) -> PretrainingSettings:
         paths = [str(root / f"tests/texts/{name}.txt") for name in ("demo", "readme")]
-        chosen = settings(paths=paths, vocab_size=400, steps=2, repeated_share=0.2)
+        chosen = settings(paths=paths, vocab_size=400, steps=2)
         pretrain_model(settings=chosen, seed=seed, command="snakemake made", output=str(output))
         return chosen
 
@@ -215,8 +182,8 @@ def test_the_card_names_every_file_with_its_digest_and_says_how_the_model_was_ma
     assert digests == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     assert {"model.safetensors", "config.json", "tokenizer.json", "readme.txt"} <= set(digests)
     for part in (
-        "| made by | `snakemake made` |", "hidden_size 32", "vocabulary 400", "| context | 64 tokens |",
-        "| steps | 2 of 512 tokens, seed 3 |", "in 20% of the windows", "Muon 0.02, AdamW 0.01", f"torch {torch.__version__}",
+        "| made by | `snakemake made` |", "hidden_size 32", "vocabulary 400", "| context | 64 tokens, rope_theta 500 |",
+        "| steps | 2 of 512 tokens, seed 3 |", "Muon 0.02, AdamW 0.01", f"torch {torch.__version__}",
         "license_name: psf-2.0",
     ):  # fmt: skip
         assert part in card
