@@ -27,10 +27,10 @@ from pydoc_data.topics import topics
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "encodings", "lib2to3"}
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-MAX_INSTRUCTIONS = 800  # of each kind
+MAX_INSTRUCTIONS = 1200  # of each kind
 SHARDS = 2  # files of the corpus, which are read at the same time
-EVALUATION_CHARACTERS = 80_000  # of each evaluation set
-MAX_EVALUATION_CHARACTERS = 20_000  # of one held-out text, so that an evaluation set has several texts, not one long module
+EVALUATION_CHARACTERS = 50_000  # of each evaluation set
+MAX_EVALUATION_CHARACTERS = 8_000  # of one held-out text, so that an evaluation set has several texts, not one long module
 
 
 @dataclass(frozen=True)
