@@ -58,7 +58,7 @@ def shrink(config: dict) -> dict:
             "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2,
         },
-        "repeated_share": 0.2,
+        "rope_theta": 500,
         "steps": 4,
         "tokens_per_step": 512,
         "muon_learning_rate": 0.02,
