@@ -29,7 +29,7 @@ DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 MAX_INSTRUCTIONS = 1200  # of each kind
 SHARDS = 2  # files of the corpus, which are read at the same time
-EVALUATION_CHARACTERS = 50_000  # of each evaluation set
+EVALUATION_CHARACTERS = 40_000  # of each evaluation set
 MAX_EVALUATION_CHARACTERS = 8_000  # of one held-out text, so that an evaluation set has several texts, not one long module
 
 

@@ -14,6 +14,7 @@ rule evaluate_perplexity:
         f"{RESULTS}/logs/evaluate_perplexity/{{system}}/{{length}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/evaluate_perplexity/{{system}}/{{length}}.tsv"
+    priority: -1  # trainings start first, because more jobs wait for them
     conda:
         "../../environment.yml"
     threads: 1 if GPUS else EXPERIMENT.evaluation.num_processes
@@ -47,6 +48,7 @@ rule evaluate_retrieval:
         f"{RESULTS}/logs/evaluate_retrieval/{{system}}/{{length}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/evaluate_retrieval/{{system}}/{{length}}.tsv"
+    priority: -1
     conda:
         "../../environment.yml"
     resources:
