@@ -12,6 +12,7 @@ from longqlora.reporting.notation import format_perplexity
 from longqlora.reporting.records import Labels, published_records, read_records
 
 CLIPPING_RATIO = 2  # values above this many times the best one may lie outside the panel
+SMALLEST_RANGE = 1.5  # height of a panel relative to its lowest value, at least: small differences should look small
 HEADROOM = 1.05  # height of a panel relative to the largest value that has to be inside
 INCHES_PER_LABEL = 3  # width of a legend entry
 MARKERS = "osD^vP*X"
@@ -43,8 +44,9 @@ def draw_panel(axes, cells: pandas.DataFrame, colors: dict[str, str], x: str = "
         draw_line(
             axes, rows[~inside | (~inside).shift(-1, fill_value=False)], x, **style, linestyle=":"
         )  # from the last inside
-    top = upper_limit(cells, x)
-    axes.set_ylim(cells["perplexity"].min() * 0.95, top)
+    lowest = cells["perplexity"].min()
+    top = max(upper_limit(cells, x), SMALLEST_RANGE * lowest)
+    axes.set_ylim(lowest * 0.95, top)
     write_clipped_values(axes, cells[cells["perplexity"] > top], colors, x, top, cells[x].min())
     use_log2_axis(axes, cells[x].unique())
     axes.set_title(cells["dataset_label"].iloc[0])
