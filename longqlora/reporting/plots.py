@@ -41,9 +41,8 @@ def draw_panel(axes, cells: pandas.DataFrame, colors: dict[str, str], x: str = "
         style = {"color": colors[str(label)], "marker": MARKERS[number % len(MARKERS)]}
         inside = rows.get("is_within_context", pandas.Series(dtype=object)).reindex(rows.index).ne(False)
         draw_line(axes, rows[inside], x, **style, label=label, linestyle="--" if str(label).endswith("(published)") else "-")
-        draw_line(
-            axes, rows[~inside | (~inside).shift(-1, fill_value=False)], x, **style, linestyle=":"
-        )  # from the last inside
+        beyond = ~inside | (~inside).shift(-1, fill_value=False)  # with the last point inside, where the dotted line begins
+        draw_line(axes, rows[beyond], x, **style, linestyle=":")
     lowest = cells["perplexity"].min()
     top = max(upper_limit(cells, x), SMALLEST_RANGE * lowest)
     axes.set_ylim(lowest * 0.95, top)
