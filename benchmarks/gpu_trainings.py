@@ -6,6 +6,7 @@ Each is a generator that yields parts of its line.
 
 import logging
 import os
+import re
 import signal
 import tempfile
 import traceback
@@ -68,9 +69,9 @@ class StepWatcher(logging.Handler):
         self.interrupt_after, self.times = interrupt_after, []
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.msg.startswith("step %d of %d"):
+        if step := re.match(r"step (\d+) of ", record.getMessage()):
             self.times.append(record.created)
-            if record.args[0] == self.interrupt_after:
+            if int(step[1]) == self.interrupt_after:
                 os.kill(os.getpid(), signal.SIGTERM)
 
 

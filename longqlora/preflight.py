@@ -89,6 +89,7 @@ def check_list(key: str, paths: list[str]) -> Iterator[str]:
         streams = [path for path in paths if path.endswith(".bin")]
         if streams and len(paths) > 1:
             yield f"{key}: {streams[0]} must be the only path of its evaluation set, found {len(paths)} paths"
+    if key.startswith(("evaluation.", "pretraining.")):
         for path in paths:
             if not is_local(path) and glob.has_magic(path):
                 yield f"{key}: {path}: wildcards in addresses are for the corpus and instructions; name each file"
@@ -96,7 +97,8 @@ def check_list(key: str, paths: list[str]) -> Iterator[str]:
 
 def not_made(experiment: Experiment, path: str) -> Iterator[str]:
     """Yield that no rule makes a path under results/, which is not there from an earlier run either."""
-    made = [f"{experiment.results}/{folder}/{name}" for folder in ("models", "weights") for name in experiment.systems]
+    trained = [name for name, system in experiment.systems.items() if system.training]
+    made = [f"{experiment.results}/{folder}/{name}" for folder in ("models", "weights") for name in trained]
     if experiment.pretraining:
         made.append(experiment.pretrained)
     if path not in made and not Path(path).exists():
@@ -184,7 +186,7 @@ def model_config(experiment: Experiment, path: str) -> dict | None:
         if made is None or path != experiment.pretrained:
             return None
         written = {"model_type": "llama", "max_position_embeddings": made.context, "vocab_size": made.vocab_size}
-        return written | made.architecture.model_dump()
+        return written | {"tie_word_embeddings": True} | made.architecture.model_dump()
     try:
         return read_config(Path(path))
     except (OSError, ValueError):  # told by model_problems

@@ -208,7 +208,7 @@ def test_a_folder_without_weights_or_with_a_broken_configuration_is_told(tmp_pat
     ("system", "message"),
     [
         ({"target_context": 64}, r"^systems\.x: demo/model: target_context 64 is below the model's own context of 128 tokens$"),
-        ({"target_context": 256, "training": {"rank": 200}}, r"^systems\.x: .*: rank 200 is above the model's width, .* 192$"),
+        ({"target_context": 256, "training": {"rank": 200}}, r"^systems\.x: .*: rank 200 is above the model's width, .* 128$"),
     ],
 )
 def test_a_system_that_the_base_cannot_become_is_told(demo, system, message):
@@ -220,7 +220,7 @@ def test_a_system_that_the_base_cannot_become_is_told(demo, system, message):
 def test_a_cell_of_an_ablation_is_checked_like_a_row(demo):
     demo["ablations"] = {"a": {"system": "longqlora", "grid": {"rank": [500]}}}
     with pytest.raises(
-        ConfigError, match=r"^systems\.longqlora\.rank-500: .*: rank 500 is above the model's width, hidden_size 192"
+        ConfigError, match=r"^systems\.longqlora\.rank-500: .*: rank 500 is above the model's width, hidden_size 128"
     ):
         check(demo)
 
@@ -243,12 +243,13 @@ def test_the_config_that_trains_the_base_of_the_demo_has_what_it_needs(demo_pret
     ("path", "message"),
     [
         ("nowhere.jsonl", r"^pretraining\.paths: no such file: nowhere\.jsonl$"),
+        ("hf://datasets/owner/name/*.jsonl", r"^pretraining\.paths: hf://.*: wildcards in addresses are for the corpus"),
         ("nowhere/*.jsonl", r"^pretraining\.paths: no file matches nowhere/\*\.jsonl$"),
-        ("demo/texts/prose.jsonl.xz", r"^pretraining\.paths: demo/texts/prose\.jsonl\.xz is listed, .* more than once$"),
+        ("demo/texts/corpus-0.jsonl.xz", r"^pretraining\.paths: demo/texts/corpus-0\.jsonl\.xz is listed, .* more than once$"),
     ],
 )
 def test_texts_to_train_from_scratch_on_are_checked_like_those_of_the_corpus(demo_pretraining, path, message):
-    demo_pretraining["pretraining"]["paths"] = ["demo/texts/prose.jsonl.xz", path]
+    demo_pretraining["pretraining"]["paths"] = ["demo/texts/corpus-0.jsonl.xz", path]
     with pytest.raises(ConfigError, match=message):
         check(demo_pretraining)
 

@@ -43,11 +43,22 @@ def check_pretraining(experiment: Experiment) -> Iterator[str]:
     pretraining = experiment.pretraining
     if pretraining is None:
         return
-    for key, path in (("path", experiment.base_model), ("tokenizer", experiment.tokenizer)):
-        if path != experiment.pretrained:
-            yield f"base_model.{key}: {path} is not {experiment.pretrained}, which the section pretraining makes"
-    if pretraining.tokens_per_step < pretraining.context:
-        yield f"pretraining.tokens_per_step: {pretraining.tokens_per_step} is less than a window, {pretraining.context}"
+    if experiment.base_model != experiment.pretrained:
+        yield (
+            f"base_model.path: {experiment.base_model} is not what the section pretraining makes; "
+            f"write {experiment.pretrained}, or remove the section"
+        )
+    elif experiment.tokenizer != experiment.pretrained:
+        yield f"base_model.tokenizer: {experiment.tokenizer} is not what the section pretraining makes; leave the key out"
+    if pretraining.tokens_per_step % pretraining.context:
+        yield (
+            f"pretraining.tokens_per_step: {pretraining.tokens_per_step} is not a multiple of pretraining.context, "
+            f"{pretraining.context}"
+        )
+    evaluated = {path: name for name, dataset in experiment.evaluation.datasets.items() for path in dataset.paths}
+    for path in pretraining.paths:
+        if path in evaluated:
+            yield f"pretraining.paths: {path} is also in evaluation.datasets.{evaluated[path]}, and would be trained on"
     shape = pretraining.architecture
     width, heads, key_value_heads = shape.hidden_size, shape.num_attention_heads, shape.num_key_value_heads
     if width % (2 * heads):  # rotary embeddings rotate pairs

@@ -12,6 +12,7 @@ from longqlora.config.settings import Configuration
 
 FORMER_KEYS = {
     "context_length": ("target_context", "it is called target_context now"),
+    "demo": ("pretraining", "the demo's model and texts are in the folder demo/; the section pretraining trains a model"),
     "checkpoints_kept": ("checkpoint_steps", "it is gone; the last two checkpoints are kept"),
 }
 """Keys of earlier versions: a key of the section that they were in, and what became of them."""
@@ -80,7 +81,9 @@ def no_value(place: tuple) -> str:
     name = str(place[-1])
     if ":" in name:
         return f"{dotted(place)}: has no value; a space is missing after the colon in {name!r}"
-    advice = "write {} for the defaults" if fields_of(type_at(place)) else "write one"
+    fields = fields_of(type_at(place)).values()
+    has_defaults = fields and not any(field.is_required() for field in fields)
+    advice = "write {} for the defaults" if has_defaults else "write one"
     return f"{dotted(place)}: has no value; {advice}, or leave the key out"
 
 

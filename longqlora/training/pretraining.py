@@ -204,7 +204,8 @@ def pretrain_model(*, settings: PretrainingSettings, seed: int, command: str, ou
     loss = pretrain(model, torch.from_numpy(stream), settings, seed)
     model.bfloat16().save_pretrained(output)
     tokenizer.save_pretrained(output)
-    facts = {"command": command, "seed": seed, "parameters": model.num_parameters(), "tokens": len(stream), "loss": loss}
+    facts = {"command": command, "seed": seed, "vocabulary": len(tokenizer), "tokens": len(stream), "loss": loss}
+    facts["parameters"] = model.num_parameters()
     Path(output, "README.md").write_text(pretrained_card(output, settings, facts))
 
 
@@ -214,14 +215,14 @@ def pretrained_card(folder: str, settings: PretrainingSettings, facts: dict) -> 
     Args:
         folder: of the model, with weights and tokenizer.
         settings: see :func:`pretrain_model`.
-        facts: command, seed, parameters, tokens (of the texts), loss (at the end, in nats).
+        facts: command, seed, parameters, vocabulary, tokens (of the texts), loss (at the end, in nats).
     """
     shape = ", ".join(f"{name} {value}" for name, value in settings.architecture.model_dump().items())
     seen = settings.steps * settings.tokens_per_step
     rows = {
         "made by": f"`{facts['command']}`",
         "license": f"that of the texts: {settings.license}",
-        "parameters": f"{facts['parameters']:,} ({shape}, vocabulary {settings.vocab_size})",
+        "parameters": f"{facts['parameters']:,} ({shape}, vocabulary {facts['vocabulary']})",
         "context": f"{settings.context} tokens, rope_theta {settings.rope_theta:g}",
         "texts": f"{facts['tokens']:,} tokens, each seen {seen / facts['tokens']:.1f} times",
         "steps": f"{settings.steps:,} of {settings.tokens_per_step:,} tokens, seed {facts['seed']}",

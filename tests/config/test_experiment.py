@@ -31,8 +31,8 @@ def test_the_papers_run_has_the_published_hyper_parameters(root):
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
-        ("evaluation", {"stride": 128}, r"^evaluation\.stride: 128 exceeds the shortest of evaluation\.lengths, 64$"),
-        ("evaluation", {"protocol": "longlora"}, r"^evaluation\.stride: 256 exceeds the shortest of evaluation\.lengths, 64$"),
+        ("evaluation", {"stride": 200}, r"^evaluation\.stride: 200 exceeds the shortest of evaluation\.lengths, 128$"),
+        ("evaluation", {"protocol": "longlora"}, r"^evaluation\.stride: 256 exceeds the shortest of evaluation\.lengths, 128$"),
         (
             "evaluation",
             {"protocol": "longqlora", "stride": 64},
@@ -97,7 +97,7 @@ def test_the_papers_run_has_the_published_hyper_parameters(root):
             {"datasets": {name: {"label": "x", "paths": ["results/x"]} for name in "ab"}},
             r"every label must be .*'x'",
         ),
-        ("training", {"epochs": 2.0}, r"^training: has both steps \(50\) and epochs \(2\); keep one of them$"),
+        ("training", {"epochs": 2.0}, r"^training: has both steps \(40\) and epochs \(2\); keep one of them$"),
         ("training", {"pack_records": True}, r"training\.pack_records: works only with data: sft, found data: corpus"),
         (
             "systems",
@@ -111,7 +111,7 @@ def test_the_papers_run_has_the_published_hyper_parameters(root):
             {"max_tokens": 512},
             r"^systems\.chat\.training\.pack_records: sft\.max_tokens is 512, more than the window of 256",
         ),
-        ("retrieval", {"lengths": [64, 100]}, r"^retrieval\.lengths: 100 is not in evaluation\.lengths \(64, 128, 256, 512\)$"),
+        ("retrieval", {"lengths": [128, 100]}, r"^retrieval\.lengths: 100 is not in evaluation\.lengths \(128, 256, 512\)$"),
         ("retrieval", {"filler": "poems"}, r"^retrieval\.filler: 'poems' is not a name of .* \(legal: prose, code\)$"),
         ("corpus", {"min_tokens": 5000}, r"^corpus\.min_tokens: 5000 exceeds corpus\.max_tokens, 1024$"),
         ("sft", {"held_out": 1213}, r"^sft\.held_out: 1213 of sft\.num_records 1213 leaves nothing to train on$"),
@@ -204,14 +204,19 @@ def test_shares_of_a_corpus_are_checked(demo, corpus, problem):
         (
             "base_model",
             {"path": "demo/model"},
-            r"^base_model\.path: demo/model is not results/demo-pretraining/pretrained, which the section pretraining makes",
+            r"^base_model\.path: demo/model is not what the section pretraining makes; write results/demo-pretraining/pretra",
         ),
         (
             "base_model",
             {"tokenizer": "demo/model"},
-            r"^base_model\.tokenizer: demo/model is not results/demo-pretraining/pretrained, which",
+            r"^base_model\.tokenizer: demo/model is not what the section pretraining makes; leave the key out$",
         ),
-        ("pretraining", {"tokens_per_step": 64}, r"^pretraining\.tokens_per_step: 64 is less than a window, 128$"),
+        ("pretraining", {"tokens_per_step": 200}, r"^pretraining\.tokens_per_step: 200 is not a multiple of .*context, 128$"),
+        (
+            "pretraining",
+            {"paths": ["demo/texts/prose.jsonl.xz"]},
+            r"^pretraining\.paths: demo/texts/prose\.jsonl\.xz is also in evaluation\.datasets\.prose, and would be trained",
+        ),
         ("pretraining", {"context": 16}, r"^pretraining\.context: 16 is below the minimum of 32 "),
     ],
 )
