@@ -69,6 +69,7 @@ def shrink(config: dict) -> dict:
     config["training"].update(steps=2, rank=4, logging_steps=1)
     config["systems"] = {name: config["systems"][name] for name in ("base", "longqlora", "longlora-full", "chat")}
     config["systems"]["chat"].update(target_context=1024, table_row=False)
+    config["systems"]["chat"]["training"].update(steps=2)
     config["training"].update(batch_size=2)
     config["evaluation"]["lengths"] = [64, 256]
     config["retrieval"] = {"tasks": ["induction"], "depths": [0, 1], "samples": 2}
