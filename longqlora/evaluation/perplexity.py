@@ -168,6 +168,7 @@ def evaluate_perplexity(
     for path in tokens.values():
         check_vocabulary(path, vocab_size)
     measurement = describe_measurement(model, protocol)
+    scored = {dataset: make_windows(read_description(path)["document_ends"], protocol) for dataset, path in tokens.items()}
     if not measurement["is_within_context"]:
         message = "%s: %d tokens are beyond the model's context of %d tokens, and its positions are not scaled"
         log.warning(message, system, protocol.window, measurement["model_context"])
@@ -176,23 +177,24 @@ def evaluate_perplexity(
         loaded = load_evaluated_model(model, device, protocol.window)
         for dataset, path in tokens.items():
             try:
-                results[dataset] = measurement | score_set(loaded, path, protocol, windows[dataset])
+                results[dataset] = measurement | score_set(loaded, path, scored[dataset], protocol, windows[dataset])
             except NonFiniteLogits as error:
                 raise NonFiniteLogits(f"{system} on {dataset} at {protocol.window} tokens: {error}") from None
     return results
 
 
-def score_set(model, path: str, protocol: Protocol, windows_path: str) -> dict:
+def score_set(model, path: str, windows: list[Window], protocol: Protocol, windows_path: str) -> dict:
     """Score one evaluation set with a loaded model; see :func:`evaluate_perplexity`.
 
     Args:
         model: a causal language model of transformers, in evaluation mode.
         path: token stream with its description.
+        windows: of the stream.
         protocol: how perplexity is measured.
         windows_path: Parquet file to write.
     """
     description = read_description(path)
-    by_window, by_position = score_windows(model, read_tokens(path), make_windows(description["document_ends"], protocol))
+    by_window, by_position = score_windows(model, read_tokens(path), windows)
     if os.environ.get("RANK", "0") == "0":
         by_window.to_parquet(windows_path, index=False)
     return {

@@ -271,6 +271,12 @@ def test_two_processes_give_what_one_gives_bit_for_bit(model_folder, tmp_path, m
     assert records[0] == records[1]  # loss_by_position and all
 
 
+def test_a_set_with_nothing_to_score_is_told_before_a_model_is_loaded(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(perplexity, "load_evaluated_model", lambda *given: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match="nothing to score"):
+        evaluate(model_folder, write_stream(tmp_path / "t.bin", [2]), tmp_path / "w.parquet", window=64, protocol="longlora")
+
+
 def test_each_set_gets_what_it_gets_alone(model_folder, tmp_path):
     streams = {
         name: write_stream(tmp_path / f"{name}.bin", sizes, seed)
