@@ -260,7 +260,22 @@ def test_a_model_that_is_going_to_be_made_is_checked_by_what_it_will_be(demo_pre
         check(demo_pretraining)
 
 
+def test_a_model_that_is_going_to_be_made_shares_the_weight_of_its_output_layer(demo, demo_pretraining):
+    demo_pretraining["corpus"] = demo["corpus"]
+    demo_pretraining["systems"]["x"] = {"target_context": 256, "training": {"steps": 1, "modules_to_save": ["lm_head"]}}
+    with pytest.raises(ConfigError, match=r"^systems\.x: .*'lm_head' shares its weight with 'embed_tokens'"):
+        check(demo_pretraining)
+
+
 def test_only_an_experiment_that_makes_a_base_may_name_it(demo, elsewhere):
     demo["base_model"]["path"] = "results/demo/pretrained"
     with pytest.raises(ConfigError, match=r"^base_model\.path: no rule makes results/demo/pretrained"):
+        check(demo)
+
+
+def test_advice_names_no_model_that_no_rule_makes(demo, elsewhere):
+    demo["base_model"]["path"] = "results/demo/weights/bas"  # the base is not trained, and has no weights of its own
+    with pytest.raises(
+        ConfigError, match=r"no rule makes results/demo/weights/bas(; did you mean results/demo/weights/chat\?)?$"
+    ):
         check(demo)

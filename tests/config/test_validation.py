@@ -49,6 +49,8 @@ def change(config: dict, key: str, value: object) -> dict:
         ("training.target_modules", "all", r"^training\.target_modules: 'all' is not legal \(.*all-linear.*a list of names\)"),
         ("training.data", "txt", r"^training\.data: 'txt' is not one of 'corpus', 'sft'$"),
         ("systems.longqlora.training", None, r"longqlora\.training: has no value; write {} for the defaults, or leave"),
+        ("sft", None, r"^sft: has no value; write one, or leave the key out$"),  # {} would lack keys
+        ("demo", {"vocab_size": 2048}, r"unknown key 'demo': the demo's model and texts are in the folder demo/; the section"),
         ("systems.x", {"label": 8}, r"^systems\.x\.label: 8 is a number, expected text; put it into quotes"),
         ("systems.x", {"label": False}, r"^systems\.x\.label: False .*; YAML reads yes, no, on and off as true and"),
         ("systems.longqlora", {"rank": 4}, r"unknown key 'rank'; it is a key of training: write systems\.longqlora\.train"),
