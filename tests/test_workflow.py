@@ -251,7 +251,7 @@ def test_the_terminal_counts_the_jobs_and_names_what_to_look_at(project):
 def test_the_log_of_snakemake_has_the_files_and_the_reason_of_each_job(project):
     log = "".join(path.read_text() for path in (project / ".snakemake/log").iterdir())
     assert "rule merge_adapter:\n    input: results/demo/adapters/longqlora" in log
-    assert "reason: Missing output files: results/demo/weights/longqlora" in log
+    assert re.search(r"reason: Missing output files: .*results/demo/weights/longqlora", log)  # files in no fixed order
     assert "steps (100%) done" in log
 
 
