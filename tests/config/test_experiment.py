@@ -17,6 +17,11 @@ def test_shipped_configs_are_valid(root, name):
     assert load_experiment(yaml.safe_load((root / f"config/{name}.yaml").read_text())).systems
 
 
+def test_the_mixture_tolerates_the_empty_questions_of_evol_instruct(root):
+    experiment = load_experiment(yaml.safe_load((root / "config/vicuna-13b-8k-mixture.yaml").read_text()))
+    assert 240 / 143_000 < experiment.max_malformed_share < 0.01
+
+
 def test_the_papers_run_has_the_published_hyper_parameters(root):
     for name, learning_rate, length in [("llama2-7b-8k", 2e-4, {"steps": 1000}), ("vicuna-13b-8k", 1e-4, {"epochs": 1})]:
         experiment = load_experiment(yaml.safe_load((root / f"config/{name}.yaml").read_text()))
