@@ -80,7 +80,7 @@ def test_records_are_of_the_schemas_that_they_imitate():
         assert records, schema
         for record in records:
             conversation = SCHEMAS[schema](record)
-            assert (conversation.document is None) == (schema == "alpaca")
+            assert (not conversation.documents) == (schema == "alpaca")
     (question,) = make_texts.long_questions(MODULE)
     assert question["output"] == "scaled"
 

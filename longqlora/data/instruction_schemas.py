@@ -16,23 +16,28 @@ SCHEMA_ERRORS = (KeyError, TypeError, IndexError, AttributeError, ValueError)  #
 SHOWN_CHARACTERS = 400  # of a record in an error message
 
 HTML_TAG = re.compile(r"\s*(?:<[^<>\s]+>\s*)+")  # a tag of Natural Questions has no blanks, so "1 < 2 and 3 > 2" has none
-LONG_ALPACA = re.compile(r"([^\n]*?\s*The \w+ begins\.\s*|[^\n]*\n)(.*?)(\s*Now the \w+ ends\..*)", re.DOTALL)
+LONG_ALPACA = re.compile(r"(?:[^\n]*?\s*The \w+ begins\.\s*|[^\n]*\n)(.*?)\s*Now the \w+ ends\.", re.DOTALL)
+LONG_ALPACA_PAIR = re.compile(
+    r"[^\n]*?\s*The first \w+ begins\.\s*(.*?)\s*(?:Now the first \w+ ends\.(?:\s*The second \w+ begins\.)?|"
+    r"The second \w+ begins\.)\s*(.*?)\s*Now the second \w+ ends\.",
+    re.DOTALL,
+)
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Questions and answers, and the document that they are about, which may be shortened.
+    """Questions and answers, and the documents that they are about, which may be shortened.
 
     Attributes:
         turns: (question, answer) pairs.
-        document: (begin, end) of the document inside the first question, in characters; None: there is no document.
-        evidence: passage of the document that the answer is based on; it is kept when the document is shortened.
+        documents: (begin, end) of each document inside the first question, in characters and in order.
+        evidence: passage of a document that the answer is based on; it is kept when the document is shortened.
         system: system message; empty: the chat template's default.
     """
 
     turns: Turns
-    document: tuple[int, int] | None = None
+    documents: tuple[tuple[int, int], ...] = ()
     evidence: str = ""
     system: str = ""
 
@@ -61,7 +66,7 @@ def schema(convert: Schema) -> Schema:
 def about_document(document: str, turns: Turns, evidence: str = "") -> Conversation:
     """Conversation about a document, which is put before the first question."""
     (question, answer), *others = turns
-    return Conversation([(f"{document}\n\n{question}", answer), *others], (0, len(document)), evidence)
+    return Conversation([(f"{document}\n\n{question}", answer), *others], ((0, len(document)),), evidence)
 
 
 @schema
@@ -156,9 +161,10 @@ def booksum(record: dict) -> Conversation:
 @schema
 def long_alpaca(record: dict) -> Conversation:
     """instruction, output: LongAlpaca. The document is the part of the instruction between "The … begins." and "Now the …
-    ends."."""
-    instruction, parts = record["instruction"], LONG_ALPACA.fullmatch(record["instruction"])
-    return Conversation([(instruction, record["output"])], parts.span(2) if parts else None)
+    ends."; there may be two: "The first … begins.", "Now the second … ends."."""
+    question = record["instruction"]
+    found = LONG_ALPACA_PAIR.match(question) or LONG_ALPACA.match(question)
+    return Conversation([(question, record["output"])], found.regs[1:] if found else ())
 
 
 @schema

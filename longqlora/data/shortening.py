@@ -1,9 +1,10 @@
-"""Shortening of conversations that are too long: the document is cut at sentences, question and answer are kept whole."""
+"""Shortening of conversations that are too long: their documents are cut at sentences, question and answer are kept whole."""
 
 import re
 from bisect import bisect, bisect_left
 from dataclasses import replace
 from operator import itemgetter
+from typing import NamedTuple
 
 from longqlora.data.instruction_schemas import Conversation
 
@@ -53,37 +54,65 @@ def token_window(offsets: list[Span], num_tokens: int, evidence: Span) -> Span:
     return offsets[first][0], offsets[first + num_tokens - 1][1]
 
 
-def shorten(conversation: Conversation, tokenizer, max_tokens: int) -> tuple[Conversation, int] | None:
-    """Cut the document of a conversation, at sentences, so that the conversation has at most ``max_tokens`` tokens.
+class Document(NamedTuple):
+    """A document that can be cut: its text, the positions between its sentences, the characters of each token, and the
+    characters to keep."""
 
-    The beginning of the document is kept. If this would lose the evidence of the answer, a part around the evidence is kept.
+    text: str
+    boundaries: list[int]
+    offsets: list[Span]
+    evidence: Span
+
+
+def find_document(text: str, tokenizer, evidence: str) -> Document:
+    """A document with its sentences, its tokens, and the sentences that contain the evidence."""
+    boundaries = sentence_boundaries(text)
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    return Document(text, boundaries, offsets, evidence_sentences(text, evidence, boundaries))
+
+
+def cut(document: Document, num_tokens: int) -> str:
+    """The sentences of a document that have at most ``num_tokens`` tokens; empty if none would be left, or not the evidence."""
+    if num_tokens <= 0:
+        return ""
+    window = token_window(document.offsets, num_tokens, document.evidence)
+    first, last = sentences_within(document.boundaries, window)
+    has_evidence = first <= document.evidence[0] <= document.evidence[1] <= last
+    return document.text[first:last].strip() if has_evidence else ""
+
+
+def put_in(question: str, spans: tuple[Span, ...], texts: list[str]) -> str:
+    """A question with other texts in place of the spans."""
+    ends = [0, *(end for _, end in spans)]
+    before = [question[end:begin] for end, (begin, _) in zip(ends, spans, strict=False)]
+    return "".join(part for pair in zip(before, texts, strict=True) for part in pair) + question[ends[-1] :]
+
+
+def shorten(conversation: Conversation, tokenizer, max_tokens: int) -> tuple[Conversation, int] | None:
+    """Cut the documents of a conversation, at sentences, so that the conversation has at most ``max_tokens`` tokens.
+
+    The beginning of a document is kept. If this would lose the evidence of the answer, a part around the evidence is kept. Of
+    several documents, each keeps the same share of its tokens.
 
     Returns:
-        The conversation and its number of tokens; None if it does not fit: it has no document, or nothing of the document with
+        The conversation and its number of tokens; None if it does not fit: it has no document, or nothing of a document with
         the evidence would be left.
     """
     num_tokens = count_tokens(tokenizer, conversation)
     if num_tokens <= max_tokens:
         return conversation, num_tokens
-    if conversation.document is None:
+    if not conversation.documents:
         return None
     (question, answer), *others = conversation.turns
-    begin, end = conversation.document
-    document = question[begin:end]
-    boundaries = sentence_boundaries(document)
-    evidence = evidence_sentences(document, conversation.evidence, boundaries)
-    offsets = tokenizer(document, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    kept_tokens = len(offsets)
+    documents = [find_document(question[begin:end], tokenizer, conversation.evidence) for begin, end in conversation.documents]
+    kept_tokens = all_tokens = sum(len(document.offsets) for document in documents)
     shortened = conversation
     while num_tokens > max_tokens:
         kept_tokens -= num_tokens - max_tokens
-        if kept_tokens <= 0:
+        kept = [cut(document, kept_tokens * len(document.offsets) // max(1, all_tokens)) for document in documents]
+        if not all(kept):
             return None
-        first, last = sentences_within(boundaries, token_window(offsets, kept_tokens, evidence))
-        kept = document[first:last].strip()
-        if not kept or not first <= evidence[0] <= evidence[1] <= last:
-            return None
-        turns = [(question[:begin] + kept + question[end:], answer), *others]
-        shortened = replace(conversation, turns=turns, document=None)
+        turns = [(put_in(question, conversation.documents, kept), answer), *others]
+        shortened = replace(conversation, turns=turns, documents=())
         num_tokens = count_tokens(tokenizer, shortened)
     return shortened, num_tokens

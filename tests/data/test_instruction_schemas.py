@@ -113,9 +113,9 @@ def test_question_document_and_answer_survive(tmp_path, schema):
     assert conversation.evidence == evidence
     assert conversation.system == ""
     if document is None:
-        assert conversation.document is None
+        assert conversation.documents == ()
     else:
-        begin, end = conversation.document
+        ((begin, end),) = conversation.documents
         assert question[begin:end] == document
         assert evidence in document
         assert (begin, question[end : end + 2]) == (0, "\n\n")
@@ -127,10 +127,31 @@ def test_a_long_alpaca_instruction_is_kept_as_it_is_and_the_paper_in_it_found(tm
     record = RECORDS["long_alpaca"]
     (conversation,) = read_conversations(write_lines(tmp_path / "x.jsonl", record), "long_alpaca")
     assert conversation.turns == [(record["instruction"], "Attention.")]
-    begin, end = conversation.document
+    ((begin, end),) = conversation.documents
     assert record["instruction"][begin:end] == "We attend. It works."
     short = SCHEMAS["long_alpaca"]({"instruction": "What is attention?", "output": "A mean."})
     assert short == Conversation([("What is attention?", "A mean.")])
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        " \n Now the first paper ends. \n The second paper begins. \n ",
+        " Now the first paper ends. The second paper begins. ",
+        " Now the first paper ends. ",
+        "\nThe second paper begins.\n",
+    ],
+)
+def test_both_papers_of_a_long_alpaca_instruction_are_found(between):
+    begin, end = (
+        "There are two papers. Memorize them.\n The first paper begins. \n ",
+        " Now the second paper ends.Compare them.",
+    )
+    papers = ["We attend.\nThe proof begins. Now the proof ends.", "We do not.\n\nIt works."]
+    question = begin + papers[0] + between + papers[1] + end
+    conversation = SCHEMAS["long_alpaca"]({"instruction": question, "input": "", "output": "They differ."})
+    assert [question[first:last] for first, last in conversation.documents] == papers
+    assert conversation.turns == [(question, "They differ.")]
 
 
 def test_messages_alternate_after_the_system_message():

@@ -124,7 +124,32 @@ def test_where_nothing_fits_there_is_no_record_and_never_a_cut_answer(chat):
 def test_text_before_and_after_the_document_in_a_question_is_kept(chat):
     question = "Below is a paper. One here. Two here. Three here. Now the paper ends. What is it?"
     begin, end = question.index("One"), question.index(" Now")
-    conversation = Conversation([(question, ANSWER)], (begin, end), system="Be brief.")
+    conversation = Conversation([(question, ANSWER)], ((begin, end),), system="Be brief.")
     used, _ = shorten(conversation, chat, count_tokens(chat, conversation) - 1)
     assert used.turns == [("Below is a paper. One here. Two here. Now the paper ends. What is it?", ANSWER)]
     assert used.messages()[0] == {"role": "system", "content": "Be brief."}
+
+
+def test_two_documents_keep_the_same_share(chat):
+    first = [f"This is the sentence of number {number}. " for number in range(60)]
+    second = [f"That is a sentence of number {number}. " for number in range(20)]
+    texts = ["".join(first).strip(), "".join(second).strip()]
+    question = f"The first begins. {texts[0]} The second begins. {texts[1]} Compare them."
+    spans = tuple((question.index(text), question.index(text) + len(text)) for text in texts)
+    conversation = Conversation([(question, ANSWER)], spans)
+    most = count_tokens(chat, conversation)
+    for share in (0.9, 0.5, 0.25):
+        used, num_tokens = shorten(conversation, chat, round(share * most))
+        assert share * most * 0.8 < num_tokens == count_tokens(chat, used) <= share * most
+        ((shortened, answer),) = used.turns
+        begin, _, rest = shortened.partition("The first begins. ")
+        kept_first, _, rest = rest.partition(" The second begins. ")
+        kept_second, end, rest = rest.partition(" Compare them.")
+        assert (begin, end, rest, answer) == ("", " Compare them.", "", ANSWER)
+        numbers = [sentence_spans(sentences)[kept] for sentences, kept in ((first, kept_first), (second, kept_second))]
+        assert [begin for begin, _ in numbers] == [0, 0]
+        assert abs(numbers[0][1] / 60 - numbers[1][1] / 20) < 0.1
+    assert shorten(conversation, chat, count_tokens(chat, Conversation([(question[spans[1][1] :], ANSWER)]))) is None
+    used, _ = shorten(replace(conversation, evidence="a sentence of number 19"), chat, most // 2)
+    assert "a sentence of number 19" in used.turns[0][0]
+    assert "the sentence of number 0." in used.turns[0][0]
