@@ -1,5 +1,7 @@
 """Vicuna's prompt format as a chat template, and conversations as token ids with labels for the answers only."""
 
+from itertools import groupby
+
 from longqlora.data.token_files import IGNORED
 
 VICUNA_SYSTEM = (
@@ -28,17 +30,42 @@ def with_chat_template(tokenizer):
     return tokenizer
 
 
-def tokenize_conversation(tokenizer, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+def mask_of_learned(mask: list[int], answers: list[bool]) -> list[int]:
+    """The mask of the answers that are learned.
+
+    Args:
+        mask: 1 for each token in an answer, 0 for each token between answers.
+        answers: whether each answer is learned.
+
+    Raises:
+        ValueError: if the mask has another number of answers.
+    """
+    runs = [(in_answer, len(list(tokens))) for in_answer, tokens in groupby(mask)]
+    marked = sum(in_answer for in_answer, _ in runs)
+    if marked != len(answers):
+        raise ValueError(
+            f"the chat template marks {marked} answers of {len(answers)}, so that none can be left out of the loss"
+        )
+    result, learned = [], iter(answers)
+    for in_answer, size in runs:
+        result += [int(in_answer and next(learned))] * size
+    return result
+
+
+def tokenize_conversation(tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
     """Encode a conversation with the chat template.
 
     Args:
         tokenizer: of transformers, see :func:`with_chat_template`.
-        messages: role (system, user, assistant) and content of each.
+        messages: role (system, user, assistant) and content of each; ``learned: False`` in an answer that is only context.
 
     Returns:
-        Token ids and labels, of equal length. The labels are the ids in the answers, with the end-of-text token of each, and
-        -100 elsewhere.
+        Token ids and labels, of equal length. The labels are the ids in the answers that are learned, with the end-of-text
+        token of each, and -100 elsewhere.
     """
+    answers = [message.get("learned") is not False for message in messages if message["role"] == "assistant"]
     encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     ids, mask = encoded["input_ids"], encoded["assistant_masks"]
+    if not all(answers):
+        mask = mask_of_learned(mask, answers)
     return ids, [token if is_answer else IGNORED for token, is_answer in zip(ids, mask, strict=True)]

@@ -6,8 +6,12 @@ write the function with the decorator :func:`schema`, and add its name to ``Inst
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import attrgetter
+from typing import Any, NamedTuple, TypeVar
 
 from longqlora.data.readers import Malformed, OnMalformed, raise_malformed, read_records
 
@@ -22,7 +26,13 @@ LONG_ALPACA_PAIR = re.compile(
     r"The second \w+ begins\.)\s*(.*?)\s*Now the second \w+ ends\.",
     re.DOTALL,
 )
-SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+SPEAKERS = {  # what a tool returns is read like a question; a call of a tool is an answer
+    "user": ("user", "human", "prompter", "tool", "observation", "function", "tool_response", "function_response", "ipython"),
+    "assistant": ("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot", "function_call", "tool_call"),
+    "system": ("system", "developer"),
+}
+ROLES = {name: role for role, names in SPEAKERS.items() for name in names}
+EMPTY: tuple = (None, "", [], {}, "[]", "{}")  # values of a field that says nothing
 
 
 @dataclass(frozen=True)
@@ -34,30 +44,151 @@ class Conversation:
         documents: (begin, end) of each document inside the first question, in characters and in order.
         evidence: passage of a document that the answer is based on; it is kept when the document is shortened.
         system: system message; empty: the chat template's default.
+        not_learned: numbers of the turns whose answer is only context for later ones: the loss does not cover it.
     """
 
     turns: Turns
     documents: tuple[tuple[int, int], ...] = ()
     evidence: str = ""
     system: str = ""
+    not_learned: frozenset[int] = frozenset()
 
     def text(self) -> str:
         """All questions and answers."""
         return "\n".join(text for turn in self.turns for text in turn)
 
-    def messages(self) -> list[dict[str, str]]:
-        """The conversation as chat templates take it: role and content of each message."""
-        roles = ("user", "assistant")
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        return system + [{"role": r, "content": text} for turn in self.turns for r, text in zip(roles, turn, strict=True)]
+    def messages(self) -> list[dict[str, Any]]:
+        """The conversation as chat templates take it: role and content of each message, and ``learned: False`` in an answer
+        that the loss does not cover."""
+        messages: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
+        for number, (question, answer) in enumerate(self.turns):
+            mark = {"learned": False} if number in self.not_learned else {}
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **mark}]
+        return messages
+
+
+class Record(dict):
+    """A record that notes which of its fields are read, so that the others can be counted; so do the objects in it."""
+
+    def __init__(self, fields: dict):
+        super().__init__(fields)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name):
+        return self.get(name) if name in self else super().__getitem__(name)
+
+    def get(self, name, default=None):
+        value = super().get(name, default)
+        if name not in self.read and name in self:
+            self.read.add(name)
+            if isinstance(value, dict):
+                self[name] = value = Record(value)
+            elif isinstance(value, list) and value and isinstance(value[0], dict):
+                self[name] = value = [Record(item) if isinstance(item, dict) else item for item in value]
+        return value
+
+    def unread(self) -> set[str]:
+        """Names of the fields that say something and were not read, also of those in objects (``messages.name``)."""
+        names = set()
+        for name, value in self.items():
+            if name not in self.read:
+                names |= {name} if value not in EMPTY else set()
+            else:
+                items = value if isinstance(value, list) else [value]
+                names |= {f"{name}.{inner}" for item in items if isinstance(item, Record) for inner in item.unread()}
+        return names
+
+
+class Message(NamedTuple):
+    """A message of a chat: its role (user, assistant, system), its text, and whether an answer is learned."""
+
+    role: str
+    text: str
+    learned: bool
+
+
+def read_message(message: dict) -> Message:
+    """Message of an object with ``from`` and ``value``, or ``role`` and ``content``, which may be a list of parts with a text
+    each; an answer with ``weight: 0`` (OpenAI) or ``train: false`` (axolotl) is not learned.
+
+    Raises:
+        ValueError: if the speaker is unknown, a weight is not 0 or 1, or the content is not a text.
+    """
+    speaker, content = ("from", "value") if message.get("from") is not None else ("role", "content")
+    role, text = ROLES.get(str(message[speaker]).lower()), message[content]
+    if role is None:
+        raise ValueError(f"the speaker {message[speaker]!r} is none of {', '.join(ROLES)}")
+    marks = [message.get("weight"), message.get("train")]
+    if odd := [mark for mark in marks if mark not in (None, 0, 1)]:
+        raise ValueError(f"the weight of a message is {odd[0]!r}; it can be 0 (not learned) or 1")
+    if isinstance(text, list):
+        text = "".join(part["text"] for part in text)
+    if not isinstance(text, str | None):
+        raise ValueError(f"what {message[speaker]!r} says is not a text")
+    return Message(role, text or "", learned=0 not in marks)
+
+
+def system_message(record: dict) -> str:
+    """Text of the field ``system`` or ``system_prompt``; empty if there is none.
+
+    Raises:
+        ValueError: if it is not a text.
+    """
+    system = record.get("system") or record.get("system_prompt") or ""
+    if not isinstance(system, str):
+        raise ValueError("the system message is not a text")
+    return system
+
+
+def read_chat(messages: list[dict], record: dict) -> Conversation | None:
+    """Conversation of a list of messages, after a first system message or that of the record; None if no answer is learned.
+
+    Questions in a row, such as the results of several tools, become one. Answers before the first question, and what follows
+    the last answer that is learned, are left out.
+
+    Raises:
+        ValueError: if a system message is not the first message, or an answer follows another.
+    """
+    chat = [read_message(message) for message in messages]
+    system = (chat.pop(0).text if chat and chat[0].role == "system" else "") or system_message(record)
+    while chat and chat[0].role == "assistant":
+        chat.pop(0)
+    runs = [(role, list(run)) for role, run in groupby(chat, key=attrgetter("role"))]
+    if any(role == "system" for role, _ in runs):
+        raise ValueError("a system message is not the first message")
+    if any(role == "assistant" and len(run) > 1 for role, run in runs):
+        raise ValueError("two answers in a row")
+    turns = [
+        ("\n\n".join(question.text for question in questions), answer)
+        for (_, questions), (_, (answer,)) in zip(runs[::2], runs[1::2], strict=False)
+    ]
+    learned = [number for number, (_, answer) in enumerate(turns) if answer.learned]
+    if turns and not learned:
+        return None
+    turns = turns[: learned[-1] + 1] if learned else []
+    not_learned = frozenset(range(len(turns))).difference(learned)
+    return Conversation([(question, answer.text) for question, answer in turns], system=system, not_learned=not_learned)
+
+
+def after_history(record: dict, question: str, answer: str) -> Conversation:
+    """A question and its answer, after the turns in ``history`` (question, answer) and the system message, if there are any.
+
+    Raises:
+        ValueError: if ``history`` is something else.
+    """
+    history = record.get("history") or []
+    if not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        raise ValueError("history is not a list of questions with their answers")
+    return Conversation([*map(tuple, history), (question, answer)], system=system_message(record))
 
 
 Schema = Callable[[dict], Conversation | None]
+AnySchema = TypeVar("AnySchema", bound=Schema)
 SCHEMAS: dict[str, Schema] = {}
 """Schemas by name."""
 
 
-def schema(convert: Schema) -> Schema:
+def schema(convert: AnySchema) -> AnySchema:
     """Decorator that makes a function a schema, under the function's name."""
     SCHEMAS[convert.__name__] = convert
     return convert
@@ -128,27 +259,34 @@ def lost_in_the_middle(record: dict) -> Conversation:
 
 @schema
 def alpaca(record: dict) -> Conversation:
-    """instruction, output, and optionally input, which is put after the instruction: Alpaca and Evol-Instruct."""
-    return Conversation(
-        [("\n\n".join(part for part in (record["instruction"], record.get("input")) if part), record["output"])]
-    )
+    """instruction, output, and optionally input, which is put after the instruction, history and system: Alpaca and
+    Evol-Instruct."""
+    question = "\n\n".join(part for part in (record["instruction"], record.get("input")) if part)
+    return after_history(record, question, record["output"])
 
 
 @schema
-def sharegpt(record: dict) -> Conversation:
-    """conversations: alternating messages (from, value), optionally after a system message (ShareGPT).
+def sharegpt(record: dict) -> Conversation | None:
+    """conversations: messages (from, value), and optionally system (ShareGPT); see :func:`read_chat`."""
+    return read_chat(record["conversations"], record)
 
-    Answers before the first question, and a last question without an answer, are left out.
-    """
-    messages = [(SPEAKERS[message["from"]], message["value"]) for message in record["conversations"]]
-    system = messages.pop(0)[1] if messages and messages[0][0] == "system" else ""
-    while messages and messages[0][0] == "assistant":
-        messages.pop(0)
-    if [role for role, _ in messages] != (["user", "assistant"] * len(messages))[: len(messages)]:
-        raise TypeError("the speakers do not alternate")
-    questions, answers = messages[::2], messages[1::2]
-    turns = [(question, answer) for (_, question), (_, answer) in zip(questions, answers, strict=False)]
-    return Conversation(turns, system=system)
+
+@schema
+def messages(record: dict) -> Conversation | None:
+    """messages or conversation: messages (role, content), and optionally system; see :func:`read_chat`."""
+    return read_chat(record["messages" if "messages" in record else "conversation"], record)
+
+
+@schema
+def human_assistant(record: dict) -> Conversation:
+    """conversation: turns (human, assistant), and optionally system: Firefly and MOSS."""
+    return Conversation([(turn["human"], turn["assistant"]) for turn in record["conversation"]], system=system_message(record))
+
+
+@schema
+def query_response(record: dict) -> Conversation:
+    """query, response, and optionally history and system: ms-swift."""
+    return after_history(record, record["query"], record["response"])
 
 
 @schema
@@ -160,11 +298,12 @@ def booksum(record: dict) -> Conversation:
 
 @schema
 def long_alpaca(record: dict) -> Conversation:
-    """instruction, output: LongAlpaca. The document is the part of the instruction between "The … begins." and "Now the …
+    """The fields of alpaca: LongAlpaca. The document is the part of the instruction between "The … begins." and "Now the …
     ends."; there may be two: "The first … begins.", "Now the second … ends."."""
-    question = record["instruction"]
+    conversation = alpaca(record)
+    question = conversation.turns[0][0]
     found = LONG_ALPACA_PAIR.match(question) or LONG_ALPACA.match(question)
-    return Conversation([(question, record["output"])], found.regs[1:] if found else ())
+    return replace(conversation, documents=found.regs[1:] if found else ())
 
 
 @schema
@@ -177,52 +316,76 @@ def qmsum(record: dict) -> Conversation:
 
 @schema
 def input_output(record: dict) -> Conversation:
-    """input, output: the instruction set that was published with LongQLoRA."""
-    return Conversation([(record["input"], record["output"])])
+    """input, output, and optionally history and system: the instruction set that was published with LongQLoRA."""
+    return after_history(record, record["input"], record["output"])
 
 
 def describes(name: str, record: dict) -> bool:
     """Whether a schema converts a record to a conversation."""
     try:
-        return SCHEMAS[name](record) is not None
+        conversation = SCHEMAS[name](record)
     except SCHEMA_ERRORS:
         return False
+    return conversation is not None and bool(conversation.turns)
 
 
-def schema_error_message(place: str, name: str, record: dict, error: Exception) -> str:
-    """Message that says which record is not of its schema, what it has, and which schemas describe it."""
-    others = [other for other in SCHEMAS if describes(other, record)]
-    hint = f"it fits {', '.join(others)}" if others else f"it fits no schema ({', '.join(SCHEMAS)})"
+def schema_error_message(name: str, record: dict, error: Exception, others: list[str]) -> str:
+    """Message that says why a record is not of its schema, what it has, and which schemas describe it.
+
+    Args:
+        name: of the schema.
+        record: as it was read.
+        error: of the schema. With a ValueError, a schema says itself what is wrong.
+        others: the schemas that describe the record.
+    """
     shown = repr(record)
     shown = shown if len(shown) <= SHOWN_CHARACTERS else shown[:SHOWN_CHARACTERS] + " …"
+    if isinstance(error, ValueError) and not others:
+        return f"schema {name!r}: {error}\n  {shown}"
+    hint = f"it fits {', '.join(others)}" if others else f"it fits no schema ({', '.join(SCHEMAS)})"
     return (
-        f"{place}: not a record of schema {name!r} ({type(error).__name__}: {error}); its fields are {', '.join(record)}; "
-        f"{hint}\n  {shown}"
+        f"not a record of schema {name!r} ({type(error).__name__}: {error}); its fields are {', '.join(record)}; {hint}"
+        f"\n  {shown}"
     )
 
 
 def read_conversations(
-    path: str, schema_name: str, on_malformed: OnMalformed = raise_malformed, digest=None
+    path: str,
+    schema_name: str,
+    on_malformed: OnMalformed = raise_malformed,
+    digest=None,
+    unused_fields: Counter[str] | None = None,
 ) -> Iterator[Conversation | None]:
     """Yield the conversation of every record of a file; None for a record without an answer.
 
     Args:
-        path, on_malformed, digest: see :func:`longqlora.data.readers.read_records`; a record with an empty question or answer,
-            or with a NUL character, is malformed.
+        path, on_malformed, digest: see :func:`longqlora.data.readers.read_records`; a record that is not of the schema, has an
+            empty question or answer, or has a NUL character, is malformed.
         schema_name: a key of ``SCHEMAS``.
+        unused_fields: counts the records that have a field which the schema does not read, by name.
 
     Raises:
-        ValueError: on a record of another schema; the message shows it.
+        ValueError: if the file begins with a record of another schema; the message shows it.
     """
-    for line, record in read_records(path, on_malformed, digest):
+    of_schema = False
+    for line, fields in read_records(path, on_malformed, digest):
+        record = Record(fields)
         try:
             conversation = SCHEMAS[schema_name](record)
         except SCHEMA_ERRORS as error:
-            raise ValueError(schema_error_message(f"{path}, record {line}", schema_name, record, error)) from None
+            others = [other for other in SCHEMAS if describes(other, fields)]
+            malformed = Malformed(path, line, schema_error_message(schema_name, fields, error, others))
+            if others and not of_schema:
+                raise ValueError(str(malformed)) from None
+            on_malformed(malformed)
+            continue
+        of_schema = True
         texts = [text for turn in conversation.turns for text in turn] if conversation else ["no answer"]
         if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             on_malformed(Malformed(path, line, f"schema {schema_name!r} found an empty question or answer"))
         elif any("\0" in text for text in texts):
             on_malformed(Malformed(path, line, "NUL character"))
         else:
+            if unused_fields is not None:
+                unused_fields.update(record.unread())
             yield conversation

@@ -30,7 +30,8 @@ from longqlora.data.token_files import IGNORED
 
 log = logging.getLogger(__name__)
 
-MESSAGES = pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())]))
+MESSAGE = [("role", pyarrow.string()), ("content", pyarrow.string()), ("learned", pyarrow.bool_())]  # learned: False, or null
+MESSAGES = pyarrow.list_(pyarrow.struct(MESSAGE))
 RECORDS = pyarrow.schema(
     [("source", "string"), ("id", "string"), ("num_tokens", "int64"), ("shortened", "bool"), ("messages", MESSAGES)]
 )
@@ -85,6 +86,7 @@ class InstructionPass(SourcePass):
         self.counts = Counter({"without an answer": 0, "duplicate": 0})
         self.known: set[int] = set()  # priorities of all conversations so far
         self.unusable: list[Unusable] = []
+        self.unused_fields: Counter[str] = Counter()
 
     def read(self) -> Iterator[Conversation]:
         """Yield the conversations of all records that have an answer.
@@ -93,13 +95,17 @@ class InstructionPass(SourcePass):
             ValueError: if too many records are malformed.
         """
         files = (file for pattern in self.source.paths for file in find_files(pattern))
-        for conversation in self.read_files(files, partial(read_conversations, schema_name=self.source.record_schema)):
+        reader = partial(read_conversations, schema_name=self.source.record_schema, unused_fields=self.unused_fields)
+        for conversation in self.read_files(files, reader):
             if conversation is None:
                 self.counts["without an answer"] += 1
             else:
                 yield conversation
         counter, max_share = self.counter, self.settings.max_malformed_share
         check_malformed_share(counter.malformed, counter.usable, counter.examples, max_share)
+        if self.unused_fields:
+            shown = ", ".join(f"{name} ({count})" for name, count in sorted(self.unused_fields.items()))
+            log.info("%s: fields that are not used, and the number of records with each: %s", self.source.name, shown)
 
     def draw(self, conversations: Iterator[Conversation]) -> Iterator[tuple[int, str, Conversation]]:
         """Yield (priority, id, conversation) of each conversation that may be in the sample, without duplicates."""
@@ -197,7 +203,7 @@ def build_sft_set(
         removed: CSV file to write: the contaminated records.
 
     Returns:
-        The data card: the number of records of each source by outcome.
+        The data card: the number of records of each source by outcome, and with each field that its schema does not use.
 
     Raises:
         ValueError: if a source has too few records for its share, or too many malformed ones.
@@ -219,6 +225,7 @@ def build_sft_set(
         "records": sum(card["taken"] for card in cards.values()),
         "tokens": sum(card["tokens"] for card in cards.values()),
         "sources": cards,
+        "unused_fields": {reading.source.name: dict(sorted(reading.unused_fields.items())) for reading in passes},
         "malformed": [example for reading in passes for example in reading.counter.examples],
         "settings": {**sample_settings, "ngram_words": ngrams.n},
         "files": [file for reading in passes for file in reading.file_cards()],

@@ -51,7 +51,7 @@ class RecordCounter:
         if self.malformed > self.usable:
             raise ValueError(
                 f"{self.malformed} of {self.usable + self.malformed} records are malformed: do the files have another format, "
-                f"or is the text in a field other than text_field? The first: {self.examples[0]}"
+                f"or another schema, or is the text in a field other than text_field? The first: {self.examples[0]}"
             )
 
 

@@ -129,7 +129,7 @@ def num_scored(labels: list[int]) -> int:
 
 def sample_answer(model, tokenizer, row: dict) -> dict:
     """The last question of a record, its reference and the model's answer."""
-    *messages, reference = row["messages"]
+    *messages, reference = [{"role": message["role"], "content": message["content"]} for message in row["messages"]]
     text = answer(model, tokenizer, messages)
     log.info("%s: %d characters", row["source"], len(text))
     return {"source": row["source"], "messages": messages, "reference": reference["content"], "answer": text}

@@ -1,3 +1,4 @@
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -32,6 +33,25 @@ def test_exactly_the_answers_and_their_ends_are_learned(tokenizer, turns, system
     said = "".join(f" USER: {question} ASSISTANT: {answer}</s>" for question, answer in turns)
     assert tokenizer.decode(tokens) == ("<s>" if has_bos else "") + (system or VICUNA_SYSTEM) + said
     assert (tokens[0] == tokenizer.bos_token_id) == has_bos
+
+
+@settings(max_examples=50, deadline=None)
+@given(turns=TURNS, data=st.data())
+def test_an_answer_that_is_only_context_is_not_learned(tokenizer, turns, data):
+    not_learned = data.draw(st.frozensets(st.integers(0, len(turns) - 1)))
+    chat = with_or_without_bos(tokenizer, True)
+    tokens, labels = tokenize_conversation(chat, Conversation(turns, not_learned=not_learned).messages())
+    assert tokens == tokenize_conversation(chat, Conversation(turns).messages())[0]
+    answers = [f" {answer}</s>" for number, (_, answer) in enumerate(turns) if number not in not_learned]
+    assert tokenizer.decode([label for label in labels if label != -100]) == "".join(answers)
+
+
+def test_a_template_that_marks_answers_as_one_cannot_leave_one_out(tokenizer):
+    chat = with_or_without_bos(tokenizer, True)
+    chat.chat_template = "{% generation %}{% for message in messages %}{{ message['content'] }}{% endfor %}{% endgeneration %}"
+    conversation = Conversation([("?", "!"), ("And?", "So.")], not_learned=frozenset({0}))
+    with pytest.raises(ValueError, match="the chat template marks 1 answers of 2"):
+        tokenize_conversation(chat, conversation.messages())
 
 
 def test_the_end_token_is_learned_by_a_tokenizer_that_has_encoded_a_corpus(tmp_path, tokenizer):

@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 from dataclasses import replace
 from typing import get_args
 
@@ -60,6 +61,15 @@ RECORDS = {
             {"from": "gpt", "value": "Bye."},
         ]
     },
+    "messages": {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Hello?"},
+            {"role": "assistant", "content": "Hi!"},
+        ]
+    },
+    "human_assistant": {"conversation": [{"human": "Hello?", "assistant": "Hi!"}, {"human": "And?", "assistant": "Bye."}]},
+    "query_response": {"system": "Be brief.", "query": "And?", "response": "Bye.", "history": [["Hello?", "Hi!"]]},
     "booksum": {"chapter": "It was night. He slept.", "summary_text": "A man sleeps."},
     "long_alpaca": {
         "instruction": "Read this paper.\n The paper begins. We attend. It works. Now the paper ends. What is it?",
@@ -86,6 +96,9 @@ EXPECTED = {  # document, evidence, and what is said below the document
     ),
     "alpaca": (None, "", [("Add.\n\n1 and 2", "3")]),
     "sharegpt": (None, "", [("Hello?", "Hi!"), ("And now?", "Bye.")]),
+    "messages": (None, "", [("Hello?", "Hi!")]),
+    "human_assistant": (None, "", [("Hello?", "Hi!"), ("And?", "Bye.")]),
+    "query_response": (None, "", [("Hello?", "Hi!"), ("And?", "Bye.")]),
     "booksum": ("It was night. He slept.", "", [("Summarise the text above.", "A man sleeps.")]),
     "qmsum": ("Ann: We start.\nBob: We end.", "", [("Summarize the meeting.", "It was short."), ("Who began?", "Ann.")]),
     "input_output": (None, "", [("Say yes.", "Yes.")]),
@@ -111,7 +124,8 @@ def test_question_document_and_answer_survive(tmp_path, schema):
     (conversation,) = read_conversations(write_lines(tmp_path / "x.jsonl", RECORDS[schema]), schema)
     (question, answer), *others = conversation.turns
     assert conversation.evidence == evidence
-    assert conversation.system == ""
+    assert conversation.system == ("Be brief." if schema in ("messages", "query_response") else "")
+    assert conversation.not_learned == frozenset()
     if document is None:
         assert conversation.documents == ()
     else:
@@ -203,12 +217,37 @@ def test_yes_no_and_long_answers_serve_where_there_is_no_short_one(schema, chang
 
 
 def test_an_alpaca_record_needs_no_input():
-    for record in ({"instruction": "Hi", "output": "Ho"}, {"instruction": "Hi", "input": "", "output": "Ho"}):
-        assert SCHEMAS["alpaca"](record) == Conversation([("Hi", "Ho")])
+    empty = {"input": None, "system": None, "history": None}
+    for more in ({}, {"input": ""}, empty, {"input": "", "system": "", "history": []}):
+        assert SCHEMAS["alpaca"]({"instruction": "Hi", "output": "Ho", **more}) == Conversation([("Hi", "Ho")])
 
 
-def sharegpt(*speakers: str) -> dict:
-    return {"conversations": [{"from": name, "value": f"{name} {place}"} for place, name in enumerate(speakers)]}
+@pytest.mark.parametrize(
+    ("schema", "fields"),
+    [
+        ("alpaca", {"instruction": "Add.", "input": "1 and 2", "output": "3"}),
+        ("long_alpaca", {"instruction": "Add.", "input": "1 and 2", "output": "3"}),
+        ("query_response", {"query": "Add.\n\n1 and 2", "response": "3"}),
+        ("input_output", {"input": "Add.\n\n1 and 2", "output": "3"}),
+    ],
+)
+def test_input_history_and_system_message_are_used(schema, fields):
+    earlier = {"system": "Be brief.", "history": [["Hello?", "Hi!"], ["And now?", "Bye."]]}
+    turns = [("Hello?", "Hi!"), ("And now?", "Bye."), ("Add.\n\n1 and 2", "3")]
+    assert SCHEMAS[schema]({**fields, **earlier}) == Conversation(turns, system="Be brief.")
+    assert SCHEMAS[schema](fields) == Conversation(turns[2:])
+
+
+@pytest.mark.parametrize("history", ["Hello? Hi!", ["Hello?", "Hi!"], ["ab"], [["Hello?"]], [{"user": "Hello?", "bot": "Hi!"}]])
+def test_a_history_that_is_no_list_of_turns_is_malformed(tmp_path, history):
+    path = write_lines(tmp_path / "x.jsonl", {**RECORDS["alpaca"], "history": history})
+    with pytest.raises(ValueError, match="line 1: schema 'alpaca': history is not a list of questions with their answers"):
+        list(read_conversations(path, "alpaca"))
+
+
+def sharegpt(*speakers: str, **fields) -> dict:
+    """A record in which each speaker says its name and place."""
+    return {"conversations": [{"from": name, "value": f"{name} {place}"} for place, name in enumerate(speakers)], **fields}
 
 
 def test_a_sharegpt_conversation_may_begin_with_a_system_message_and_end_unanswered():
@@ -217,15 +256,132 @@ def test_a_sharegpt_conversation_may_begin_with_a_system_message_and_end_unanswe
     assert conversation.turns == [("human 1", "gpt 2"), ("user 3", "assistant 4")]
 
 
+@pytest.mark.parametrize("field", ["system", "system_prompt"])
+def test_the_system_message_may_be_a_field(tmp_path, field):
+    fields = {field: "Be brief."}
+    assert SCHEMAS["sharegpt"](sharegpt("human", "gpt", **fields)).system == "Be brief."
+    assert SCHEMAS["messages"]({"messages": RECORDS["messages"]["messages"][1:], **fields}).system == "Be brief."
+    assert SCHEMAS["human_assistant"]({**RECORDS["human_assistant"], **fields}).system == "Be brief."
+    unused = Counter()
+    path = write_lines(tmp_path / "x.jsonl", sharegpt("system", "human", "gpt", **fields))
+    (conversation,) = read_conversations(path, "sharegpt", unused_fields=unused)
+    assert conversation.system == "system 0"  # the message wins, and the other is not lost silently
+    assert unused == {field: 1}
+
+
 def test_answers_before_the_first_question_are_left_out():
     assert SCHEMAS["sharegpt"](sharegpt("gpt", "human", "gpt")).turns == [("human 1", "gpt 2")]
 
 
-@pytest.mark.parametrize("speakers", [("human", "human", "gpt"), ("human", "gpt", "gpt"), ("human", "tool")])
-def test_speakers_that_do_not_alternate_are_an_error_with_its_place(tmp_path, speakers):
-    path = write_lines(tmp_path / "x.jsonl", RECORDS["sharegpt"], sharegpt(*speakers))
-    with pytest.raises(ValueError, match=r"x\.jsonl, record 2: not a record of schema 'sharegpt' \((Type|Key)Error"):
-        list(read_conversations(path, "sharegpt"))
+@pytest.mark.parametrize("answers", ["gpt", "chatgpt", "bing", "bard", "model", "Assistant", "function_call"])
+@pytest.mark.parametrize("questions", ["human", "user", "tool", "observation", "function_response", "Human"])
+def test_every_usual_speaker_asks_or_answers(answers, questions):
+    conversation = SCHEMAS["sharegpt"](sharegpt("human", answers, questions, answers))
+    assert conversation == Conversation([("human 0", f"{answers} 1"), (f"{questions} 2", f"{answers} 3")])
+
+
+def test_questions_in_a_row_are_one():
+    conversation = SCHEMAS["sharegpt"](sharegpt("human", "human", "function_call", "observation", "observation", "gpt"))
+    assert conversation.turns == [("human 0\n\nhuman 1", "function_call 2"), ("observation 3\n\nobservation 4", "gpt 5")]
+
+
+@pytest.mark.parametrize("schema", ["sharegpt", "messages"])
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
+def test_an_answer_of_weight_0_is_only_context(schema, mark):
+    def conversation(*marks: dict) -> Conversation | None:
+        chat = [
+            message
+            for number, more in enumerate(marks)
+            for message in ({"role": "user", "content": f"q{number}"}, {"role": "assistant", "content": f"a{number}", **more})
+        ]
+        return SCHEMAS[schema]({"conversations" if schema == "sharegpt" else schema: chat})
+
+    turns = [("q0", "a0"), ("q1", "a1"), ("q2", "a2")]
+    found = conversation(mark, {"weight": 1}, {"weight": None})
+    assert found == Conversation(turns, not_learned=frozenset({0}))
+    assert [message.get("learned") for message in found.messages()] == [None, False, None, None, None, None]
+    assert conversation({}, mark, {"train": True}).not_learned == {1}
+    assert conversation(mark, {}, mark) == Conversation(turns[:2], not_learned=frozenset({0}))  # what follows teaches nothing
+    assert conversation({}, mark, mark) == Conversation(turns[:1])
+    assert conversation(mark, mark) is None
+
+
+def test_a_conversation_may_be_in_either_form_of_messages():
+    spoken = [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Hi!"}]
+    written = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi!"}]
+    merged = [{**message, "from": None, "value": None} for message in written]  # columns of a Parquet file
+    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in written]
+    records = [("sharegpt", "conversations"), ("messages", "messages"), ("messages", "conversation")]
+    for schema, field in records:
+        for chat in (spoken, written, merged, parts):
+            assert SCHEMAS[schema]({field: chat}) == Conversation([("Hello?", "Hi!")])
+
+
+ODD = {
+    "a system message is not the first message": sharegpt("human", "gpt", "system", "human", "gpt"),
+    "two answers in a row": sharegpt("human", "gpt", "gpt"),
+    "the speaker 'narrator' is none of user, human, ": sharegpt("human", "narrator"),
+    "the speaker None is none of user, human, ": {"conversations": [{"role": None, "content": "?"}]},
+    "the weight of a message is 0.5; it can be 0 (not learned) or 1": {
+        "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!", "weight": 0.5}]
+    },
+    "what 'system' says is not a text": {
+        "conversations": [{"from": "system", "value": 5}, *RECORDS["sharegpt"]["conversations"]]
+    },
+    "the system message is not a text": sharegpt("human", "gpt", system=["Be brief."]),
+    "(TypeError: 'NoneType' object is not iterable); its fields are conversations; it fits no schema": {"conversations": None},
+    "(KeyError: 'conversations'); its fields are id; it fits no schema": {"id": 7},
+    "(KeyError: 'text'); its fields are conversations; it fits no schema": {
+        "conversations": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "!"}]
+    },
+    "found an empty question or answer": {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": None}]},
+}
+
+
+@pytest.mark.parametrize("reason", ODD)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_an_odd_record_is_malformed_wherever_it_is(tmp_path, reason, place):
+    records = [RECORDS["sharegpt"]] * 2
+    path = write_lines(tmp_path / "x.jsonl", *records[:place], ODD[reason], *records[place:])
+    counter = RecordCounter()
+    assert len(list(read_conversations(path, "sharegpt", counter.add_malformed))) == 2
+    (example,) = counter.examples
+    assert example.startswith(f"{path}, line {place + 1}: ")
+    assert reason in example
+
+
+def test_a_later_record_of_another_schema_is_malformed(tmp_path):
+    path = write_lines(tmp_path / "x.jsonl", RECORDS["sharegpt"], RECORDS["alpaca"], RECORDS["sharegpt"])
+    counter = RecordCounter()
+    assert len(list(read_conversations(path, "sharegpt", counter.add_malformed))) == 2
+    assert [example.partition("; it fits ")[2].partition("\n")[0] for example in counter.examples] == [
+        "alpaca, long_alpaca, input_output"
+    ]
+
+
+def test_files_of_another_schema_stop_the_run_early(tmp_path):
+    counter = RecordCounter()
+    counter.usable = 10**6
+    path = write_lines(tmp_path / "x.jsonl", {"id": 1}, RECORDS["alpaca"])
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 2: not a record of schema 'sharegpt'.*; it fits alpaca, long_alpaca"):
+        list(read_conversations(path, "sharegpt", counter.add_malformed))
+    counter = RecordCounter()
+    path = write_lines(tmp_path / "y.jsonl", *[{"prompt": "?", "completion": "!"}] * 1000)
+    with pytest.raises(ValueError, match=r"100 of 100 records are malformed.*it fits no schema \(natural_questions, "):
+        list(read_conversations(path, "sharegpt", counter.add_malformed))
+
+
+def test_fields_that_are_not_used_are_counted(tmp_path):
+    unused = Counter()
+    call = {"role": "assistant", "content": "Wait.", "tool_calls": [{"name": "f"}], "name": ""}
+    records = [
+        {**RECORDS["messages"], "tools": [{"name": "f"}], "id": 7},
+        {"messages": [{"role": "user", "content": "?"}, call, {"role": "tool", "content": "1"}, call], "tools": "[]", "id": 0},
+        {"messages": [], "tools": [{"name": "malformed, so not counted"}]},
+    ]
+    path = write_lines(tmp_path / "x.jsonl", *records)
+    assert len(list(read_conversations(path, "messages", RecordCounter().add_malformed, unused_fields=unused))) == 2
+    assert unused == {"tools": 1, "id": 2, "messages.tool_calls": 1}
 
 
 @pytest.mark.parametrize("speakers", [(), ("system",), ("human",), ("gpt", "human")])
@@ -244,7 +400,7 @@ def test_a_record_of_another_schema_is_an_error_that_names_the_one_that_fits(tmp
     if schema == other or (schema, other) in alike:
         assert len(list(read_conversations(path, schema))) == 2
         return
-    with pytest.raises(ValueError, match=rf"x\.jsonl, record 2: not a record of schema '{schema}'") as raised:
+    with pytest.raises(ValueError, match=rf"x\.jsonl, line 2: not a record of schema '{schema}'") as raised:
         list(read_conversations(path, schema))
     message = str(raised.value)
     assert f"its fields are {', '.join(RECORDS[other])}; it fits " in message

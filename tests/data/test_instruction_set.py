@@ -189,6 +189,15 @@ def test_long_records_are_shortened_to_the_limit(tmp_path, build, chat):
         assert row["num_tokens"] == len(tokenize_conversation(chat, row["messages"])[0]) <= 200
 
 
+def test_fields_that_the_schema_does_not_use_are_counted_in_the_card(tmp_path, build, caplog):
+    records = [{**record, "tools": "[]" if number else "[{}]", "id": number} for number, record in enumerate(records_of("a"))]
+    sources = [source(tmp_path, "a", 0.5, records), source(tmp_path, "b", 0.5, records_of("b"))]
+    with caplog.at_level("INFO"):
+        card, _, _ = build(sources)
+    assert card["unused_fields"] == {"a": {"id": 40, "tools": 1}, "b": {}}
+    assert "a: fields that are not used, and the number of records with each: id (40), tools (1)" in caplog.messages
+
+
 # --- tokenize_sft ----------------------------------------------------------------------------------------------------------
 
 
@@ -237,3 +246,19 @@ def test_held_out_records_never_reach_the_tokens(tmp_path, build, chat, held_out
     for number, row in enumerate(rows):
         question = f" {row['messages'][0]['content']} ASSISTANT:"
         assert any(question in text for text in found) == (number < 40 - held_out)
+
+
+def test_answers_that_are_only_context_are_stored_and_not_learned(tmp_path, build, chat):
+    talks = [
+        {"messages": [
+            {"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"wrong {i}", "weight": i % 2},
+            {"role": "user", "content": f"again {i}"}, {"role": "assistant", "content": f"right {i}", "weight": 1},
+        ]}
+        for i in range(40)
+    ]  # fmt: skip
+    _, rows, _ = build([source(tmp_path, "talks", 1.0, talks, schema="messages")])
+    output = str(tmp_path / "sft.arrow")
+    tokenize_sft(records=str(tmp_path / "sft.parquet"), tokenizer=chat, held_out=0, output=output)
+    learned = [chat.decode(row["labels"][row["labels"] != -100]) for row in read_tokenized_records(output)]
+    numbers = [int(row["messages"][0]["content"].removeprefix("question ")) for row in rows]
+    assert learned == [f" wrong {i}</s> right {i}</s>" if i % 2 else f" right {i}</s>" for i in numbers]
