@@ -35,6 +35,11 @@ ROLES = {name: role for role, names in SPEAKERS.items() for name in names}
 EMPTY: tuple = (None, "", [], {}, "[]", "{}")  # values of a field that says nothing
 
 
+def text_of(messages: list[dict[str, str]]) -> str:
+    """The text of all messages, which training data is checked by."""
+    return "\n".join(message["content"] for message in messages)
+
+
 @dataclass(frozen=True)
 class Conversation:
     """Questions and answers, and the documents that they are about, which may be shortened.
@@ -54,8 +59,8 @@ class Conversation:
     not_learned: frozenset[int] = frozenset()
 
     def text(self) -> str:
-        """All questions and answers."""
-        return "\n".join(text for turn in self.turns for text in turn)
+        """The system message, and all questions and answers."""
+        return text_of(self.messages())
 
     def messages(self) -> list[dict[str, Any]]:
         """The conversation as chat templates take it: role and content of each message, and ``learned: False`` in an answer
@@ -383,7 +388,7 @@ def read_conversations(
         texts = [text for turn in conversation.turns for text in turn] if conversation else ["no answer"]
         if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             on_malformed(Malformed(path, line, f"schema {schema_name!r} found an empty question or answer"))
-        elif any("\0" in text for text in texts):
+        elif conversation and "\0" in conversation.text():
             on_malformed(Malformed(path, line, "NUL character"))
         else:
             if unused_fields is not None:

@@ -20,8 +20,8 @@ import pyarrow.parquet
 
 from longqlora.config.settings import SftSource
 from longqlora.data.chat_template import tokenize_conversation, with_chat_template
-from longqlora.data.decontamination import EvaluationNgrams
-from longqlora.data.instruction_schemas import Conversation, read_conversations
+from longqlora.data.decontamination import EvaluationNgrams, check_clean
+from longqlora.data.instruction_schemas import Conversation, read_conversations, text_of
 from longqlora.data.readers import find_files, read_parquet, write_parquet
 from longqlora.data.sampling import BottomK, apportion
 from longqlora.data.shortening import shorten
@@ -198,7 +198,7 @@ def build_sft_set(
         sources: where the records come from.
         settings: how they are sampled.
         tokenizer: counts the tokens of a conversation in the chat template.
-        ngrams: of the evaluation sets; records that share some are removed.
+        ngrams: of the evaluation sets; records that share some are removed, and the finished set is compared once more.
         output: Parquet file to write.
         removed: CSV file to write: the contaminated records.
 
@@ -206,7 +206,8 @@ def build_sft_set(
         The data card: the number of records of each source by outcome, and with each field that its schema does not use.
 
     Raises:
-        ValueError: if a source has too few records for its share, or too many malformed ones.
+        ValueError: if a source has too few records for its share, or too many malformed ones, or the set overlaps an evaluation
+            set.
     """
     tokenizer = with_chat_template(tokenizer)
     quotas = apportion(settings.num_records, {source.name: source.share for source in sources})
@@ -218,6 +219,7 @@ def build_sft_set(
     if not settings.allow_fewer:
         check_quotas(cards, settings)
     write_parquet(output, RECORDS, heapq.merge(*(reading.rows() for reading in passes), key=itemgetter("place")))
+    check_clean(((row["id"], text_of(row["messages"])) for _, row in read_parquet(output)), ngrams, "the instruction set")
     rows = [row for reading in passes for record in reading.removed() for row in record.rows]
     pandas.DataFrame(rows, columns=REMOVED).convert_dtypes().to_csv(removed, index=False)
     sample_settings = {name: getattr(settings, name) for name in ("num_records", "max_tokens", "seed")}

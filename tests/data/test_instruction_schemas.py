@@ -173,7 +173,7 @@ def test_messages_alternate_after_the_system_message():
     assert [message["role"] for message in conversation.messages()] == ["system", *["user", "assistant"] * 2]
     assert [message["content"] for message in conversation.messages()] == list("sabcd")
     assert replace(conversation, system="").messages() == conversation.messages()[1:]
-    assert conversation.text() == "a\nb\nc\nd"
+    assert conversation.text() == "s\na\nb\nc\nd"
 
 
 def without_answers(schema: str, **changes) -> dict:

@@ -13,7 +13,7 @@ import pytest
 from longqlora.config.settings import SftSource
 from longqlora.data.chat_template import tokenize_conversation, with_chat_template
 from longqlora.data.decontamination import EvaluationNgrams, index_evaluation_sets
-from longqlora.data.instruction_set import SftSampleSettings, build_sft_set, tokenize_sft
+from longqlora.data.instruction_set import InstructionPass, SftSampleSettings, build_sft_set, tokenize_sft
 from longqlora.data.packing import PackedRecords, read_tokenized_records
 from longqlora.data.token_files import tokenize_documents
 
@@ -152,6 +152,43 @@ def test_contaminated_records_are_removed_replaced_and_reported(tmp_path, build)
     assert not ids(rows) & set(removed["id"])
     card, rows, removed = build([source(tmp_path, "a", 1.0, records_of("a") + copies)], num_records=10)
     assert card["sources"]["a"]["contaminated"] == len(removed) < 10  # those that would have been drawn
+
+
+def talk(number: int, system: str, question: str = "What now?", answer: str = "Nothing") -> dict:
+    turns = [("system", system), ("human", question), ("gpt", f"{answer} {number}")]
+    return {"conversations": [{"from": who, "value": value} for who, value in turns]}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        ("You know: the quick brown fox jumps", "What now?", "Nothing"),
+        ("Say the quick", "brown fox jumps", "over"),  # a passage that reaches from one message into the next
+        ("Be brief", "the quick brown fox", "jumps"),
+    ],
+    ids=["system", "system and question", "question and answer"],
+)
+def test_a_passage_is_found_in_every_message(tmp_path, build, messages):
+    talks = [talk(number, "Be brief") for number in range(40)] + [talk(41, *messages)]
+    card, _, removed = build([source(tmp_path, "talks", 1.0, talks, schema="sharegpt")])
+    assert card["sources"]["talks"]["contaminated"] == len(removed) == 1
+    assert removed["example"].tolist() == ["the quick brown fox jumps"]
+
+
+def test_a_nul_character_is_malformed_in_every_message(tmp_path, build):
+    odd = [("sys\0tem", "?", "!"), ("system", "ques\0tion", "!"), ("system", "?", "ans\0wer")]
+    talks = [talk(number, "Be brief") for number in range(40)] + [talk(41 + i, *messages) for i, messages in enumerate(odd)]
+    card, _, _ = build([source(tmp_path, "talks", 1.0, talks, schema="sharegpt")], max_malformed_share=0.1)
+    assert card["sources"]["talks"]["malformed"] == 3
+    assert all(example.endswith("NUL character") for example in card["malformed"])
+
+
+def test_the_finished_set_is_compared_once_more(tmp_path, build, monkeypatch):
+    monkeypatch.setattr(InstructionPass, "overlap_rows", lambda *_: [])
+    talks = [talk(number, "Be brief") for number in range(39)] + [talk(41, "the quick brown fox jumps")]
+    message = "the instruction set: [0-9a-f]{32} shares 1 5-grams with the evaluation set 'proof', such as “the quick brown"
+    with pytest.raises(ValueError, match=message):
+        build([source(tmp_path, "talks", 1.0, talks, schema="sharegpt")])
 
 
 def test_too_many_malformed_records_stop_the_run(tmp_path, build):
