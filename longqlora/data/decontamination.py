@@ -1,14 +1,15 @@
 """Decontamination: training texts that share word n-grams with an evaluation set are removed.
 
-After Brown et al. 2020 (arXiv 2005.14165, appendix C), who look for 13-grams. Words are runs of letters, digits and underscores
-in lower case, so a copy is found whatever its layout and punctuation.
+After Brown et al. 2020 (arXiv 2005.14165, appendix C), who look for 13-grams. Words are compared without case, accents,
+punctuation, markup of emphasis and hyphens, so a copy is found whatever its layout and Unicode form; see :func:`words_of`.
 
 N-grams are compared by 64-bit hashes. With 10⁷ n-grams in evaluation sets and 10¹⁰ in training texts, the probability that two
 different n-grams have the same hash is 0.5 %; this would remove one clean text.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy
@@ -16,13 +17,12 @@ import pandas
 import pyarrow
 import pyarrow.parquet
 
-from longqlora.data.token_descriptions import document_spans, read_description
-from longqlora.data.token_files import read_tokens
-
 WORD = re.compile(r"\w+")
+UNSEEN = ("Mn", "Mc", "Me", "Cf")  # Unicode categories: combining marks, and format characters such as the zero-width joiner
+SOFT_HYPHEN = re.compile(r"\xad\s*")
+HYPHEN = re.compile(r"[-\u2010](?<=[^\W\d_].)\s*(?=[^\W\d_])")  # with a letter before it and a letter after it
+EMPHASIS = re.compile(r"_(?:(?<!\w_)_*+|(?<!__)_*+(?!\w))")  # underscores at the edge of a word; those inside are a name's
 MULTIPLIER = numpy.uint64(0x9E3779B97F4A7C15)  # odd, its bits well mixed (2⁶⁴ / golden ratio)
-TOKENS_PER_PIECE = 2**18  # decoded at once
-TOKENS_OF_OVERLAP = 2**10  # shared by two neighboring pieces: more tokens than n words have
 SCHEMA = pyarrow.schema(
     [("evaluation_set", pyarrow.dictionary(pyarrow.int32(), pyarrow.string())), ("ngram", pyarrow.uint64())]
 )
@@ -46,8 +46,20 @@ class Overlap:
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text, in lower case."""
-    return WORD.findall(text.lower())
+    """The words of a text, in a form that equal words have in every copy of it.
+
+    A word is a run of letters, digits and underscores. Case, combining marks (accents), and differences of Unicode's
+    compatibility form (NFKD) do not count: ``Été`` is ``ete``, and the ligature ``ﬁ`` is ``fi``. Soft hyphens, zero-width
+    characters, and underscores around a word are left out. A hyphen between letters joins them, also at the end of a line,
+    because nothing tells a hyphenated line end from a compound that was broken there: ``well-known`` is ``wellknown``.
+    """
+    text = unicodedata.normalize("NFKD", text)
+    if not text.isascii():
+        text = SOFT_HYPHEN.sub("", text)
+        for character in set(text):  # some hundred at most, and replacing one takes a hundredth of what a regex would
+            if unicodedata.category(character) in UNSEEN:
+                text = text.replace(character, "")
+    return WORD.findall(HYPHEN.sub("", EMPHASIS.sub("", text.casefold())))
 
 
 def hash_ngrams(words: list[str], n: int) -> numpy.ndarray:
@@ -90,21 +102,11 @@ class EvaluationNgrams:
         return found
 
 
-def decoded_pieces(path: str, tokenizer) -> Iterator[str]:
-    """Yield the text of a token stream, document by document; long documents come in pieces that overlap."""
-    tokens = read_tokens(path)
-    for begin, end in document_spans(read_description(path)["document_ends"]):
-        for first in range(begin, end, TOKENS_PER_PIECE):
-            piece = tokens[first : min(end, first + TOKENS_PER_PIECE + TOKENS_OF_OVERLAP)]
-            yield tokenizer.decode(piece, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def index_evaluation_sets(evaluation_sets: dict[str, str], tokenizer, n: int, output: str) -> dict[str, int]:
+def index_evaluation_sets(evaluation_sets: dict[str, Iterable[str]], n: int, output: str) -> dict[str, int]:
     """Write the hashes of all n-grams of the evaluation sets (Parquet: evaluation_set, ngram), sorted within each set.
 
     Args:
-        evaluation_sets: ``.bin`` file of each set, by name; its description is next to it.
-        tokenizer: that made the token files; it decodes them.
+        evaluation_sets: texts of each set, by name.
         n: number of words in an n-gram.
         output: path of the Parquet file.
 
@@ -116,8 +118,8 @@ def index_evaluation_sets(evaluation_sets: dict[str, str], tokenizer, n: int, ou
     """
     counts = {}
     with pyarrow.parquet.ParquetWriter(output, SCHEMA.with_metadata({"n": str(n)})) as writer:
-        for name, path in evaluation_sets.items():
-            ngrams = [hash_ngrams(words_of(text), n) for text in decoded_pieces(path, tokenizer)]
+        for name, texts in evaluation_sets.items():
+            ngrams = [hash_ngrams(words_of(text), n) for text in texts]
             different = numpy.unique(numpy.concatenate(ngrams))
             if not len(different):
                 raise ValueError(f"evaluation set {name!r} has no {n} words in a row: lower decontamination.ngram_words")

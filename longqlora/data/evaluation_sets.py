@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 
 import fsspec
 import numpy
@@ -16,6 +17,8 @@ log = logging.getLogger(__name__)
 
 CHECKED_TOKENS = 2000  # at the beginning of a stream, decoded and encoded again
 MIN_SHARE_RECOVERED = 0.95  # of them, if the tokenizer is the right one; with other tokenizers 54 to 89 % came back in trials
+TOKENS_PER_PIECE = 2**18  # decoded at once
+TOKENS_OF_OVERLAP = 2**10  # shared by two neighboring pieces: more tokens than n words have
 
 
 def wrong_tokenizer_warning(tokens: numpy.ndarray, tokenizer) -> str | None:
@@ -75,6 +78,11 @@ def fetch_tokens(source: str, tokenizer, output: str) -> dict:
     return description
 
 
+def read_texts(sources: list[str]) -> Iterator[str]:
+    """Yield the text of every document in files that :func:`longqlora.data.readers.read_documents` reads."""
+    return (document.text for path in sources for document in read_documents(path))
+
+
 def prepare_evaluation_set(sources: list[str], tokenizer, output: str) -> dict:
     """Write an evaluation set as a token file, from one ``.bin`` file of token ids or from texts.
 
@@ -94,7 +102,28 @@ def prepare_evaluation_set(sources: list[str], tokenizer, output: str) -> dict:
         raise ValueError(f"{streams[0]}: a .bin file must be the only path of its evaluation set, found {len(sources)} paths")
     if streams:
         return fetch_tokens(streams[0], tokenizer, output)
-    return tokenize_documents((document.text for path in sources for document in read_documents(path)), tokenizer, output)
+    return tokenize_documents(read_texts(sources), tokenizer, output)
+
+
+def decoded_pieces(path: str, tokenizer) -> Iterator[str]:
+    """Yield the text of a token file, document by document; long documents come in pieces that overlap."""
+    tokens = read_tokens(path)
+    for begin, end in document_spans(read_description(path)["document_ends"]):
+        for first in range(begin, end, TOKENS_PER_PIECE):
+            piece = tokens[first : min(end, first + TOKENS_PER_PIECE + TOKENS_OF_OVERLAP)]
+            yield tokenizer.decode(piece, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def texts_of_evaluation_set(sources: list[str], tokens: str, tokenizer) -> Iterator[str]:
+    """The texts of an evaluation set, as training texts are compared with them. Texts are read from the files in which the set
+    is published, because a tokenizer may change or lose characters; only a set of token ids is decoded.
+
+    Args:
+        sources: see :func:`prepare_evaluation_set`.
+        tokens: the ``.bin`` file that :func:`prepare_evaluation_set` made of them; its description is next to it.
+        tokenizer: of the base model.
+    """
+    return decoded_pieces(tokens, tokenizer) if sources[0].endswith(".bin") else read_texts(sources)
 
 
 def retokenize_evaluation_set(*, tokens: str, tokenizer, new_tokenizer, output: str) -> dict:

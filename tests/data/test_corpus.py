@@ -17,7 +17,6 @@ from longqlora.data.decontamination import EvaluationNgrams, index_evaluation_se
 from longqlora.data.near_duplicates import NearDuplicates
 from longqlora.data.sampling import apportion, priority, text_id
 from longqlora.data.shards import CANDIDATES, PRIORITIES, SampleSettings, ShardFiles, sample_shard
-from longqlora.data.token_files import tokenize_documents
 
 VOCABULARY = ["".join(random.Random(number).choices("abcdefghijklmnop", k=5)) for number in range(400)]
 
@@ -30,12 +29,10 @@ HELD_OUT = make_text(10**6, words=200)
 
 
 @pytest.fixture(scope="module")
-def index(tmp_path_factory, tokenizer) -> str:
+def index(tmp_path_factory) -> str:
     """Path of the n-grams of one evaluation set."""
-    folder = tmp_path_factory.mktemp("evaluation")
-    tokenize_documents([HELD_OUT], tokenizer, str(folder / "held-out.bin"))
-    output = str(folder / "ngrams.parquet")
-    index_evaluation_sets({"held-out": str(folder / "held-out.bin")}, tokenizer, 5, output)
+    output = str(tmp_path_factory.mktemp("evaluation") / "ngrams.parquet")
+    index_evaluation_sets({"held-out": [HELD_OUT]}, 5, output)
     return output
 
 

@@ -1,25 +1,22 @@
-import json
 import random
+import re
 import string
+import unicodedata
 
 import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import longqlora.data.decontamination
 from longqlora.data.decontamination import (
     EvaluationNgrams,
     check_clean,
-    decoded_pieces,
     hash_ngrams,
     index_evaluation_sets,
     words_of,
 )
-from longqlora.data.evaluation_sets import prepare_evaluation_set
-from longqlora.data.token_files import encode, tokenize_documents
 
-WORDS = st.lists(st.sampled_from(["a", "b", "ab", "ba", "ä", "漢", "7"]), max_size=25)
+WORDS = st.lists(st.sampled_from(["a", "b", "ab", "ba", "ø", "漢", "7"]), max_size=25)
 
 
 def tuples(words: list[str], n: int) -> list[tuple[str, ...]]:
@@ -63,19 +60,75 @@ def test_hashes_are_the_same_on_every_machine():
 
 
 def test_words_have_neither_case_nor_punctuation():
-    assert words_of("“Don’t,” said_he — 3.14 ÉTÉ!\n") == ["don", "t", "said_he", "3", "14", "été"]
+    assert words_of("“Don’t,” said_he — 3.14 ÉTÉ!\n") == ["don", "t", "said_he", "3", "14", "ete"]
+
+
+SAME_WORDS = {
+    "accents": ("Les élèves naïfs", "Les e\u0301le\u0300ves nai\u0308fs", "LES ELEVES NAIFS"),
+    "compatibility": ("a fine ① office ½ｗｏｒｄ", "a ﬁne 1 oﬃce 1⁄2word"),
+    "case": ("STRASSE ΟΔΟΣ", "straße οδος"),
+    "signs of vowels": ("हिन्दी में", "हनद म"),  # one word each, not one for each consonant
+    "jamo": ("한국어 말", "\u1112\u1161\u11ab\u1100\u116e\u11a8\u110b\u1165 \u1106\u1161\u11af"),
+    "soft hyphens": ("the computer ran", "the com\xadputer ran", "the com\xad\n  puter ran", "the com\xad puter r\xadan"),
+    "zero width": ("the computer ran", "\ufeffthe com\u200bputer r\u200d\u2060an"),
+    "line ends": ("a computer, well-known", "a com-\nputer, well-\r\n\tknown", "a com- puter, well\u2011known"),
+    "emphasis": ("a _very_ well-_known_ __man__", "a *very* _well-known_ **man**", "_a very well_-known man"),
+    "blanks to fill in": ("the ____ of __ x_", "the of x"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("copies", SAME_WORDS.values(), ids=SAME_WORDS)
+def test_copies_have_the_same_words(copies):
+    first, *others = (words_of(copy) for copy in copies)
+    assert all(first == other for other in others), [first, *others]
+
+
+def test_hyphens_join_letters_only_and_underscores_stay_inside_a_name():
+    assert words_of("1990-1995 1990–1995 a--b a -b p-1") == ["1990", "1995", "1990", "1995", "a", "b", "a", "b", "p", "1"]
+    assert words_of("snake_case(self._a__b, __init__)") == ["snake_case", "self", "a__b", "init"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("aé-_ \n\xad\u0301ﬁが한"), max_size=30))
+@pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
+def test_words_are_the_same_in_every_unicode_form(form, text):
+    """Tokenizers normalize to one of these forms, and texts are published in any of them."""
+    assert words_of(unicodedata.normalize(form, text)) == words_of(text)
+
+
+ALICE = """Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do: once or
+twice she had peeped into the book her sister was reading, but it had no pictures or conversations in it, and what is the use of
+a book, thought Alice, without pictures or conversations? So she was considering in her own mind, as well as she could, for the
+hot day made her feel very sleepy and stupid, whether the pleasure of making a daisy-chain would be worth the trouble."""
+
+
+@pytest.mark.parametrize(
+    ("pattern", "replacement"),
+    [
+        (r"(\w{3})(\w{3})", "\\1\xad\\2"),
+        (r"(\w{3})(\w{3})", "\\1\xad\n\\2"),
+        (r"(\w{3})(\w{3})", "\\1-\n\\2"),
+        ("-", "-\n"),
+        (r"\b(very|nothing|use|well|her)\b", r"_\1_"),
+        ("([aeiou])", "\\1\u0301"),
+    ],
+    ids=["soft hyphens", "soft hyphens at line ends", "hyphenated lines", "broken compounds", "emphasis", "accents"],
+)
+def test_layout_of_print_hides_no_passage(index, pattern, replacement):
+    """Every n-gram is found, so a copy of 13 words is, too."""
+    ngrams, copy = index(n=13, alice=[ALICE]), re.sub(pattern, replacement, ALICE)
+    assert copy != ALICE
+    (overlap,) = ngrams.overlaps(copy)
+    assert overlap.shared_ngrams == overlap.num_ngrams == index.counts["alice"]
 
 
 @pytest.fixture
-def index(tmp_path, tokenizer):
+def index(tmp_path):
     """Indexes texts as evaluation sets, and loads them."""
 
     def build(n=5, threshold=1, **sets):
-        paths = {name: str(tmp_path / f"{name}.bin") for name in sets}
-        for name, texts in sets.items():
-            tokenize_documents(texts, tokenizer, paths[name])
         output = str(tmp_path / "ngrams.parquet")
-        build.counts = index_evaluation_sets(paths, tokenizer, n, output)
+        build.counts = index_evaluation_sets(sets, n, output)
         return EvaluationNgrams(output, threshold)
 
     return build
@@ -83,12 +136,11 @@ def index(tmp_path, tokenizer):
 
 @settings(max_examples=60, deadline=None)
 @given(held_out=st.lists(WORDS, min_size=1, max_size=3), text=WORDS, n=st.integers(2, 4), threshold=st.integers(1, 3))
-def test_overlaps_are_those_of_sets_of_tuples(tmp_path_factory, tokenizer, held_out, text, n, threshold):
+def test_overlaps_are_those_of_sets_of_tuples(tmp_path_factory, held_out, text, n, threshold):
     folder = tmp_path_factory.mktemp("x")
     held_out.append(["x"] * n)  # never empty, and in no text
     known = {ngram for words in held_out for ngram in tuples(words, n)}
-    tokenize_documents(map(" ".join, held_out), tokenizer, str(folder / "x.bin"))
-    counts = index_evaluation_sets({"x": str(folder / "x.bin")}, tokenizer, n, str(folder / "n.parquet"))
+    counts = index_evaluation_sets({"x": map(" ".join, held_out)}, n, str(folder / "n.parquet"))
     assert counts == {"x": len(known)}
     found = EvaluationNgrams(str(folder / "n.parquet"), threshold).overlaps(" ".join(text))
     ngrams = tuples(text, n)
@@ -129,44 +181,6 @@ def test_ngrams_do_not_reach_from_one_document_into_the_next(index):
 def test_an_evaluation_set_without_n_words_in_a_row_is_an_error(index):
     with pytest.raises(ValueError, match=r"evaluation set 'short' has no 5 words in a row: lower decontamination\.ngram_words"):
         index(long=["one two three four five"], short=["one two three four", "five six"])
-
-
-def stream_of_longlora(folder, tokenizer, documents: list[str]) -> str:
-    """uint16 ids with an end-of-text token after each document, and no description of where that is."""
-    ids = [token for document in encode(tokenizer, documents) for token in [*document, tokenizer.eos_token_id]]
-    numpy.array(ids, dtype="<u2").tofile(folder / "published.bin")
-    return str(folder / "published.bin")
-
-
-@pytest.mark.parametrize("tokens_per_piece", [64, 100, 2**18])
-def test_a_stream_without_document_ends_is_found_also_across_pieces(tmp_path, tokenizer, monkeypatch, tokens_per_piece):
-    monkeypatch.setattr(longqlora.data.decontamination, "TOKENS_PER_PIECE", tokens_per_piece)
-    monkeypatch.setattr(longqlora.data.decontamination, "TOKENS_OF_OVERLAP", 60)  # five words have some 30
-    documents = [make_words(1, 120), make_words(2, 90)]
-    source = stream_of_longlora(tmp_path, tokenizer, map(" ".join, documents))
-    path = str(tmp_path / "x.bin")
-    prepare_evaluation_set([source], tokenizer, path)
-    assert len(json.loads((tmp_path / "x.json").read_text())["document_ends"]) == 1
-    pieces = list(decoded_pieces(path, tokenizer))
-    assert (len(pieces) == 1) == (tokens_per_piece == 2**18)
-    index_evaluation_sets({"x": path}, tokenizer, 5, str(tmp_path / "n.parquet"))
-    ngrams = EvaluationNgrams(str(tmp_path / "n.parquet"), 1)
-    for words in documents:
-        for start in range(1, len(words) - 5):  # at the seam of two documents their words run together
-            assert ngrams.overlaps(" ".join(words[start : start + 5])), start
-    assert ngrams.overlaps(" ".join(make_words(3, 500))) == []
-
-
-def test_pieces_of_a_long_document_hold_all_ngrams_and_no_others(tmp_path, tokenizer, monkeypatch):
-    words = make_words(7, 2000)
-    tokenize_documents([" ".join(words)], tokenizer, str(tmp_path / "x.bin"))
-    whole = index_evaluation_sets({"x": str(tmp_path / "x.bin")}, tokenizer, 13, str(tmp_path / "whole.parquet"))
-    monkeypatch.setattr(longqlora.data.decontamination, "TOKENS_PER_PIECE", 1500)
-    index_evaluation_sets({"x": str(tmp_path / "x.bin")}, tokenizer, 13, str(tmp_path / "pieces.parquet"))
-    parts = [EvaluationNgrams(str(tmp_path / f"{name}.parquet"), 1).sets["x"] for name in ("whole", "pieces")]
-    assert whole == {"x": 1988}
-    assert set(parts[0]) <= set(parts[1])
-    assert len(parts[1]) - len(parts[0]) < 2 * len(words) * 6 // 1500 + 10  # words that a seam cuts make a few of their own
 
 
 def test_the_final_check_names_the_text_and_the_passage(index):

@@ -1,13 +1,25 @@
 import json
+import random
+import string
+import unicodedata
+from copy import deepcopy
 
 import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, normalizers
 
-from longqlora.data.evaluation_sets import prepare_evaluation_set, retokenize_evaluation_set
+import longqlora.data.evaluation_sets
+from longqlora.data.decontamination import EvaluationNgrams, index_evaluation_sets
+from longqlora.data.evaluation_sets import (
+    decoded_pieces,
+    prepare_evaluation_set,
+    retokenize_evaluation_set,
+    texts_of_evaluation_set,
+)
 from longqlora.data.token_descriptions import document_spans, read_description
-from longqlora.data.token_files import read_tokens, tokenize_documents
+from longqlora.data.token_files import encode, read_tokens, tokenize_documents
 from longqlora.training.pretraining import train_tokenizer
 
 
@@ -82,3 +94,97 @@ def test_a_token_file_with_a_description_keeps_its_documents_and_the_type_of_its
     assert description["max_token_id"] == 9
     assert read_tokens(tmp_path / "set.bin").tolist() == ids.tolist()
     assert read_description(tmp_path / "set.bin") == description
+
+
+# --- the texts that training texts are compared with -----------------------------------------------------------------------
+
+
+def make_words(seed: int, number: int) -> list[str]:
+    chooser = random.Random(seed)
+    return ["".join(chooser.choices(string.ascii_lowercase, k=6)) for _ in range(number)]
+
+
+def stream_of_longlora(folder, tokenizer, documents: list[str]) -> str:
+    """uint16 ids with an end-of-text token after each document, and no description of where that is."""
+    ids = [token for document in encode(tokenizer, documents) for token in [*document, tokenizer.eos_token_id]]
+    numpy.array(ids, dtype="<u2").tofile(folder / "published.bin")
+    return str(folder / "published.bin")
+
+
+@pytest.mark.parametrize("tokens_per_piece", [64, 100, 2**18])
+def test_a_stream_without_document_ends_is_found_also_across_pieces(tmp_path, tokenizer, monkeypatch, tokens_per_piece):
+    monkeypatch.setattr(longqlora.data.evaluation_sets, "TOKENS_PER_PIECE", tokens_per_piece)
+    monkeypatch.setattr(longqlora.data.evaluation_sets, "TOKENS_OF_OVERLAP", 60)  # five words have some 30
+    documents = [make_words(1, 120), make_words(2, 90)]
+    source = stream_of_longlora(tmp_path, tokenizer, map(" ".join, documents))
+    path = str(tmp_path / "x.bin")
+    prepare_evaluation_set([source], tokenizer, path)
+    assert len(json.loads((tmp_path / "x.json").read_text())["document_ends"]) == 1
+    pieces = list(decoded_pieces(path, tokenizer))
+    assert (len(pieces) == 1) == (tokens_per_piece == 2**18)
+    index_evaluation_sets({"x": pieces}, 5, str(tmp_path / "n.parquet"))
+    ngrams = EvaluationNgrams(str(tmp_path / "n.parquet"), 1)
+    for words in documents:
+        for start in range(1, len(words) - 5):  # at the seam of two documents their words run together
+            assert ngrams.overlaps(" ".join(words[start : start + 5])), start
+    assert ngrams.overlaps(" ".join(make_words(3, 500))) == []
+
+
+def test_pieces_of_a_long_document_hold_all_ngrams_and_no_others(tmp_path, tokenizer, monkeypatch):
+    words = make_words(7, 2000)
+    tokenize_documents([" ".join(words)], tokenizer, str(tmp_path / "x.bin"))
+    pieces = decoded_pieces(str(tmp_path / "x.bin"), tokenizer)
+    whole = index_evaluation_sets({"x": pieces}, 13, str(tmp_path / "whole.parquet"))
+    monkeypatch.setattr(longqlora.data.evaluation_sets, "TOKENS_PER_PIECE", 1500)
+    pieces = decoded_pieces(str(tmp_path / "x.bin"), tokenizer)
+    index_evaluation_sets({"x": pieces}, 13, str(tmp_path / "pieces.parquet"))
+    parts = [EvaluationNgrams(str(tmp_path / f"{name}.parquet"), 1).sets["x"] for name in ("whole", "pieces")]
+    assert whole == {"x": 1988}
+    assert set(parts[0]) <= set(parts[1])
+    assert len(parts[1]) - len(parts[0]) < 2 * len(words) * 6 // 1500 + 10  # words that a seam cuts make a few of their own
+
+
+FRENCH = "Les élèves étudièrent à l’école ﬁnement, où ils avaient été très gâtés par leurs maîtres et leurs mères."
+
+
+@pytest.fixture(params=["nfc", "nfkc", "nfkd", "no accents", "loses characters"])
+def lossy(request, tokenizer):
+    """Tokenizers whose ids do not give every text back."""
+    normalizer = {
+        "nfc": normalizers.NFC(),
+        "nfkc": normalizers.NFKC(),
+        "nfkd": normalizers.NFKD(),
+        "no accents": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]),
+        "loses characters": normalizers.Replace(Regex("[^ a-z]"), ""),
+    }[request.param]
+    changed = deepcopy(tokenizer)
+    changed.backend_tokenizer.normalizer = normalizer
+    return changed
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_a_set_of_texts_is_compared_as_it_is_published(tmp_path, lossy, form, suffix):
+    """Not as the tokenizer gives it back. A copy of it is found, in whatever form it is."""
+    text, source = unicodedata.normalize(form, FRENCH), tmp_path / f"x{suffix}"
+    source.write_text(text if suffix == ".txt" else json.dumps({"text": text}))
+    tokens, index = str(tmp_path / "x.bin"), str(tmp_path / "n.parquet")
+    prepare_evaluation_set([str(source)], lossy, tokens)
+    texts = list(texts_of_evaluation_set([str(source)], tokens, lossy))
+    assert texts == [text]
+    counts = index_evaluation_sets({"x": texts}, 13, index)
+    for copy in (FRENCH, unicodedata.normalize("NFD", FRENCH), unicodedata.normalize("NFKC", FRENCH)):
+        (overlap,) = EvaluationNgrams(index, 1).overlaps(copy)
+        assert overlap.shared_ngrams == overlap.num_ngrams == counts["x"]
+
+
+@pytest.mark.parametrize("normalizer", [None, normalizers.NFC(), normalizers.NFKC(), normalizers.NFKD()])
+def test_a_copy_of_a_set_of_token_ids_is_found_though_the_tokenizer_normalizes(tmp_path, tokenizer, normalizer):
+    normalizing = deepcopy(tokenizer)
+    normalizing.backend_tokenizer.normalizer = normalizer
+    source = stream_of_longlora(tmp_path, normalizing, [unicodedata.normalize("NFD", FRENCH)])
+    tokens, index = str(tmp_path / "x.bin"), str(tmp_path / "n.parquet")
+    prepare_evaluation_set([source], normalizing, tokens)
+    index_evaluation_sets({"x": texts_of_evaluation_set([source], tokens, normalizing)}, 13, index)
+    (overlap,) = EvaluationNgrams(index, 1).overlaps(FRENCH)
+    assert overlap.shared_ngrams == overlap.num_ngrams

@@ -15,7 +15,6 @@ from longqlora.data.chat_template import tokenize_conversation, with_chat_templa
 from longqlora.data.decontamination import EvaluationNgrams, index_evaluation_sets
 from longqlora.data.instruction_set import InstructionPass, SftSampleSettings, build_sft_set, tokenize_sft
 from longqlora.data.packing import PackedRecords, read_tokenized_records
-from longqlora.data.token_files import tokenize_documents
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +23,9 @@ def chat(tokenizer):
 
 
 @pytest.fixture
-def evaluation_ngrams(tmp_path, tokenizer) -> EvaluationNgrams:
-    tokenize_documents(["the quick brown fox jumps over the lazy dog", "a b c d e"], tokenizer, str(tmp_path / "proof.bin"))
-    index_evaluation_sets({"proof": str(tmp_path / "proof.bin")}, tokenizer, 5, str(tmp_path / "ngrams.parquet"))
+def evaluation_ngrams(tmp_path) -> EvaluationNgrams:
+    texts = ["the quick brown fox jumps over the lazy dog", "a b c d e"]
+    index_evaluation_sets({"proof": texts}, 5, str(tmp_path / "ngrams.parquet"))
     return EvaluationNgrams(str(tmp_path / "ngrams.parquet"), threshold=1)
 
 
@@ -176,7 +175,7 @@ def test_a_passage_is_found_in_every_message(tmp_path, build, messages):
 
 
 def test_a_nul_character_is_malformed_in_every_message(tmp_path, build):
-    odd = [("sys\0tem", "?", "!"), ("system", "ques\0tion", "!"), ("system", "?", "ans\0wer")]
+    odd = [("be\0", "?", "!"), ("be", "why\0", "!"), ("be", "why", "\0so")]
     talks = [talk(number, "Be brief") for number in range(40)] + [talk(41 + i, *messages) for i, messages in enumerate(odd)]
     card, _, _ = build([source(tmp_path, "talks", 1.0, talks, schema="sharegpt")], max_malformed_share=0.1)
     assert card["sources"]["talks"]["malformed"] == 3

@@ -8,13 +8,11 @@ from longqlora.data.decontamination import EvaluationNgrams, index_evaluation_se
 from longqlora.data.readers import Malformed, read_documents
 from longqlora.data.sampling import priority, text_id
 from longqlora.data.source_pass import FileCounts, RecordCounter, SourcePass, check_malformed_share
-from longqlora.data.token_files import tokenize_documents
 
 
 @pytest.fixture
-def ngrams(tmp_path, tokenizer) -> EvaluationNgrams:
-    tokenize_documents(["the quick brown fox jumps"], tokenizer, str(tmp_path / "proof.bin"))
-    index_evaluation_sets({"proof": str(tmp_path / "proof.bin")}, tokenizer, 3, str(tmp_path / "ngrams.parquet"))
+def ngrams(tmp_path) -> EvaluationNgrams:
+    index_evaluation_sets({"proof": ["the quick brown fox jumps"]}, 3, str(tmp_path / "ngrams.parquet"))
     return EvaluationNgrams(str(tmp_path / "ngrams.parquet"), threshold=2)
 
 

@@ -1,5 +1,7 @@
 # The evaluation sets: token ids, and the n-grams that no training text may share with them.
 
+EVALUATION_PATHS = [path for dataset in DATASETS.values() for path in dataset.paths]
+
 
 rule prepare_evaluation_set:
     input:
@@ -55,6 +57,7 @@ rule retokenize_evaluation_set:
 
 rule index_evaluation_sets:
     input:
+        sources=sources_of(EVALUATION_PATHS),
         tokens=expand(rules.prepare_evaluation_set.output.tokens, dataset=DATASETS),
         descriptions=expand(rules.prepare_evaluation_set.output.description, dataset=DATASETS),
         tokenizer=made_model(TOKENIZER),
@@ -68,7 +71,8 @@ rule index_evaluation_sets:
         "../../environment.yml"
     params:
         *code_of("index_evaluation_sets"),
-        names=list(DATASETS),
+        sources={name: dataset.paths for name, dataset in DATASETS.items()},
+        contents=contents_of(EVALUATION_PATHS),
         tokenizer=base_tokenizer,
         tokenizer_contents=contents_of_tokenizer(TOKENIZER),
         ngram_words=EXPERIMENT.decontamination.ngram_words,
