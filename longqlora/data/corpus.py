@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas
 
 from longqlora.data.decontamination import EvaluationNgrams, check_clean
-from longqlora.data.readers import read_parquet, write_parquet
+from longqlora.data.readers import NORMALIZATION, read_parquet, write_parquet
 from longqlora.data.shards import SAMPLE, SampleSettings, ShardFiles, candidate_order
 from longqlora.data.source_pass import OVERLAP_COLUMNS, check_malformed_share
 
@@ -214,4 +214,5 @@ def sample_corpus(
     rows = [*(row for card in cards for row in card["removed"]), *join.removed]
     pandas.DataFrame(rows, columns=REMOVED).convert_dtypes().to_csv(removed, index=False)
     filters = {"near_duplicates": joining.near_duplicates, "ngram_words": ngrams.n, "ngram_threshold": ngrams.threshold}
-    return {**describe_sample(output, counts), "settings": {**asdict(settings), **filters}, **card}
+    settings_used = {**asdict(settings), **filters}
+    return {**describe_sample(output, counts), "normalization": NORMALIZATION, "settings": settings_used, **card}

@@ -13,7 +13,7 @@ from itertools import groupby
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
-from longqlora.data.readers import Malformed, OnMalformed, raise_malformed, read_records
+from longqlora.data.readers import Malformed, OnMalformed, normalized_record, raise_malformed, read_records
 
 Turns = list[tuple[str, str]]  # (question, answer)
 SCHEMA_ERRORS = (KeyError, TypeError, IndexError, AttributeError, ValueError)  # of a schema, on a record of another one
@@ -374,7 +374,7 @@ def read_conversations(
     """
     of_schema = False
     for line, fields in read_records(path, on_malformed, digest):
-        record = Record(fields)
+        record = Record(normalized_record(fields))
         try:
             conversation = SCHEMAS[schema_name](record)
         except SCHEMA_ERRORS as error:

@@ -22,7 +22,7 @@ from longqlora.config.settings import SftSource
 from longqlora.data.chat_template import tokenize_conversation, with_chat_template
 from longqlora.data.decontamination import EvaluationNgrams, check_clean
 from longqlora.data.instruction_schemas import Conversation, read_conversations, text_of
-from longqlora.data.readers import find_files, read_parquet, write_parquet
+from longqlora.data.readers import NORMALIZATION, find_files, read_parquet, write_parquet
 from longqlora.data.sampling import BottomK, apportion
 from longqlora.data.shortening import shorten
 from longqlora.data.source_pass import OVERLAP_COLUMNS, SourcePass, check_malformed_share
@@ -229,6 +229,7 @@ def build_sft_set(
         "sources": cards,
         "unused_fields": {reading.source.name: dict(sorted(reading.unused_fields.items())) for reading in passes},
         "malformed": [example for reading in passes for example in reading.counter.examples],
+        "normalization": NORMALIZATION,
         "settings": {**sample_settings, "ngram_words": ngrams.n},
         "files": [file for reading in passes for file in reading.file_cards()],
     }

@@ -1,24 +1,31 @@
 """Readers of the formats in which corpora are published; records are read one at a time.
 
-Formats: JSON lines (``.jsonl``), a JSON list (``.json``), Parquet, and plain text (``.txt``, one document per file). All but
-Parquet may be compressed (``.gz``, ``.zst``, ``.bz2``, ``.xz``). A path is whatever ``fsspec`` opens: a local file,
-``hf://datasets/…``, ``s3://…``.
+Formats: JSON lines or one JSON list (``.jsonl`` or ``.json``; the content tells which), Parquet, and plain text (``.txt``, one
+document per file). All but Parquet may be compressed (``.gz``, ``.zst``, ``.bz2``, ``.xz``). A path is whatever ``fsspec``
+opens: a local file, ``hf://datasets/…``, ``s3://…``.
+
+The same text must be the same string in whatever file it is published, or neither duplicates nor passages of evaluation sets
+would be found. So line ends become ``\\n``, and a byte order mark at the beginning is removed (:func:`normalized`).
 
 A record that cannot be used is *malformed*: the reader reports its place and the reason to the caller, and skips none silently.
 A file that is truncated or cannot be opened is an error at once, because nobody knows how much of it is missing.
 """
 
+import ast
 import glob
 import io
+import json
 import lzma
 import sys
 import zlib
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from functools import lru_cache
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import fsspec
 import orjson
@@ -27,15 +34,18 @@ import pyarrow.parquet
 from fsspec.compression import compr
 from fsspec.utils import infer_compression
 
+from longqlora.data.file_formats import file_format
+
 if sys.version_info >= (3, 14):
     from compression.zstd import ZstdError
 else:
     from backports.zstd import ZstdError  # fsspec reads .zst with it too; the package zstandard accepts a truncated file
 
-COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
-FORMATS = (".jsonl", ".json", ".parquet", ".txt")
 READ_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError, ZstdError, pyarrow.ArrowInvalid)
+JSON_ERRORS = (ValueError, TypeError, RecursionError)  # of parse_json
+OTHER_MARKS = (BOM_UTF16_LE, BOM_UTF16_BE, BOM_UTF32_BE)  # that of UTF-32-LE begins like that of UTF-16-LE
 BUFFER_BYTES = 2**20  # large, so that a line with a long text takes one read instead of dozens
+NORMALIZATION = "line ends are \\n, and a byte order mark at the beginning is removed"  # for the data cards
 ROWS_PER_GROUP = 64  # of a Parquet file; that many rows are in memory when it is written or read
 
 
@@ -88,21 +98,6 @@ def raise_malformed(malformed: Malformed) -> NoReturn:
     raise ValueError(str(malformed))
 
 
-def file_format(path: str) -> str:
-    """Format of a file, from the ending of its name without the compression.
-
-    Raises:
-        ValueError: if the name has no known ending.
-    """
-    name = path
-    for compression in COMPRESSIONS:
-        name = name.removesuffix(compression)
-    for suffix in FORMATS:
-        if name.endswith(suffix):
-            return suffix
-    raise ValueError(f"{path}: unknown format; known are {', '.join(FORMATS)}, compressed or not ({', '.join(COMPRESSIONS)})")
-
-
 def find_files(path: str, part: tuple[int, int] = (0, 1)) -> list[str]:
     """Files that a path names: the path itself, or the matches of its wildcards, sorted by name.
 
@@ -144,7 +139,7 @@ class HashingReader(io.RawIOBase):
 
 
 @contextmanager
-def open_binary(path: str, digest=None) -> Iterator[BinaryIO]:
+def open_binary(path: str, digest=None) -> Iterator[io.BufferedReader]:
     """Open a file for reading bytes, decompressed according to its name.
 
     Args:
@@ -168,37 +163,101 @@ def open_binary(path: str, digest=None) -> Iterator[BinaryIO]:
         ) from None
 
 
-def read_json_lines(path: str, on_malformed: OnMalformed, digest=None) -> NumberedRecords:
-    """Yield (line, object) of a JSON-lines file; blank lines are skipped, but count as lines."""
-    with open_binary(path, digest) as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                record = orjson.loads(line)
-            except orjson.JSONDecodeError as error:
-                if line.strip():
-                    on_malformed(Malformed(path, number, f"not valid JSON ({error})"))
-                continue
-            if isinstance(record, dict):
-                yield number, record
-            else:
-                on_malformed(Malformed(path, number, f"expected a JSON object, found {type(record).__name__}"))
-
-
-def read_json_list(path: str, on_malformed: OnMalformed, digest=None) -> NumberedRecords:
-    """Yield (number, object) of a JSON file that holds one list; the whole file is in memory.
+@contextmanager
+def open_text(path: str, digest=None) -> Iterator[io.BufferedReader]:
+    """Open a file of UTF-8 text for reading bytes, see :func:`open_binary`, after its byte order mark if it has one.
 
     Raises:
-        ValueError: if the file does not hold a list.
+        ValueError: if the file cannot be opened, is truncated, or its byte order mark says UTF-16 or UTF-32.
     """
     with open_binary(path, digest) as file:
-        try:
-            records = orjson.loads(file.read())
-        except orjson.JSONDecodeError as error:
+        begin = file.peek(len(BOM_UTF32_BE))
+        if begin.startswith(OTHER_MARKS):
             raise ValueError(
-                f"{path}: not valid JSON ({error}); a .json file holds one list, JSON lines are named .jsonl"
-            ) from None
-    if not isinstance(records, list):
-        raise ValueError(f"{path}: expected one list of records, found {type(records).__name__}; JSON lines are named .jsonl")
+                f"{path}: the byte order mark says UTF-16 or UTF-32, expected UTF-8; convert the file, for example with "
+                "iconv -f UTF-16 -t UTF-8"
+            )
+        if begin.startswith(BOM_UTF8):
+            file.read(len(BOM_UTF8))
+        yield file
+
+
+def parse_json(data: bytes) -> Any:
+    """Value of a JSON text. ``NaN``, ``Infinity`` and ``-Infinity``, which JSON lacks and Python writes, are read as None.
+
+    Raises:
+        ValueError, TypeError, RecursionError: if it is not valid.
+    """
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        if data.startswith(BOM_UTF8):  # of a file that was appended to another
+            return parse_json(data.removeprefix(BOM_UTF8))
+        if b"NaN" not in data and b"Infinity" not in data:
+            raise
+        value = json.loads(data.decode(), parse_constant=lambda name: None)
+        return orjson.loads(orjson.dumps(value))  # everything else is as strict as it is without NaN
+
+
+def read_json(path: str, on_malformed: OnMalformed, digest=None) -> NumberedRecords:
+    """Yield (number, object) of a JSON file: of one list, which is read into memory, or of JSON lines.
+
+    It is a list if its first character is a bracket. The number is that of the record in the list, or that of the line.
+
+    Raises:
+        ValueError: if the file holds neither, such as an object over several lines.
+    """
+    with open_text(path, digest) as file:
+        lines = enumerate(file, start=1)
+        first, line = next((numbered for numbered in lines if numbered[1].strip()), (1, b""))
+        if line.lstrip().startswith(b"["):
+            yield from list_records(path, line + file.read(), on_malformed)
+            return
+        if file_format(path) == ".json" and line.strip():
+            check_first_line(path, line)
+        yield from line_records(path, chain([(first, line)], lines), on_malformed)
+
+
+def check_first_line(path: str, line: bytes) -> None:
+    """Check that a line is complete. In a ``.jsonl`` file, one that is not is malformed, like any other.
+
+    Raises:
+        ValueError: if it is not valid JSON by itself.
+    """
+    try:
+        parse_json(line)
+    except JSON_ERRORS as error:
+        raise ValueError(
+            f"{path}: expected one list of records, or one record per line, but the first line is not valid JSON by itself "
+            f"({error}): {line[:40].decode(errors='replace')!r}"
+        ) from None
+
+
+def line_records(path: str, lines: Iterable[tuple[int, bytes]], on_malformed: OnMalformed) -> NumberedRecords:
+    """Yield (line, object) of numbered JSON lines; blank lines are skipped."""
+    for number, line in lines:
+        try:
+            record = parse_json(line)
+        except JSON_ERRORS as error:
+            if line.strip():
+                on_malformed(Malformed(path, number, f"not valid JSON ({error})"))
+            continue
+        if isinstance(record, dict):
+            yield number, record
+        else:
+            on_malformed(Malformed(path, number, f"expected a JSON object, found {type(record).__name__}"))
+
+
+def list_records(path: str, data: bytes, on_malformed: OnMalformed) -> NumberedRecords:
+    """Yield (number, object) of a JSON list.
+
+    Raises:
+        ValueError: if it is not valid.
+    """
+    try:
+        records = parse_json(data)
+    except JSON_ERRORS as error:
+        raise ValueError(f"{path}: begins like a list of records, but is not valid JSON ({error})") from None
     for number, record in enumerate(records, start=1):
         if isinstance(record, dict):
             yield number, record
@@ -233,7 +292,7 @@ def read_parquet(path: str, on_malformed: OnMalformed = raise_malformed, digest=
 
 def read_text(path: str, on_malformed: OnMalformed, digest=None) -> NumberedRecords:
     """Yield a plain text file as one record with its text in the field ``text``."""
-    with open_binary(path, digest) as file:
+    with open_text(path, digest) as file:
         data = file.read()
     try:
         yield 1, {"text": data.decode("utf-8")}
@@ -243,8 +302,8 @@ def read_text(path: str, on_malformed: OnMalformed, digest=None) -> NumberedReco
 
 
 READERS: dict[str, Callable[..., NumberedRecords]] = {
-    ".jsonl": read_json_lines,
-    ".json": read_json_list,
+    ".jsonl": read_json,
+    ".json": read_json,
     ".parquet": read_parquet,
     ".txt": read_text,
 }
@@ -264,13 +323,50 @@ def read_records(path: str, on_malformed: OnMalformed = raise_malformed, digest=
     return READERS[file_format(path)](path, on_malformed, digest)
 
 
+def normalized(text: str) -> str:
+    """A text with the line ends ``\\n``, instead of ``\\r\\n`` or ``\\r``, and without a byte order mark at its beginning."""
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text.lstrip("\ufeff")
+
+
+def normalized_record(value: Any) -> Any:
+    """A record whose texts are all :func:`normalized`, at any depth."""
+    written = orjson.dumps(value, default=str)
+    if b"\\r" not in written and BOM_UTF8 not in written:  # tells most records, ten times as fast as looking at each text
+        return value
+    if isinstance(value, str):
+        return normalized(value)
+    if isinstance(value, list):
+        return [normalized_record(item) for item in value]
+    return {key: normalized_record(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+@lru_cache(maxsize=1)  # several fields of a record may be in the same text
+def parse_object(text: str) -> dict:
+    """An object that is stored as text: as JSON, or as Python writes a dictionary (RedPajama's ``meta`` is published in both
+    forms). Other texts give an empty dictionary."""
+    if not text.lstrip().startswith("{"):
+        return {}
+    for parse in (lambda: parse_json(text.encode()), lambda: ast.literal_eval(text.strip())):
+        try:
+            value = parse()
+        except (*JSON_ERRORS, SyntaxError, MemoryError):
+            continue
+        return value if isinstance(value, dict) else {}
+    return {}
+
+
 def field_getter(field: str) -> Callable[[dict], Any]:
-    """Function from a record to the value of a field, with dots for nested objects; None if the record lacks the field."""
+    """Function from a record to the value of a field; None if the record lacks the field. Dots lead into nested objects, which
+    may be stored as text."""
     *outer, last = field.split(".")
 
     def get(record: dict) -> Any:
         for key in outer:
             nested = record.get(key)
+            if isinstance(nested, str):
+                nested = parse_object(nested)
             if not isinstance(nested, dict):
                 return None
             record = nested
@@ -307,7 +403,9 @@ def read_documents(
         if not isinstance(text, str):
             reason = f"no text in the field {fields.text!r}; the record's fields are {', '.join(record) or 'none'}"
             on_malformed(Malformed(path, line, reason))
-        elif not text or text.isspace():
+            continue
+        text = normalized(text)
+        if not text or text.isspace():
             on_malformed(Malformed(path, line, "empty text"))
         elif "\0" in text:
             on_malformed(Malformed(path, line, f"NUL character in the text, at character {text.index(chr(0))}"))

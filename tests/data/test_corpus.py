@@ -360,9 +360,10 @@ def test_metadata_is_kept(draw):
         assert json.loads(row["metadata"]) == {"id": by_text[row["text"]]["id"], "meta.date": "2023", "license": None}
 
 
-def sample_file(path, tokenizer, index, part=(0, 1)):
+def sample_file(path, tokenizer, index, part=(0, 1), **options):
     settings = SampleSettings(num_texts=5, min_tokens=20, max_tokens=400, seed=1)
-    source, output = CorpusSource(name="x", paths=[str(path)], metadata_fields=["price", "raw", "date"]), shard_files(path)
+    given = {"name": "x", "paths": [str(path)], "metadata_fields": ["price", "raw", "date"]}
+    source, output = CorpusSource(**given | options), shard_files(path)
     ngrams = EvaluationNgrams(index, 1)
     sample_shard(settings=settings, source=source, part=part, tokenizer=tokenizer, ngrams=ngrams, output=output)
     return pyarrow.parquet.read_table(output.candidates).to_pylist(), json.loads(Path(output.card).read_text())
@@ -397,9 +398,27 @@ def test_a_very_long_document_is_rejected_by_its_characters_and_never_tokenized(
     }  # fmt: skip
 
 
+def test_a_text_is_the_same_in_files_with_other_line_ends_or_a_byte_order_mark(draw):
+    texts = [f"{make_text(number, words=20)}\n{make_text(number + 100, words=20)}\n" for number in range(20)]
+    forms = [texts, [text.replace("\n", "\r\n") for text in texts], ["\ufeff" + text.replace("\n", "\r") for text in texts]]
+    expected, _, _ = draw([{"text": text} for text in texts])
+    rows, card, _ = draw([{"text": text} for form in forms for text in form], shards=3)
+    assert [(row["id"], row["text"]) for row in rows] == [(row["id"], row["text"]) for row in expected]
+    assert (card["total"]["duplicate"], card["total"]["sampled"]) == (40, 20)
+    assert "line ends are \\n" in card["normalization"]
+
+
+def test_a_passage_of_an_evaluation_set_is_found_in_a_text_with_other_line_ends(draw):
+    words = HELD_OUT.split()
+    text = make_text(1) + " " + "\r\n".join(words[:40])
+    _, card, removed = draw([{"text": text}], k=1, allow_fewer=True)
+    assert card["total"]["contaminated"] == len(removed) == 1
+
+
 def test_a_shard_of_no_files_keeps_nothing(tmp_path, tokenizer, index):
     (tmp_path / "only.jsonl").write_text("")
-    rows, card = sample_file(tmp_path / "*.jsonl", tokenizer, index, part=(3, 4))
+    pattern = f"file://{tmp_path}/*.jsonl"  # local wildcards are expanded before
+    rows, card = sample_file(tmp_path / "only.jsonl", tokenizer, index, part=(3, 4), paths=[pattern])
     assert rows == card["files"] == card["characters_per_token"] == []
 
 

@@ -188,3 +188,12 @@ def test_a_copy_of_a_set_of_token_ids_is_found_though_the_tokenizer_normalizes(t
     index_evaluation_sets({"x": texts_of_evaluation_set([source], tokens, normalizing)}, 13, index)
     (overlap,) = EvaluationNgrams(index, 1).overlaps(FRENCH)
     assert overlap.shared_ngrams == overlap.num_ngrams
+
+
+@pytest.mark.parametrize("form", ["one\r\ntwo\r\n", "one\rtwo\r", "\ufeffone\ntwo\n", "\ufeffone\r\ntwo\n"])
+def test_line_ends_and_a_byte_order_mark_make_no_difference(tmp_path, tokenizer, form):
+    """With them, the model would have to predict tokens that it never saw in training."""
+    for name, text in (("plain", "one\ntwo\n"), ("other", form)):
+        (tmp_path / f"{name}.txt").write_bytes(text.encode())
+        prepare_evaluation_set([str(tmp_path / f"{name}.txt")], tokenizer, str(tmp_path / f"{name}.bin"))
+    numpy.testing.assert_array_equal(read_tokens(str(tmp_path / "plain.bin")), read_tokens(str(tmp_path / "other.bin")))

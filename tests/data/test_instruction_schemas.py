@@ -432,3 +432,21 @@ def test_a_nul_character_is_malformed(tmp_path):
     counter = RecordCounter()
     assert list(read_conversations(path, "input_output", counter.add_malformed)) == []
     assert counter.examples == [f"{path}, line {line}: NUL character" for line in (1, 2)]
+
+
+@pytest.mark.parametrize("schema", RECORDS)
+def test_line_ends_and_a_byte_order_mark_make_no_difference(tmp_path, schema):
+    def changed(value, change):
+        if isinstance(value, dict):
+            return {key: changed(item, change) for key, item in value.items()}
+        if isinstance(value, list):
+            return [changed(item, change) for item in value]
+        return change(value) if isinstance(value, str) and "." in value else value
+
+    lines = [
+        changed(RECORDS[schema], change)
+        for change in (lambda text: f"{text}\n", lambda text: f"{text}\r\n", lambda text: f"\ufeff{text}\r")
+    ]
+    expected, *others = read_conversations(write_lines(tmp_path / "x.jsonl", *lines), schema)
+    assert expected is not None
+    assert others == [expected, expected]

@@ -103,7 +103,7 @@ def test_the_set_does_not_depend_on_the_order_of_records_or_files(tmp_path, buil
         spread = source(tmp_path, "a", 1.0, records, num_files)
         assert build([spread])[1] == expected
         assert build([spread.model_copy(update={"paths": spread.paths[::-1]})])[1] == expected
-        assert build([spread.model_copy(update={"paths": [str(tmp_path / f"a-*-of-{num_files}.jsonl")]})])[1] == expected
+        assert build([spread.model_copy(update={"paths": [f"file://{tmp_path}/a-*-of-{num_files}.jsonl"]})])[1] == expected
 
 
 def test_a_larger_set_holds_the_smaller_one(tmp_path, build):

@@ -4,6 +4,10 @@ import hashlib
 import json
 import lzma
 import sys
+import tracemalloc
+from decimal import Decimal
+from itertools import islice
+from pathlib import Path
 
 import fsspec
 import pyarrow
@@ -12,14 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longqlora.data.readers import (
-    Fields,
-    file_format,
-    find_files,
-    read_documents,
-    read_parquet,
-    write_parquet,
-)
+from longqlora.data.readers import Fields, find_files, normalized_record, read_documents, read_parquet, write_parquet
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -75,7 +72,7 @@ def test_parquet_is_read_in_order_over_row_groups(tmp_path):
 
 
 @settings(max_examples=50)
-@given(st.lists(st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1), max_size=8))
+@given(st.lists(st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), min_size=1), max_size=8))
 def test_json_lines_and_parquet_hold_the_same_texts(tmp_path_factory, texts):
     folder, texts = tmp_path_factory.mktemp("x"), [f"a{text}" for text in texts]
     files = contents(texts) if texts else {".jsonl": b"", ".json": b"[]"}
@@ -102,18 +99,51 @@ def test_a_document_that_names_no_source_gets_the_given_one_or_its_file(tmp_path
     assert [document.source for document in read_documents(path)] == [path, "C4", path, path]
 
 
+@pytest.mark.parametrize("form", [json.dumps, str])
+def test_fields_may_be_nested_in_an_object_that_is_stored_as_text(tmp_path, form):
+    """As JSON or as Python's repr: ``meta`` of RedPajama, in the files that the library datasets makes."""
+    meta = {"source": "arxiv", "url": 'it\'s "here"', "language": None, "scores": [0.5, True], "set": {"name": "é"}}
+    record = {"text": "a", "meta": form(meta), "outer": {"meta": form(meta)}}
+    fields = Fields(source="meta.source", metadata=("meta.url", "meta.language", "meta.scores", "outer.meta.set.name", "meta"))
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), sink)
+    for suffix, data in {".jsonl": json_lines([record]), ".parquet": sink.getvalue().to_pybytes()}.items():
+        (document,) = read_documents(write(tmp_path, f"x{suffix}", data), fields)
+        assert document.source == "arxiv"
+        assert list(document.metadata.values()) == [meta["url"], None, [0.5, True], "é", form(meta)]
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        "",
+        "arxiv",
+        "{",
+        "{}",
+        "{1, 2}",
+        '["source"]',
+        '"source"',
+        "{'source'",
+        "{'source': open('x')}",
+        "{" * 9999,
+        "\0",
+        None,
+        5,
+    ],
+)
+def test_a_text_that_is_no_object_has_no_fields(tmp_path, meta):
+    path = write(tmp_path, "x.jsonl", json_lines([{"text": "a", "meta": meta}]))
+    (document,) = read_documents(path, Fields(metadata=("meta.url",)), name="web")
+    assert (document.source, document.metadata) == ("web", {"meta.url": None})
+
+
 def test_blank_lines_hold_nothing_and_still_count(tmp_path):
     path = write(tmp_path, "x.jsonl", b'\n{"text": "a"}\r\n  \n{"text": "b"}')
     assert [(document.text, document.line) for document in read_documents(path)] == [("a", 2), ("b", 4)]
 
 
-def test_names_tell_the_format():
-    assert [file_format(name) for name in ("a.jsonl.zst", "b.json", "hf://c/d.parquet", "e.txt.gz")] == [
-        ".jsonl", ".json", ".parquet", ".txt",
-    ]  # fmt: skip
-    with pytest.raises(ValueError, match=r"book\.pdf: unknown format; known are \.jsonl, \.json, \.parquet, \.txt"):
-        file_format("book.pdf")
-    with pytest.raises(ValueError, match="unknown format"):
+def test_a_file_of_an_unknown_format_is_not_read():
+    with pytest.raises(ValueError, match=r"^book\.jsonl\.lz4: unknown format"):
         list(read_documents("book.jsonl.lz4"))
 
 
@@ -166,6 +196,12 @@ BAD_LINES = {
     b"{}": "no text in the field 'text'; the record's fields are none",
     b'{"text": null}': "no text in the field 'text'",
     b'{"text": 5}': "no text in the field 'text'",
+    b'{"text": NaN}': "no text in the field 'text'",
+    b'{"text": "a", "score": nan}': "not valid JSON",
+    b'{"text": "a", "score": NaN, "name": "\\ud800"}': "not valid JSON .*surrogates",
+    b'{"text": "caf\xe9", "score": NaN}': "not valid JSON .*utf-8",
+    b'{"score": NaN, "deep": ' + b"[" * 99999: "not valid JSON .*recursion",
+    b'{"text": "\xef\xbb\xbf"}': "empty text",
     b'{"text": ""}': "empty text",
     b'{"text": " \\n\\t "}': "empty text",
     b'{"text": "ab\\u0000c"}': "NUL character in the text, at character 2",
@@ -192,17 +228,95 @@ def test_malformed_records_of_a_json_list_are_named_by_number(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("begin", [b"", b"\n \n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n"])
+def test_the_content_tells_json_lines_from_a_list_whatever_the_name(tmp_path, packed, begin):
+    """C4 and RedPajama-V2 have JSON lines in files named .json.gz."""
+    records = [{"text": text} for text in TEXTS]
+    forms = [json_lines(records), json.dumps(records).encode(), json.dumps(records, indent=1).encode(), json_lines(records[:1])]
+    for name in ("x.json", "x.jsonl"):
+        found = [texts_of(write(tmp_path, name + packed, PACKERS[packed](begin + form))) for form in forms]
+        assert found == [TEXTS, TEXTS, TEXTS, TEXTS[:1]]
+
+
+def test_json_lines_named_json_are_read_one_at_a_time(tmp_path):
+    lines = json_lines({"text": f"text {number}" + " word" * 1000} for number in range(2000))
+    documents = read_documents(write(tmp_path, "x.json", lines + b"{"))
+    tracemalloc.start()
+    assert len(list(islice((document.line for document in documents), 2000))) == 2000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < len(lines) / 2
+    with pytest.raises(ValueError, match=r"x\.json, line 2001: not valid JSON"):
+        next(documents)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b'{"text": "a"}\n{"text": "b"}\n', "JSON lines are named .jsonl"),
-        (b'{"text": "a"}', "found dict"),
-        (b"[1, 2", "not valid"),
+        (b'{\n "text": "a"\n}', r"expected one list of records, or one record per line, but the first line .*: '{\\n'$"),
+        (b'{"version": 1, "data": [\n{"text": "a"}\n]}', "the first line is not valid JSON by itself"),
+        (b'{"data": [{"text": "a"}]}', "no text in the field 'text'; the record's fields are data"),
+        (b"[1, 2", "begins like a list of records, but is not valid JSON"),
+        (b'[{"text": "a"}]\n[{"text": "b"}]\n', "begins like a list of records, but is not valid JSON"),
+        (b"[" * 9999, "not valid JSON"),
     ],
 )
-def test_a_json_file_that_is_no_list_is_an_error(tmp_path, data, message):
-    with pytest.raises(ValueError, match=rf"x\.json: .*{message}"):
-        list(read_documents(write(tmp_path, "x.json", data), on_malformed=[].append))
+def test_a_json_file_of_another_form_is_an_error(tmp_path, data, message):
+    with pytest.raises(ValueError, match=message):
+        list(read_documents(write(tmp_path, "x.json", data)))
+
+
+UNUSUAL_LINES = {
+    b'{"score": NaN, "text": "a"}': {"score": None},
+    b'{"text": "a", "score": [-Infinity, {"max": Infinity}, 1.5]}': {"score": [None, {"max": None}, 1.5]},
+    b'{"text": "a", "score": "NaN"}': {"score": "NaN"},
+    b'\xef\xbb\xbf{"text": "a"}': {"score": None},
+    b'\xef\xbb\xbf{"text": "a", "score": NaN}': {"score": None},
+    b'{"text": "b", "text": "a"}': {"score": None},
+}
+
+
+@pytest.mark.parametrize("line", UNUSUAL_LINES)
+def test_a_line_that_python_would_write_or_that_begins_with_a_byte_order_mark_is_read(tmp_path, line):
+    fields = Fields(metadata=("score",))
+    begin = b'{"text": "first"}\n'
+    _, document = read_documents(write(tmp_path, "x.jsonl", begin + line + b"\n"), fields)
+    assert (document.text, document.line, document.metadata) == ("a", 2, UNUSUAL_LINES[line])
+    (document,) = read_documents(write(tmp_path, "x.json", b"[" + line.removeprefix(b"\xef\xbb\xbf") + b"]"), fields)
+    assert (document.text, document.metadata) == ("a", UNUSUAL_LINES[line])
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.txt", "x.txt.gz"])
+def test_another_encoding_that_a_byte_order_mark_tells_is_an_error(tmp_path, encoding, name):
+    data = ("" if encoding in ("utf-16", "utf-32") else "\ufeff").encode(encoding) + b'{"text": "a"}'.decode().encode(encoding)
+    path = write(tmp_path, name, PACKERS[Path(name).suffix if name.endswith("gz") else ""](data))
+    with pytest.raises(ValueError, match=rf"{name}: the byte order mark says UTF-16 or UTF-32, expected UTF-8; .*iconv"):
+        list(read_documents(path, on_malformed=[].append))
+
+
+@pytest.mark.parametrize(
+    "text", ["one\r\ntwo\r\n", "one\rtwo\r", "\ufeffone\ntwo\n", "\ufeff\ufeffone\r\ntwo\n", "one\ntwo\r\n"]
+)
+def test_line_ends_and_a_byte_order_mark_make_no_difference_in_any_format(tmp_path, text):
+    for suffix, data in (contents([text]) | {".txt": text.encode()}).items():
+        assert texts_of(write(tmp_path, f"x{suffix}", data)) == ["one\ntwo\n"]
+    (path,) = [write(tmp_path, "nested.jsonl", json_lines([{"data": {"body": text}}]))]
+    assert texts_of(path, fields=Fields("data.body")) == ["one\ntwo\n"]
+
+
+def test_a_byte_order_mark_inside_a_text_and_other_line_ends_stay(tmp_path):
+    text = "one \ufeff two\u2028three\x85four\x0bfive"
+    for suffix, data in (contents([text]) | {".txt": text.encode()}).items():
+        assert texts_of(write(tmp_path, f"x{suffix}", data)) == [text]
+
+
+def test_a_record_is_normalized_at_any_depth():
+    record = {"a": ["x\r\ny", {"b": "\ufeffx\ry"}], "n": 5, "none": None, "f": float("nan"), "d": Decimal("1.5")}
+    assert str(normalized_record(record)) == str({**record, "a": ["x\ny", {"b": "x\ny"}]})
+    clean = {"a": [r"C:\run", "x\ny"], "b": b"\r\n"}
+    assert normalized_record(clean) == clean
 
 
 def test_invalid_utf8_of_a_text_file_is_named_with_its_line(tmp_path):
