@@ -18,7 +18,7 @@ import pandas
 
 from longqlora.data.decontamination import EvaluationNgrams, check_clean
 from longqlora.data.readers import NORMALIZATION, read_parquet, write_parquet
-from longqlora.data.shards import SAMPLE, SampleSettings, ShardFiles, candidate_order
+from longqlora.data.shards import SAMPLE, SampleSettings, ShardFiles, candidate_order, check_num_sources
 from longqlora.data.source_pass import OVERLAP_COLUMNS, check_malformed_share
 
 OUTCOMES = [
@@ -199,9 +199,11 @@ def sample_corpus(
         The data card.
 
     Raises:
-        ValueError: if too many records are malformed, a stratum has too few texts, or the sample overlaps an evaluation set.
+        ValueError: if the texts name too many sources, too many records are malformed, a stratum has too few texts, or the
+            sample overlaps an evaluation set.
     """
     cards = [json.loads(Path(shard.card).read_text()) for shard in shards]
+    check_num_sources({source for card in cards for source in card["counts"]})
     card = combine_cards(cards)
     usable, malformed = (sum(file[kind] for file in card["files"]) for kind in ("documents", "malformed"))
     check_malformed_share(malformed, usable, card["malformed"], joining.max_malformed_share)

@@ -8,7 +8,7 @@ outcome of every text is counted by source.
 import heapq
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -26,6 +26,7 @@ from longqlora.data.sampling import NUM_PRIORITIES, BottomK, apportion
 from longqlora.data.source_pass import SourcePass
 from longqlora.data.token_files import batches, encode_batch
 
+MAX_SOURCES = 1000  # of a corpus; published ones have 7 (RedPajama) to some hundreds (programming languages)
 ALL = "all"  # name of the only stratum if no shares are given
 SAMPLE = pyarrow.schema(
     [("id", "string"), ("source", "string"), ("num_tokens", "int64"), ("metadata", "string"), ("text", "string")]
@@ -126,6 +127,7 @@ class ShardPass(SourcePass):
         settings, bounds, end = self.settings, self.bounds, int(self.settings.examined_share * NUM_PRIORITIES)
         for document in documents:
             text, tally = document.text, self.counts[document.source]
+            check_num_sources(self.counts)
             tally["read"] += 1
             if bounds.is_too_short(text, settings.min_tokens):
                 tally["too short by characters"] += 1
@@ -200,6 +202,21 @@ class ShardPass(SourcePass):
         }
 
 
+def check_num_sources(sources: Collection[str]) -> None:
+    """Check that ``source_field`` names subsets of the corpus, not single texts or web sites.
+
+    Raises:
+        ValueError: if there are more than ``MAX_SOURCES`` sources.
+    """
+    if len(sources) > MAX_SOURCES:
+        examples = ", ".join(source[:60] for source in sorted(sources)[:3])
+        raise ValueError(
+            f"corpus.sources: the texts name more than {MAX_SOURCES} sources, such as {examples}; source_field must be a field "
+            "with few values, the subsets of the corpus. If there is none, name a field that the records lack: then all texts "
+            "belong to one source, by its name"
+        )
+
+
 def sample_shard(
     *,
     settings: SampleSettings,
@@ -220,7 +237,8 @@ def sample_shard(
         output: files to write.
 
     Raises:
-        ValueError: if a file is damaged, or more records are malformed than usable.
+        ValueError: if a file is damaged or of an unknown format, more records are malformed than usable, or the texts name too
+            many sources.
     """
     shard = ShardPass(settings, source, tokenizer, ngrams, Path(output.candidates).parent)
     files = [file for path in source.paths for file in find_files(path, part)]

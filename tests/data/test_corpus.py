@@ -398,6 +398,28 @@ def test_a_very_long_document_is_rejected_by_its_characters_and_never_tokenized(
     }  # fmt: skip
 
 
+def test_a_source_field_that_names_texts_instead_of_subsets_is_an_error_in_the_shard_and_in_the_join(
+    tmp_path, tokenizer, index
+):
+    """As in RedPajama's Common Crawl, whose source is the line of the crawl; several shards may each have few."""
+
+    def shard(name: str, numbers) -> ShardFiles:
+        lines = (json.dumps({"text": "short", "meta": {"source": f"cc/2023-06/{number}/line{number}"}}) for number in numbers)
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        sample_file(tmp_path / f"{name}.jsonl", tokenizer, index)
+        return shard_files(tmp_path / f"{name}.jsonl")
+
+    message = r"name more than 1000 sources, such as cc/2023-06/0/line0, .*; source_field must be a field with few values"
+    with pytest.raises(ValueError, match=message):
+        shard("many", range(1001))
+    shards = [shard("a", range(501)), shard("b", range(500, 1001))]
+    settings, ngrams = SampleSettings(num_texts=5, min_tokens=20, max_tokens=400, seed=1), EvaluationNgrams(index, 1)
+    paths = {"output": str(tmp_path / "sample.parquet"), "removed": str(tmp_path / "removed.csv")}
+    with pytest.raises(ValueError, match=message):
+        sample_corpus(settings=settings, joining=JoinSettings(None, True, 0), shards=shards, ngrams=ngrams, **paths)
+    shard("enough", range(1000))
+
+
 def test_a_text_is_the_same_in_files_with_other_line_ends_or_a_byte_order_mark(draw):
     texts = [f"{make_text(number, words=20)}\n{make_text(number + 100, words=20)}\n" for number in range(20)]
     forms = [texts, [text.replace("\n", "\r\n") for text in texts], ["\ufeff" + text.replace("\n", "\r") for text in texts]]
