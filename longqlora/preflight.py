@@ -11,6 +11,7 @@ from pathlib import Path
 
 from longqlora.config.completed import Experiment
 from longqlora.config.paths import is_local, is_made_here
+from longqlora.data.file_formats import file_format
 from longqlora.data.token_descriptions import largest_token
 from longqlora.evaluation.retrieval_tasks import PASSAGE_TOKENS
 from longqlora.jobs.digests import FileFacts
@@ -89,10 +90,22 @@ def check_list(key: str, paths: list[str]) -> Iterator[str]:
         streams = [path for path in paths if path.endswith(".bin")]
         if streams and len(paths) > 1:
             yield f"{key}: {streams[0]} must be the only path of its evaluation set, found {len(paths)} paths"
-    if key.startswith(("evaluation.", "pretraining.")):
-        for path in paths:
-            if not is_local(path) and glob.has_magic(path):
-                yield f"{key}: {path}: wildcards in addresses are for the corpus and instructions; name each file"
+    if unknown := [problem for path in paths for problem in format_problems(key, path)]:
+        more = f" ({len(unknown) - 1} more such files)" if len(unknown) > 1 else ""
+        yield f"{key}: {unknown[0]}{more}; a wildcard that ends in the format, such as *.jsonl, leaves other files out"
+
+
+def format_problems(key: str, path: str) -> Iterator[str]:
+    """Yield that the name of a file tells no format that can be read. The job checks the files that a pattern in an address
+    matches, unless their ending is part of the pattern."""
+    token_ids = key.startswith("evaluation.") and path.endswith(".bin")
+    if token_ids or (not Path(path).is_file() if is_local(path) else path.endswith(("*", "?", "]"))):
+        return
+    try:
+        if file_format(path) == ".txt" and key.startswith("sft."):
+            yield f"{path}: plain text has no instruction records"
+    except ValueError as error:
+        yield str(error)
 
 
 def not_made(experiment: Experiment, path: str) -> Iterator[str]:

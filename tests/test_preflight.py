@@ -86,7 +86,6 @@ def test_a_file_whose_name_has_brackets_is_itself(demo, tmp_path):
             r"^evaluation\.datasets\.prose\.paths: a\.txt is listed, or matched by a wildcard, more than once",
         ),
         (["a.txt", "x.bin"], r"^evaluation\.datasets\.prose\.paths: x\.bin must be the only path of its evaluation set"),
-        (["hf://datasets/a/b/*.txt"], r"prose\.paths: hf://.*: wildcards in addresses are for the corpus and instructions"),
         (["folder"], r"^evaluation\.datasets\.prose\.paths: folder is a folder, not a file$"),
         (["y.bin"], r"y\.json: does not describe .*y\.bin \(dtype uint16 or uint32, document_ends\); rename it"),
     ],
@@ -102,9 +101,45 @@ def test_files_that_make_no_evaluation_set_are_told(demo, elsewhere, paths, mess
 
 
 @pytest.mark.parametrize("path", ["hf://datasets/a/b/*.jsonl", "simplecache::https://x.org/a.jsonl", "s3://bucket/a.parquet"])
-def test_an_address_is_left_to_the_job_that_reads_it(demo, path):
+def test_an_address_is_left_to_the_job_that_reads_it(demo, demo_pretraining, path):
     demo["corpus"]["sources"] = [{"paths": [path]}]
+    demo["evaluation"]["datasets"]["prose"]["paths"] = [path]
+    demo["sft"]["sources"] = [{"name": "x", "schema": "alpaca", "paths": [path], "share": 1.0}]
     check(demo)
+    demo_pretraining["pretraining"]["paths"] = [path]
+    check(demo_pretraining)
+
+
+@pytest.mark.parametrize(
+    "path", ["data/*", "data/a.jsonl*", "data/a.jsonl.idx", "s3://bucket/a.csv", "s3://bucket/*.jsonl.idx"]
+)
+@pytest.mark.parametrize("section", ["corpus", "sft", "evaluation", "pretraining"])
+def test_a_file_of_an_unknown_format_is_named_before_any_job(demo, demo_pretraining, root, elsewhere, section, path):
+    (elsewhere / "data").mkdir()
+    for name in ("a.jsonl", "a.jsonl.idx"):
+        (elsewhere / f"data/{name}").write_text("{}")
+    if path == "data/*":
+        (elsewhere / "data/README").touch()
+    config = demo_pretraining if section == "pretraining" else demo
+    key = {"corpus": "corpus.sources[0].paths", "sft": "sft.sources[0].paths", "evaluation": "evaluation.datasets.prose.paths"}
+    if section in ("corpus", "sft"):
+        config[section]["sources"][0]["paths"] = [path]
+    else:
+        (config["evaluation"]["datasets"]["prose"] if section == "evaluation" else config["pretraining"])["paths"] = [path]
+    with pytest.raises(ConfigError) as caught:
+        check(config)
+    (line,) = [line for line in str(caught.value).splitlines() if "unknown format" in line]
+    assert line.startswith(f"{key.get(section, 'pretraining.paths')}: ")
+    assert ("README" if path == "data/*" else path.replace("jsonl*", "jsonl.idx")) in line
+    assert ("(1 more such files)" in line) == (path == "data/*")
+    assert line.endswith("a wildcard that ends in the format, such as *.jsonl, leaves other files out")
+
+
+def test_plain_text_has_no_instructions(demo, elsewhere):
+    (elsewhere / "a.txt").write_text("text")
+    demo["sft"]["sources"][0]["paths"] = ["a.txt"]
+    with pytest.raises(ConfigError, match=r"^sft\.sources\[0\]\.paths: a\.txt: plain text has no instruction records"):
+        check(demo)
 
 
 def test_missing_files_and_mistakes_in_values_are_told_together(demo):
@@ -243,7 +278,7 @@ def test_the_config_that_trains_the_base_of_the_demo_has_what_it_needs(demo_pret
     ("path", "message"),
     [
         ("nowhere.jsonl", r"^pretraining\.paths: no such file: nowhere\.jsonl$"),
-        ("hf://datasets/owner/name/*.jsonl", r"^pretraining\.paths: hf://.*: wildcards in addresses are for the corpus"),
+        ("hf://datasets/owner/name/*.csv", r"^pretraining\.paths: hf://datasets/owner/name/\*\.csv: unknown format"),
         ("nowhere/*.jsonl", r"^pretraining\.paths: no file matches nowhere/\*\.jsonl$"),
         ("demo/texts/corpus-0.jsonl.xz", r"^pretraining\.paths: demo/texts/corpus-0\.jsonl\.xz is listed, .* more than once$"),
     ],

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import fsspec
 import numpy
 
-from longqlora.data.readers import read_documents
+from longqlora.data.readers import find_files, read_documents
 from longqlora.data.token_descriptions import description_path, document_spans, read_description
 from longqlora.data.token_files import check_vocabulary, read_tokens, tokenize_documents
 
@@ -61,7 +61,7 @@ def fetch_tokens(source: str, tokenizer, output: str) -> dict:
     Raises:
         ValueError: if the file is not a stream of token ids, or holds an id that is not in the tokenizer's vocabulary.
     """
-    with fsspec.open(source, "rb") as remote, open(output, "wb") as local:
+    with fsspec.open(source, "rb", expand=False) as remote, open(output, "wb") as local:
         shutil.copyfileobj(remote, local)
     if description_path(source).is_file():
         shutil.copyfile(description_path(source), description_path(output))
@@ -78,16 +78,22 @@ def fetch_tokens(source: str, tokenizer, output: str) -> dict:
     return description
 
 
-def read_texts(sources: list[str]) -> Iterator[str]:
+def read_texts(files: list[str]) -> Iterator[str]:
     """Yield the text of every document in files that :func:`longqlora.data.readers.read_documents` reads."""
-    return (document.text for path in sources for document in read_documents(path))
+    return (document.text for path in files for document in read_documents(path))
+
+
+def files_of(sources: list[str]) -> list[str]:
+    """The files that the paths of an evaluation set name."""
+    return [file for path in sources for file in find_files(path)]
 
 
 def prepare_evaluation_set(sources: list[str], tokenizer, output: str) -> dict:
     """Write an evaluation set as a token file, from one ``.bin`` file of token ids or from texts.
 
     Args:
-        sources: a single ``.bin`` file, or files that :func:`longqlora.data.readers.read_documents` reads.
+        sources: a single ``.bin`` file, or files that :func:`longqlora.data.readers.read_documents` reads; addresses may have
+            wildcards.
         tokenizer: of the base model.
         output: path of the ``.bin`` file to write; its description is written next to it.
 
@@ -97,12 +103,13 @@ def prepare_evaluation_set(sources: list[str], tokenizer, output: str) -> dict:
     Raises:
         ValueError: if a ``.bin`` file is not the only source or was made with another tokenizer, or there is no text.
     """
-    streams = [path for path in sources if path.endswith(".bin")]
-    if streams and len(sources) > 1:
-        raise ValueError(f"{streams[0]}: a .bin file must be the only path of its evaluation set, found {len(sources)} paths")
+    files = files_of(sources)
+    streams = [path for path in files if path.endswith(".bin")]
+    if streams and len(files) > 1:
+        raise ValueError(f"{streams[0]}: a .bin file must be the only path of its evaluation set, found {len(files)} paths")
     if streams:
         return fetch_tokens(streams[0], tokenizer, output)
-    return tokenize_documents(read_texts(sources), tokenizer, output)
+    return tokenize_documents(read_texts(files), tokenizer, output)
 
 
 def decoded_pieces(path: str, tokenizer) -> Iterator[str]:
@@ -123,7 +130,8 @@ def texts_of_evaluation_set(sources: list[str], tokens: str, tokenizer) -> Itera
         tokens: the ``.bin`` file that :func:`prepare_evaluation_set` made of them; its description is next to it.
         tokenizer: of the base model.
     """
-    return decoded_pieces(tokens, tokenizer) if sources[0].endswith(".bin") else read_texts(sources)
+    files = files_of(sources)
+    return decoded_pieces(tokens, tokenizer) if files[0].endswith(".bin") else read_texts(files)
 
 
 def retokenize_evaluation_set(*, tokens: str, tokenizer, new_tokenizer, output: str) -> dict:

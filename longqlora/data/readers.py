@@ -24,7 +24,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import fsspec
@@ -99,19 +98,25 @@ def raise_malformed(malformed: Malformed) -> NoReturn:
 
 
 def find_files(path: str, part: tuple[int, int] = (0, 1)) -> list[str]:
-    """Files that a path names: the path itself, or the matches of its wildcards, sorted by name.
+    """Files that a path names: the path itself, or the matches of the wildcards in an address, sorted by name.
+
+    Wildcards of local files are expanded when the configuration is read, so a local path is the name of one file, and so is an
+    address with brackets, ``?`` or ``*`` if there is such a file.
 
     Args:
-        path: with or without wildcards, local or remote.
+        path: a local file, or an address with or without wildcards.
         part: (number, count): with wildcards, every ``count``-th match from match ``number`` on.
 
     Raises:
         ValueError: if nothing matches.
     """
-    if not glob.has_magic(path) or Path(path).is_file():  # a name may have brackets
+    if "://" not in path or not glob.has_magic(path):
         return [path]
     filesystem, pattern = fsspec.url_to_fs(path)
-    found = [filesystem.unstrip_protocol(name) for name in sorted(filesystem.glob(pattern))]
+    if filesystem.isfile(pattern):
+        found = [path]
+    else:
+        found = [filesystem.unstrip_protocol(name) for name in sorted(filesystem.glob(pattern))]
     if not found:
         raise ValueError(f"{path}: no such file")
     return found[part[0] :: part[1]]
@@ -151,7 +156,7 @@ def open_binary(path: str, digest=None) -> Iterator[io.BufferedReader]:
     """
     compression = infer_compression(path)
     try:
-        with fsspec.open(path, "rb") as stored:
+        with fsspec.open(path, "rb", expand=False) as stored:
             raw = io.BufferedReader(HashingReader(stored, digest), BUFFER_BYTES)
             if compression and not raw.peek(1):  # gzip would accept it as a complete file without content
                 raise EOFError("it has no bytes")
@@ -273,7 +278,7 @@ def read_parquet(path: str, on_malformed: OnMalformed = raise_malformed, digest=
     """
     number = 0
     try:
-        with fsspec.open(path, "rb") as file:
+        with fsspec.open(path, "rb", expand=False) as file:
             if digest is not None:  # Parquet is not read from begin to end, so this takes a pass of its own
                 while data := file.read(BUFFER_BYTES):
                     digest.update(data)

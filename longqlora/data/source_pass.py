@@ -12,6 +12,7 @@ from hashlib import sha256
 from typing import TypeVar
 
 from longqlora.data.decontamination import EvaluationNgrams, Overlap
+from longqlora.data.file_formats import file_format
 from longqlora.data.readers import Malformed
 from longqlora.data.sampling import priority, text_id
 
@@ -107,9 +108,11 @@ class SourcePass:
                 :func:`longqlora.data.readers.read_records`.
 
         Raises:
-            ValueError: if a file is damaged, or more records are malformed than usable.
+            ValueError: if a file is damaged or of an unknown format, or more records are malformed than usable.
         """
-        counter = self.counter
+        counter, paths = self.counter, list(paths)
+        for path in paths:
+            file_format(path)  # before hours of reading the others
         for path in paths:
             digest, usable, malformed = sha256(), counter.usable, counter.malformed
             for record in read(path, on_malformed=counter.add_malformed, digest=digest):

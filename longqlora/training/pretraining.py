@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from longqlora.config.settings import PretrainingSettings
-from longqlora.data.readers import read_documents
+from longqlora.data.readers import find_files, read_documents
 from longqlora.data.token_files import encode
 from longqlora.jobs.digests import digest_of_file
 from longqlora.jobs.machine import versions
@@ -196,7 +196,8 @@ def pretrain_model(*, settings: PretrainingSettings, seed: int, command: str, ou
         command: makes the folder; for the model card.
         output: folder of the model.
     """
-    documents = [document.text for path in settings.paths for document in read_documents(path)]
+    files = [file for path in settings.paths for file in find_files(path)]
+    documents = [document.text for path in files for document in read_documents(path)]
     tokenizer: Any = train_tokenizer(documents, settings.vocab_size)
     stream = numpy.concatenate([numpy.array([*ids, tokenizer.eos_token_id]) for ids in encode(tokenizer, documents)])
     model = make_model(tokenizer, settings, seed)

@@ -197,3 +197,23 @@ def test_line_ends_and_a_byte_order_mark_make_no_difference(tmp_path, tokenizer,
         (tmp_path / f"{name}.txt").write_bytes(text.encode())
         prepare_evaluation_set([str(tmp_path / f"{name}.txt")], tokenizer, str(tmp_path / f"{name}.bin"))
     numpy.testing.assert_array_equal(read_tokens(str(tmp_path / "plain.bin")), read_tokens(str(tmp_path / "other.bin")))
+
+
+def test_an_address_may_have_wildcards(tmp_path, tokenizer):
+    for name in ("a1.txt", "a2.txt", "a[1].txt"):
+        (tmp_path / name).write_text(f"text of {name}")
+    output = str(tmp_path / "set.bin")
+    for pattern, names in {"a*.txt": ["a1.txt", "a2.txt", "a[1].txt"], "a[12].txt": ["a1.txt", "a2.txt"]}.items():
+        prepare_evaluation_set([f"file://{tmp_path}/{pattern}"], tokenizer, output)
+        assert documents(output, tokenizer) == [f"text of {name}" for name in names]
+    with pytest.raises(ValueError, match=r"b\*\.txt: no such file"):
+        prepare_evaluation_set([f"file://{tmp_path}/b*.txt"], tokenizer, output)
+
+
+def test_token_ids_may_be_found_by_a_wildcard_in_an_address_if_they_are_the_only_file(tmp_path, tokenizer):
+    for name in ("a.bin", "b.bin"):
+        numpy.array([5, 6, 7], dtype="<u2").tofile(tmp_path / name)
+    prepare_evaluation_set([f"file://{tmp_path}/a*.bin"], tokenizer, str(tmp_path / "set.bin"))
+    assert list(read_tokens(str(tmp_path / "set.bin"))) == [5, 6, 7]
+    with pytest.raises(ValueError, match=r"a\.bin: a \.bin file must be the only path of its evaluation set, found 3 paths"):
+        prepare_evaluation_set([f"file://{tmp_path}/*.bin"], tokenizer, str(tmp_path / "other.bin"))

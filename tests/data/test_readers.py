@@ -174,14 +174,32 @@ def test_remote_files_are_found_by_wildcards_and_read(remote):
         find_files("memory://corpus/*.csv")
 
 
+def test_an_address_is_itself_if_there_is_such_a_file_and_what_a_wildcard_finds_is_not_expanded_again(remote, monkeypatch):
+    monkeypatch.setattr("fsspec.core.DEFAULT_EXPAND", True)  # the user's fsspec configuration may say so
+    for name in ("a1.jsonl", "a[1].jsonl", "b?.jsonl", "bc.jsonl"):
+        remote(name, json_lines([{"text": name}]))
+    for name in ("a[1].jsonl", "b?.jsonl"):
+        assert [text for path in find_files(f"memory://corpus/{name}") for text in texts_of(path)] == [name]
+    found = find_files("memory://corpus/*.jsonl")
+    assert [texts_of(path) for path in found] == [["a1.jsonl"], ["a[1].jsonl"], ["b?.jsonl"], ["bc.jsonl"]]
+    assert sum(len(find_files("memory://corpus/b?.jsonl", (number, 3))) for number in range(3)) == 1  # by one of several jobs
+
+
 def test_a_path_without_wildcards_is_itself_whatever_the_part():
     assert find_files("memory://corpus/0.jsonl", (3, 5)) == ["memory://corpus/0.jsonl"]
 
 
-def test_a_file_whose_name_has_brackets_is_itself(tmp_path):
-    for name in ("b1.jsonl", "b[1].jsonl"):
-        (tmp_path / name).touch()
-    assert find_files(f"{tmp_path}/b[1].jsonl") == [f"{tmp_path}/b[1].jsonl"]
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".txt", ".parquet"])
+def test_a_local_file_is_read_itself_whatever_its_name(tmp_path, suffix, monkeypatch):
+    monkeypatch.setattr("fsspec.core.DEFAULT_EXPAND", True)  # the user's fsspec configuration may say so
+    names = [f"{name}{suffix}" for name in ("b1", "b[1]", "c?", "cd", "e*", "ef")]
+    for name in names:
+        write(tmp_path, name, (contents([name]) | {".txt": name.encode()})[suffix])
+    for name in names:
+        (path,) = find_files(f"{tmp_path}/{name}")
+        assert texts_of(path) == [name]
+    missing = f"{tmp_path}/b[12]{suffix}"
+    assert find_files(missing) == [missing]
 
 
 BAD_LINES = {

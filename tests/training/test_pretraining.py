@@ -174,6 +174,16 @@ def test_the_folder_loads_in_bfloat16_with_a_tokenizer_that_encodes_any_text(mad
         assert model(torch.tensor([ids])).logits.isfinite().all()
 
 
+def test_addresses_may_have_wildcards(made, root, tmp_path):
+    chosen = made(tmp_path / "named")
+    found = chosen.model_copy(
+        update={"paths": [f"file://{root}/tests/texts/{pattern}.txt" for pattern in ("dem[o]", "readme")]}
+    )
+    pretrain_model(settings=found, seed=3, command="snakemake made", output=str(tmp_path / "found"))
+    named, found = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("named", "found"))
+    assert named == found
+
+
 def test_the_card_names_every_file_with_its_digest_and_says_how_the_model_was_made(made, tmp_path):
     chosen = made(tmp_path)
     card = (tmp_path / "README.md").read_text()
