@@ -130,7 +130,8 @@ class CorpusSource(Section):
     )
     text_field: Text = Field(default="text", description="Field that holds the text; dots lead into nested objects.")
     source_field: Text = Field(
-        default="meta.source", description="Field that names the subset of the corpus that a text belongs to."
+        default="meta.source",
+        description="Field that names the subset of the corpus that a text belongs to, with at most 1000 values.",
     )
     metadata_fields: list[Text] = Field(default=[], description="Other fields to keep in addition to the text.")
     share: Share | None = Field(
@@ -329,7 +330,7 @@ class EvaluationDataset(Section):
 
     label: Text = Field(description="Name in tables and plots.")
     paths: Paths = Field(
-        description="One .bin file of token ids, or texts: local files (wildcards allowed) or addresses that fsspec opens."
+        description="One .bin file of token ids, or texts: local files or addresses that fsspec opens (wildcards allowed)."
     )
 
 
