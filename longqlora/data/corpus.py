@@ -6,7 +6,7 @@ The sample does not depend on the number of shards or on the order of the files 
 
 import heapq
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -126,11 +126,12 @@ def count_outcomes(cards: list[dict], duplicates: Counter[str], join: SampleJoin
     Every text that was read is rejected by its number of characters, not examined, too short, too long, or in range. Every
     text in range is contaminated, without a share, a duplicate, a near-duplicate, sampled, or not drawn.
     """
-    counts = pandas.DataFrame(0, index=sorted({source for card in cards for source in card["counts"]}), columns=OUTCOMES)
+    tallies: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for card in cards:
         for source, tally in card["counts"].items():
-            for outcome, number in tally.items():
-                counts.loc[source, outcome] += number
+            tallies[source].update(tally)
+    rows = [[tallies[source][outcome] for outcome in OUTCOMES] for source in sorted(tallies)]
+    counts = pandas.DataFrame(rows, index=sorted(tallies), columns=OUTCOMES, dtype=int)
     found = {"duplicate": duplicates, "near-duplicate": join.near_duplicates, "sampled": join.sampled}
     for outcome, numbers in found.items():
         counts[outcome] = counts.index.map(numbers)
