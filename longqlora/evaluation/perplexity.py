@@ -170,7 +170,7 @@ def evaluate_perplexity(
     measurement = describe_measurement(model, protocol)
     scored = {dataset: make_windows(read_description(path)["document_ends"], protocol) for dataset, path in tokens.items()}
     if not measurement["is_within_context"]:
-        message = "%s: %d tokens are beyond the model's context of %d tokens, and its positions are not scaled"
+        message = "%s: %d tokens are beyond the model's context of %d tokens"
         log.warning(message, system, protocol.window, measurement["model_context"])
     results = {}
     with process_group(), memory_explained(*memory_advice(model, protocol.window)):

@@ -1,12 +1,13 @@
 """Whether a base model can be extended and trained, checked against its ``config.json`` before weights are loaded.
 
-Standard library and settings only, because the workflow checks local models whenever it starts. A training job checks again,
+Imports nothing heavy, because the workflow checks local models whenever it starts. A training job checks again,
 for models of the hub.
 """
 
 from collections.abc import Iterator
 
 from longqlora.config.settings import TrainingSettings
+from longqlora.modeling.rope import context_in
 
 ROPE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -31,7 +32,7 @@ def extension_problems(model: dict, target_context: int, settings: TrainingSetti
         yield f"hidden_size {width} is not divisible by num_attention_heads {heads}"
     if heads and heads % key_value_heads:
         yield f"num_attention_heads {heads} is not divisible by num_key_value_heads {key_value_heads}"
-    own = model.get("max_position_embeddings") or target_context
+    own = context_in(model) or target_context
     if target_context < own:
         yield f"target_context {target_context} is below the model's own context of {own} tokens"
     scaling = model.get("rope_parameters") or model.get("rope_scaling") or {}

@@ -38,7 +38,7 @@ def extend_context(config, extension: RopeExtension):
     if not rope:
         raise ValueError(f"{config.model_type} has no rotary position embeddings (RoPE): its context cannot be extended")
     scaling, target_context = extension.scaling, extension.target_context
-    original = config.max_position_embeddings
+    original = context_of(config)
     factor = interpolation_factor(target_context, original)
     if factor == 1:
         return config
@@ -52,14 +52,45 @@ def extend_context(config, extension: RopeExtension):
     if scaling == "llama3":
         rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # as published with Llama 3.1
     config.rope_parameters = rope
+    if scaling == "linear":  # there transformers warns of a key that it does not know
+        config.original_max_position_embeddings = original
     if scaling != "dynamic":  # the dynamic scaling reads the original length there, and scales beyond it
         config.max_position_embeddings = target_context
     return config
 
 
+def context_in(model: dict) -> int | None:
+    """The context length in a model's ``config.json``, in tokens; with a dynamic scaling, the original one.
+
+    Many published models are scaled and keep the original length as ``max_position_embeddings``, others have the scaled one
+    there. ``original_max_position_embeddings`` shows which, where it is given. Linear scalings are often without it: in the old
+    form (``type`` for ``rope_type``) the length is the original one, as transformers demanded then; otherwise it is the scaled.
+
+    Args:
+        model: the ``config.json``.
+
+    Returns:
+        The scaled context; None if the file leaves it to the defaults of the model's family.
+    """
+    own, rope = model.get("max_position_embeddings"), model.get("rope_parameters") or model.get("rope_scaling")
+    if not own or not isinstance(rope, dict):
+        return own
+    kind = rope.get("rope_type", rope.get("type"))
+    original = rope.get("original_max_position_embeddings") or model.get("original_max_position_embeddings")
+    if not original and (kind == "yarn" or (kind == "linear" and "type" in rope)):
+        original = own
+    if kind not in ("linear", "yarn", "llama3") or not original:
+        return own
+    scaled = round(original * (rope.get("factor") or 1))
+    if kind == "yarn":  # some models have a length between both: Qwen3 adds that of an answer to the original one
+        return max(own, scaled)
+    return scaled if own <= original else own
+
+
 def context_of(config) -> int:
-    """The context length in a model's configuration, in tokens; with a dynamic scaling, the original one."""
-    return getattr(config, "max_position_embeddings", None) or config.max_seq_len  # MPT has no position embeddings
+    """The context length in a transformers configuration; see :func:`context_in`."""
+    keys = ("max_position_embeddings", "original_max_position_embeddings", "rope_parameters")
+    return context_in({key: getattr(config, key, None) for key in keys}) or config.max_seq_len  # MPT has no position embeddings
 
 
 def rope_of(config) -> dict:

@@ -1,5 +1,7 @@
 """Models as they are evaluated: adapters on the base, precisions, attention in evaluation, and windows beyond the context."""
 
+import json
+
 import bitsandbytes
 import pytest
 import torch
@@ -78,6 +80,16 @@ def test_a_window_is_within_the_context_that_the_model_is_extended_to(model_fold
     linear = evaluated_model(model_folder, extension=RopeExtension(target_context=128))
     assert [is_within_context(base, window) for window in (64, 65)] == [True, False]
     assert [is_within_context(linear, window) for window in (65, 128, 129)] == [True, True, False]
+
+
+def test_a_published_model_that_keeps_its_original_length_is_within_the_context_it_is_scaled_to(tmp_path, tokenizer):
+    folder = tmp_path / "published"
+    save_base(folder, tokenizer)
+    values = json.loads((folder / "config.json").read_text())
+    del values["rope_parameters"]
+    old = {"rope_theta": 10000.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    (folder / "config.json").write_text(json.dumps(values | old))
+    assert [is_within_context(evaluated_model(folder), window) for window in (65, 128, 129)] == [True, True, False]
 
 
 def test_dynamic_scaling_adapts_to_any_window(model_folder):

@@ -34,13 +34,21 @@ def test_a_sound_system_has_no_problem(family, settings):
         ({"model_type": "mistral", "sliding_window": 200}, {}, r"shifted_sparse at 256 tokens: .* sliding window of 200"),
         ({}, {"target_modules": ["q_proj", "c_attn"]}, r"target_modules: 'c_attn' matches no layer of a llama model; it has"),
         ({"tie_word_embeddings": True}, {"modules_to_save": ["lm_head"]}, r"'lm_head' shares its weight with 'embed_tokens'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, {}, r"target_context 256: positions are scaled already"),
+        ({"rope_scaling": {"type": "linear", "factor": 1.5}}, {}, r"target_context 256: positions are scaled already"),
         ({}, {"modules_to_save": ["wte"]}, r"modules_to_save: 'wte' matches no layer of a llama model; it has embed_tokens"),
     ],
 )  # fmt: skip
 def test_each_problem_names_both_values(model, settings, message):
     (found,) = problems(model, **settings)
     assert re.search(message, found)
+
+
+def test_a_scaled_model_has_the_context_that_it_is_scaled_to():
+    scaled = {"rope_scaling": {"type": "linear", "factor": 2.0}}
+    assert problems(scaled, target_context=256) == []
+    assert problems(scaled, target_context=200) == ["target_context 200 is below the model's own context of 256 tokens"]
+    (further,) = problems(scaled, target_context=512)
+    assert "positions are scaled already" in further
 
 
 def test_every_problem_of_a_system_is_told_at_once():

@@ -1,3 +1,4 @@
+import json
 import logging
 import math
 from typing import get_args
@@ -11,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from longqlora.config.settings import RopeExtension, RopeScaling
 from longqlora.modeling.loading import load_config, load_model
-from longqlora.modeling.rope import context_of, extend_context, interpolation_factor, rope_of
+from longqlora.modeling.rope import context_in, context_of, extend_context, interpolation_factor, rope_of
 
 SCALINGS = get_args(RopeScaling)
 THETA, WIDTH, ORIGINAL, TARGET = 500000.0, 128, 64, 160  # of a head with many frequencies; the factor is no whole number
@@ -158,3 +159,60 @@ def test_a_record_is_stamped_with_the_scaling_its_factor_and_the_target(model_fo
     assert rope_of(extended) == {"rope_scaling": rope_scaling, "rope_factor": factor, "target_context": 160}
     extended.save_pretrained(tmp_path / "merged")
     assert rope_of(load_config(str(tmp_path / "merged"))) == rope_of(extended)
+
+
+LINEAR = {"type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+LLAMA3 = {
+    "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "context"),
+    [
+        ({"max_position_embeddings": 4096, "max_sequence_length": 16384, "rope_scaling": LINEAR}, 16384),  # Vicuna v1.5 16k
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 2.0}}, 8192),  # LongQLoRA, LongLoRA
+        ({"max_position_embeddings": 32768, "rope_scaling": YARN}, 131072),  # Qwen2.5
+        ({"max_position_embeddings": 32768, "rope_scaling": {"type": "yarn", "factor": 4.0}}, 131072),
+        ({"max_position_embeddings": 40960, "rope_scaling": YARN}, 131072),  # Qwen3
+        ({"max_position_embeddings": 131072, "rope_scaling": YARN}, 131072),
+        ({"max_position_embeddings": 131072, "rope_scaling": {**LLAMA3, "factor": 8.0}}, 131072),  # Llama 3.1
+        ({"max_position_embeddings": 131072, "rope_scaling": {**LLAMA3, "factor": 32.0}}, 131072),  # Llama 3.2
+        ({"max_position_embeddings": 8192, "rope_scaling": {**LLAMA3, "factor": 2.0}}, 16384),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, 4096),
+        ({"max_position_embeddings": 8192, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}, 8192),  # without type
+        (
+            {"max_position_embeddings": 6000, "original_max_position_embeddings": 4096, "rope_scaling": LINEAR},
+            6000,  # what this project publishes
+        ),
+        ({"max_position_embeddings": 4096, "rope_scaling": None}, 4096),
+        ({"rope_scaling": LINEAR}, None),
+    ],
+)
+def test_the_scaled_context_counts_whether_or_not_a_published_model_has_it_as_its_length(tmp_path, model, context):
+    assert context_in(model) == context
+    if context:
+        LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+        values = json.loads((tmp_path / "config.json").read_text()) | {"rope_theta": 10000.0}
+        own_scaling = {"rope_parameters": None} if "rope_parameters" not in model else {}
+        (tmp_path / "config.json").write_text(json.dumps(values | own_scaling | model))
+        assert context_of(load_config(str(tmp_path))) == context
+
+
+def test_a_linear_model_keeps_its_original_length_beside_the_new_one(model_folder, tmp_path):
+    load_config(model_folder, RopeExtension(target_context=160)).save_pretrained(tmp_path / "merged")
+    merged = load_config(str(tmp_path / "merged"))
+    assert (merged.max_position_embeddings, merged.original_max_position_embeddings) == (160, 64)
+
+
+def test_a_scaled_model_is_its_own_extension_to_its_scaled_context_and_no_further():
+    def scaled() -> LlamaConfig:
+        return LlamaConfig(max_position_embeddings=64, rope_scaling={"type": "linear", "factor": 2.0})
+
+    same = extend_context(scaled(), RopeExtension(target_context=128))
+    assert (same.rope_parameters["factor"], context_of(same)) == (2.0, 128)
+    with pytest.raises(ValueError, match="scaled already"):
+        extend_context(scaled(), RopeExtension(target_context=256))
+    with pytest.raises(ValueError, match="64 is below the model's own context of 128"):
+        extend_context(scaled(), RopeExtension(target_context=64))
