@@ -15,8 +15,17 @@ from longqlora.data.file_formats import file_format
 from longqlora.data.token_descriptions import largest_token
 from longqlora.evaluation.retrieval_tasks import PASSAGE_TOKENS
 from longqlora.jobs.digests import FileFacts
-from longqlora.modeling.compatibility import extension_problems
-from longqlora.modeling.model_files import is_hub_id, tokenizer_files, weight_files
+from longqlora.modeling.compatibility import extension_problems, quantization_problems
+from longqlora.modeling.model_files import (
+    TOKENIZER_SETTINGS,
+    check_safetensors,
+    is_hub_id,
+    lacks_end_token,
+    largest_text_token,
+    original_of,
+    tokenizer_files,
+    weight_files,
+)
 
 SIZES = (
     "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "vocab_size",
@@ -41,6 +50,12 @@ def check_inputs(experiment: Experiment) -> Iterator[str]:
         if config and system.target_context and system.model not in broken:
             for problem in extension_problems(config, system.target_context, system.training):
                 yield f"systems.{name}: {system.model}: {problem}"
+        if config and system.model not in broken:
+            original = original_of(Path(system.model))
+            trained = system.training is not None
+            for problem in quantization_problems(config, trained=trained, precision=system.precision, original=original):
+                yield f"systems.{name}: {system.model}: {problem}"
+    yield from check_vocabularies(experiment)
     config = model_config(experiment, experiment.base_model)
     if config and config.get("vocab_size"):
         yield from check_token_files(experiment, config["vocab_size"])
@@ -154,7 +169,9 @@ def model_problems(experiment: Experiment, path: str) -> Iterator[str]:
     else:
         try:
             read_config(folder)
-            weight_files(folder)
+            for file in weight_files(folder):
+                if file.suffix == ".safetensors":
+                    check_safetensors(file)
         except ValueError as error:
             yield str(error)
 
@@ -165,6 +182,14 @@ def tokenizer_problems(experiment: Experiment, path: str) -> Iterator[str]:
         yield from reference_problems(experiment, path)
     elif not tokenizer_files(path):
         yield f"{path} is neither a folder with a tokenizer (tokenizer.json) nor a hub id (owner/name)"
+    elif {file.name for file in tokenizer_files(path)} <= set(TOKENIZER_SETTINGS):
+        yield f"{path} has settings of a tokenizer, but no vocabulary: tokenizer.json or tokenizer.model is missing"
+    else:
+        try:
+            if lacks_end_token(Path(path)):
+                yield f"{path}: the tokenizer has no end token; name one as eos_token in its tokenizer_config.json"
+        except ValueError as error:
+            yield str(error)
 
 
 def is_users_folder(path: str) -> bool:
@@ -214,7 +239,7 @@ def read_config(folder: Path) -> dict:
     """
     file = folder / "config.json"
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file}: not valid JSON ({error})") from None
     if not isinstance(config, dict):
@@ -223,6 +248,28 @@ def read_config(folder: Path) -> dict:
         if not isinstance(config.get(key) or 0, int):
             raise ValueError(f"{file}: {key} is {config[key]!r}, expected a whole number")
     return config
+
+
+def check_vocabularies(experiment: Experiment) -> Iterator[str]:
+    """Yield which local tokenizers are damaged, or have more tokens than the model that reads them has embeddings."""
+    facts, pairs = FileFacts(), {(experiment.tokenizer, experiment.base_model): "base_model"}
+    for name, system in experiment.systems.items():
+        pairs.setdefault((system.tokenizer, system.model), f"systems.{name}")
+    for (tokenizer, model), key in pairs.items():
+        config, file = model_config(experiment, model), Path(tokenizer) / "tokenizer.json"
+        if not (is_users_folder(tokenizer) and file.is_file()):
+            continue
+        try:
+            (largest,) = facts.find("largest text token", [file], largest_text_token)
+        except ValueError as error:
+            yield f"{key}: {error}"
+            continue
+        vocab_size = (config or {}).get("vocab_size") or largest + 1
+        if largest >= vocab_size:
+            yield (
+                f"{key}: the tokenizer {tokenizer} has tokens up to id {largest}, but {model} has embeddings for {vocab_size} "
+                f"(legal: 0 to {vocab_size - 1}); it needs its own tokenizer"
+            )
 
 
 def check_token_files(experiment: Experiment, vocab_size: int) -> Iterator[str]:

@@ -4,6 +4,7 @@ import json
 
 import numpy
 import pytest
+from safetensors.numpy import save_file
 
 from longqlora.config.experiment import load_experiment
 from longqlora.config.validation import ConfigError
@@ -27,8 +28,8 @@ def local_model(folder, **config) -> str:
     shape = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     values = {"model_type": "llama", "max_position_embeddings": 128, "vocab_size": 512, **shape, **config}
     (folder / "config.json").write_text(json.dumps(values))
-    for name in ("model.safetensors", "tokenizer.json"):
-        (folder / name).touch()
+    save_file({"weight": numpy.zeros(4, "float32")}, folder / "model.safetensors")
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 511}}, "added_tokens": []}))
     return str(folder)
 
 
@@ -236,6 +237,69 @@ def test_a_folder_without_weights_or_with_a_broken_configuration_is_told(tmp_pat
     (tmp_path / "sharded/model.safetensors").rename(tmp_path / "sharded/model.safetensors.index.json")
     demo["base_model"]["path"] = str(tmp_path / "sharded")
     with pytest.raises(ConfigError, match=r"^base_model\.path: .*index\.json: is not an index of weights"):
+        check(demo)
+
+
+def test_files_of_a_model_that_are_damaged_or_missing_are_told(tmp_path, demo):
+    folder = tmp_path / "base"
+    demo["base_model"]["path"] = local_model(folder)
+    check(demo)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-1])
+    with pytest.raises(ConfigError, match=r"^base_model\.path: .*model\.safetensors: has .* bytes, but its header describes"):
+        check(demo)
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model-1.safetensors").write_bytes(whole)
+    with pytest.raises(ConfigError, match=r"^base_model\.path: .*json: names 2 files, but model-2\.safetensors is missing"):
+        check(demo)
+    (folder / "model-2.safetensors").write_bytes(whole[:50])
+    with pytest.raises(ConfigError, match=r"^base_model\.path: .*model-2\.safetensors: has no header of safetensors"):
+        check(demo)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer_config.json": {}}, r"\.tokenizer: .* has settings of a tokenizer, but no vocabulary: tokenizer\.json or"),
+        ({"tokenizer.json": {}}, r": .*tokenizer\.json: is not a tokenizer \(JSON with a model and its vocab\)"),
+        (
+            {"tokenizer.json": {"model": {"vocab": {"a": 1024}}}},
+            r": the tokenizer .*own has tokens up to id 1024, but demo/model has embeddings for 1024 \(legal: 0 to 1023\)",
+        ),
+        (
+            {
+                "tokenizer.json": {"model": {"vocab": {"a": 1}}},
+                "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
+            },
+            r"\.tokenizer: .*own: the tokenizer has no end token; name one as eos_token in its tokenizer_config\.json",
+        ),
+    ],
+)
+def test_a_tokenizer_that_cannot_make_the_data_is_told(tmp_path, demo, files, message):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    demo["base_model"]["tokenizer"] = str(folder)
+    with pytest.raises(ConfigError, match="^base_model" + message):
+        check(demo)
+
+
+def test_a_base_that_is_stored_quantized_is_told_with_the_model_it_was_made_from(tmp_path, demo):
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    base = local_model(tmp_path / "base", quantization_config=stored)
+    demo["systems"]["published"] = {"model": base, "precision": "auto"}
+    check(demo)  # only evaluated, as it is stored
+    demo["systems"]["published"]["precision"] = "nf4"
+    with pytest.raises(ConfigError, match=r"^systems\.published: .*cannot be evaluated in precision nf4; .* precision: auto$"):
+        check(demo)
+    (tmp_path / "base/README.md").write_text("---\nbase_model: owner/name\n---\n")
+    demo["base_model"]["path"] = base
+    del demo["systems"]["published"]
+    message = r"systems\.longqlora: .*base: its weights are stored quantized \(bitsandbytes, 4 bit\); .* from, owner/name, unq"
+    with pytest.raises(ConfigError, match=message):
         check(demo)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from longqlora.data.token_descriptions import description_path, read_description
+from longqlora.data.token_descriptions import description_path, largest_token, read_description
 from longqlora.data.token_files import IGNORED, read_tokens
 
 HELD_OUT_TOKENS = 16384
@@ -127,6 +127,14 @@ def count_tokens(records) -> numpy.ndarray:
     batches = records.select_columns("input_ids").with_format("arrow").iter(1000)
     counts = [pyarrow.compute.list_value_length(batch["input_ids"]).to_numpy() for batch in batches]
     return numpy.concatenate(counts) if counts else numpy.zeros(0, dtype="int64")
+
+
+def largest_id(path: str) -> int:
+    """The largest token id in training data: a ``.bin`` file, or the Arrow file of an instruction set."""
+    if path.endswith(".bin"):
+        return largest_token(path)
+    batches = read_tokenized_records(path).select_columns("input_ids").with_format("arrow").iter(1000)
+    return max((pyarrow.compute.max(batch["input_ids"].combine_chunks().flatten()).as_py() for batch in batches), default=0)
 
 
 def best_fit_decreasing(lengths: numpy.ndarray, window: int) -> list[list[int]]:

@@ -113,8 +113,13 @@ def read_tokens(path: str | Path) -> numpy.ndarray:
     return numpy.memmap(path, dtype=DTYPES[read_checked_description(path)["dtype"]], mode="r")
 
 
-def check_vocabulary(path: str | Path, vocab_size: int) -> int:
+def check_vocabulary(path: str | Path, vocab_size: int, owner: str = "the tokenizer") -> int:
     """Check that a token file holds only ids below ``vocab_size``.
+
+    Args:
+        path: of the ``.bin`` file.
+        vocab_size: number of tokens of the tokenizer or model that is going to read it.
+        owner: that tokenizer or model, for the message.
 
     Returns:
         The largest id.
@@ -123,12 +128,26 @@ def check_vocabulary(path: str | Path, vocab_size: int) -> int:
         ValueError: if it holds a larger id.
     """
     largest = largest_token(path)
+    check_token(str(path), largest, vocab_size, owner)
+    return largest
+
+
+def check_token(what: str, largest: int, vocab_size: int, owner: str) -> None:
+    """Check that the largest id of some tokens is below the size of a vocabulary.
+
+    Args:
+        what: holds the tokens, for the message.
+        largest: id of a token.
+        vocab_size, owner: see :func:`check_vocabulary`.
+
+    Raises:
+        ValueError: if it is not.
+    """
     if largest >= vocab_size:
         raise ValueError(
-            f"{path}: holds token id {largest}, but the tokenizer's vocabulary ends at {vocab_size - 1}; "
-            "the file was made with another tokenizer"
+            f"{what}: holds token id {largest}, but the vocabulary of {owner} ends at {vocab_size - 1}; "
+            "its tokens are of another tokenizer, or of one with more tokens than the model has embeddings"
         )
-    return largest
 
 
 def tokenize_documents(texts: Iterable[str], tokenizer, output: str) -> dict:

@@ -12,7 +12,7 @@ from longqlora.config.settings import Device, EvaluatedModel
 from longqlora.data.chat_template import tokenize_conversation, with_chat_template
 from longqlora.data.packing import pad_at_right
 from longqlora.data.readers import read_parquet
-from longqlora.data.token_files import IGNORED
+from longqlora.data.token_files import IGNORED, check_token
 from longqlora.data.tokenizers import load_tokenizer
 from longqlora.evaluation.evaluated_model import load_evaluated_model
 from longqlora.evaluation.token_losses import NonFiniteLogits, batches_of, nll_of_batch
@@ -98,6 +98,8 @@ def evaluate_answers(
     chat = with_chat_template(load_tokenizer(tokenizer))
     rows = [row for _, row in deque(read_parquet(records), maxlen=held_out)]
     conversations = [tokenize_conversation(chat, row["messages"]) for row in rows]
+    vocab_size = load_config(trained.path).vocab_size
+    check_token(records, max(max(ids) for ids, _ in conversations), vocab_size, trained.path)
     rope = rope_of(load_config(trained.path, trained.extension))
     window, longest = rope["target_context"], max(len(ids) for ids, _ in conversations)
     what = f"reading conversations of up to {longest} tokens with {trained.path} in precision {trained.precision}"

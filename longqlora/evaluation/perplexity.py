@@ -166,7 +166,7 @@ def evaluate_perplexity(
     """
     vocab_size = load_config(model.path, model.extension).vocab_size
     for path in tokens.values():
-        check_vocabulary(path, vocab_size)
+        check_vocabulary(path, vocab_size, model.path)
     measurement = describe_measurement(model, protocol)
     scored = {dataset: make_windows(read_description(path)["document_ends"], protocol) for dataset, path in tokens.items()}
     if not measurement["is_within_context"]:

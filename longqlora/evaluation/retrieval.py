@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from longqlora.config.settings import Device, EvaluatedModel, RetrievalSettings
-from longqlora.data.token_files import read_tokens
+from longqlora.data.token_files import check_vocabulary, read_tokens
 from longqlora.data.tokenizers import load_tokenizer
 from longqlora.evaluation.evaluated_model import is_within_context, load_evaluated_model, memory_advice
 from longqlora.evaluation.retrieval_tasks import (
@@ -110,6 +110,7 @@ def evaluate_retrieval(
         ValueError: if the length is too short for a task, or the model cannot read it.
     """
     is_within = is_within_context(model, length)
+    check_vocabulary(filler, load_config(model.path).vocab_size, model.path)
     own_tokenizer = load_tokenizer(tokenizer)
     questions = draw_questions(settings, length, read_tokens(filler), own_tokenizer)
     cells: list[dict] = []

@@ -6,7 +6,7 @@ for models of the hub.
 
 from collections.abc import Iterator
 
-from longqlora.config.settings import TrainingSettings
+from longqlora.config.settings import Precision, TrainingSettings
 from longqlora.modeling.rope import context_in
 
 ROPE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -41,6 +41,27 @@ def extension_problems(model: dict, target_context: int, settings: TrainingSetti
         yield f"target_context {target_context}: positions are scaled already ({scaling}); start from the unscaled model"
     if settings:
         yield from training_problems(model, target_context, settings)
+
+
+def quantization_problems(model: dict, *, trained: bool, precision: Precision, original: str | None = None) -> Iterator[str]:
+    """Yield why a model that is stored quantized cannot be used: an adapter is merged into the exact weights, and an evaluation
+    must not record a precision that the weights do not have.
+
+    Args:
+        model: its ``config.json``.
+        trained: whether it is trained, and not only evaluated.
+        precision: of its weights in evaluation.
+        original: hub id of the model that it was made from, if known.
+    """
+    stored = model.get("quantization_config") or model.get("compression_config")
+    if not isinstance(stored, dict):
+        return
+    bits = 4 if stored.get("load_in_4bit") else 8 if stored.get("load_in_8bit") else stored.get("bits")
+    what = f"its weights are stored quantized ({stored.get('quant_method', 'bitsandbytes')}{f', {bits} bit' if bits else ''})"
+    if trained:
+        yield f"{what}; training needs the model that they were made from{f', {original}' if original else ''}, unquantized"
+    elif precision != "auto":
+        yield f"{what} and cannot be evaluated in precision {precision}; its row needs precision: auto"
 
 
 def training_problems(model: dict, target_context: int, settings: TrainingSettings) -> Iterator[str]:

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from longqlora.config.settings import Precision, RopeExtension
+from longqlora.modeling.compatibility import quantization_problems
 from longqlora.modeling.devices import compute_dtype, weight_dtype
 from longqlora.modeling.rope import extend_context
 
@@ -43,9 +44,11 @@ def load_model(
         attn_implementation: attention function, by its name in transformers; None lets transformers choose.
 
     Raises:
-        ValueError: if the context cannot be extended.
+        ValueError: if the context cannot be extended, or the weights are stored quantized and ``precision`` is not ``auto``.
     """
     config = load_config(path, extension)
+    for problem in quantization_problems(config.to_dict(), trained=False, precision=precision):
+        raise ValueError(f"{path}: {problem}")
     kwargs: dict[str, Any] = {"attn_implementation": attn_implementation, "dtype": weight_dtype(device)}
     if precision in ("int8", "nf4"):
         kwargs["quantization_config"] = quantization(precision, device)
@@ -54,8 +57,7 @@ def load_model(
     if not is_deepspeed_zero3_enabled():  # ZeRO-3 places the weights itself
         kwargs["device_map"] = {"": device}
     model = AutoModelForCausalLM.from_pretrained(path, config=config, **kwargs)
-    if precision == "nf4":
-        avoid_repacking(model)
+    avoid_repacking(model)
     return model
 
 

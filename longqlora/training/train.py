@@ -19,15 +19,15 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoConfig, GenerationConfig, PrinterCallback, set_seed
 
 from longqlora.config.settings import Device, Method, Precision, ProgressSettings, RopeExtension, TrainingSettings
-from longqlora.data.packing import load_training_data
-from longqlora.data.token_files import check_vocabulary
+from longqlora.data.packing import largest_id, load_training_data
+from longqlora.data.token_files import check_token
 from longqlora.jobs.checkpointing import open_checkpoint_folder
 from longqlora.jobs.digests import FileFacts, digest_of_file
 from longqlora.jobs.machine import machine, versions
 from longqlora.jobs.memory import memory_explained, peak_memory
 from longqlora.modeling.attention import register_shifted_sparse_attention
 from longqlora.modeling.chunked_loss import use_chunked_loss
-from longqlora.modeling.compatibility import extension_problems
+from longqlora.modeling.compatibility import extension_problems, quantization_problems
 from longqlora.modeling.devices import compute_dtype, dtype_name, find_device, keep_freed_memory
 from longqlora.modeling.loading import load_model, stored_dtype
 from longqlora.modeling.model_files import is_hub_id, weight_files
@@ -139,11 +139,14 @@ def check_before_loading(files: TrainingFiles, config, extension: RopeExtension,
     """
     if settings.zero_stage and not find_spec("deepspeed"):
         raise ValueError(DEEPSPEED_MISSING.format(stage=settings.zero_stage))
-    problems = list(extension_problems(config.to_dict(), extension.target_context, settings))
+    model = config.to_dict()
+    problems = [
+        *extension_problems(model, extension.target_context, settings),
+        *quantization_problems(model, trained=True, precision="auto"),
+    ]
     if problems:
         raise ValueError("\n".join(f"{files.base_model}: {problem}" for problem in problems))
-    if files.data.endswith(".bin"):
-        check_vocabulary(files.data, config.vocab_size)
+    check_token(files.data, largest_id(files.data), config.vocab_size, files.base_model)
 
 
 def describe_run(

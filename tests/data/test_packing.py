@@ -12,6 +12,7 @@ from longqlora.data.packing import (
     PackedWindows,
     best_fit_decreasing,
     count_tokens,
+    largest_id,
     load_held_out,
     load_training_data,
     pad_at_right,
@@ -197,3 +198,9 @@ def test_of_an_instruction_set_the_last_records_are_held_out(tmp_path_factory, l
     else:
         assert len(trained) == len(lengths)
         assert sizes == lengths[: len(sizes)]
+
+
+def test_the_largest_id_of_training_data_is_found_in_every_batch(tmp_path):
+    assert largest_id(write_records(tmp_path / "sft.arrow", [5] * 2005)) == 5 * 2005 - 1
+    write_tokens(tmp_path / "x.bin", [[3, 400, 5], [7]], vocab_size=512, eos_token_id=2)
+    assert largest_id(str(tmp_path / "x.bin")) == 400

@@ -39,7 +39,7 @@ def test_a_bad_stream_is_an_error_that_says_why(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="3 bytes are not a stream of uint16 token ids of 2 bytes each; the file is truncated"):
         read_tokens(path)
     numpy.array([3, 600], dtype="<u2").tofile(path)
-    with pytest.raises(ValueError, match="token id 600, but the tokenizer's vocabulary ends at 511"):
+    with pytest.raises(ValueError, match="token id 600, but the vocabulary of the tokenizer ends at 511"):
         check_vocabulary(path, len(tokenizer))
     with pytest.raises(ValueError, match="token id 600"):
         prepare_evaluation_set([str(path)], tokenizer, str(tmp_path / "out.bin"))

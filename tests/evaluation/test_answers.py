@@ -126,3 +126,10 @@ def test_a_lack_of_memory_names_the_settings_that_take_less(evaluate, monkeypatc
     monkeypatch.setattr(answers, "nll_of_answers", fail)
     with pytest.raises(MemoryError, match=r"conversations of up to \d+ tokens .* A smaller evaluation\.precision"):
         evaluate(2)
+
+
+def test_answers_with_more_tokens_than_the_model_has_are_told_before_weights_are_loaded(evaluate, tmp_path, tokenizer):
+    small = save_base(tmp_path / "small", tokenizer, vocab_size=300)
+    (tmp_path / "small/model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"sft\.parquet: holds token id \d+, but the vocabulary of .*small ends at 299"):
+        evaluate(2, trained=evaluated_model(small))

@@ -232,7 +232,7 @@ def test_a_loss_that_is_not_a_number_names_system_set_length_and_window(tmp_path
 def test_a_set_of_another_tokenizer_is_refused(tmp_path):
     tiny_llama(vocab_size=256).save_pretrained(tmp_path / "small")
     write_tokens(tmp_path / "t.bin", [[400, 5]], vocab_size=512, eos_token_id=2)
-    with pytest.raises(ValueError, match="holds token id 400, but the tokenizer's vocabulary ends at 255"):
+    with pytest.raises(ValueError, match=r"holds token id 400, but the vocabulary of .*small ends at 255"):
         evaluate(tmp_path / "small", tmp_path / "t.bin", tmp_path / "w.parquet")
 
 

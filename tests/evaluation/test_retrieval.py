@@ -181,3 +181,10 @@ def test_filler_shorter_than_a_prompt_will_do(ask, reading, tmp_path, tokenizer)
     reading()
     tokenize_documents(["A short text of a few words."], tokenizer, str(tmp_path / "short.bin"))
     assert ask(filler=str(tmp_path / "short.bin"), tasks=["single_needle"])["accuracy"] == 1
+
+
+def test_a_filler_with_more_tokens_than_the_model_has_is_told_before_weights_are_loaded(ask, tmp_path, tokenizer):
+    small = save_base(tmp_path / "small", tokenizer, vocab_size=300)
+    (tmp_path / "small/model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"corpus\.bin: holds token id \d+, but the vocabulary of .*small ends at 299"):
+        ask(model=evaluated_model(small))

@@ -4,7 +4,7 @@ import pytest
 from conftest import LONGLORA, SETTINGS
 from transformers import Qwen2Config
 
-from longqlora.modeling.compatibility import extension_problems
+from longqlora.modeling.compatibility import extension_problems, quantization_problems
 
 MODEL = {
     "model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -75,3 +75,27 @@ def test_a_sliding_window_that_is_not_used_is_none():
 
 def test_what_a_configuration_leaves_to_its_family_is_no_problem():
     assert list(extension_problems({"model_type": "llama"}, 256, SETTINGS)) == []
+
+
+@pytest.mark.parametrize(
+    ("stored", "words"),
+    [
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, r"bitsandbytes, 4 bit"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, r"bitsandbytes, 8 bit"),
+        ({"quant_method": "gptq", "bits": 4}, r"gptq, 4 bit"),
+        ({"quant_method": "awq", "bits": 4}, r"awq, 4 bit"),
+        ({"quant_method": "fp8"}, r"fp8"),
+        ({"quant_method": "compressed-tensors", "config_groups": {}}, r"compressed-tensors"),
+    ],
+)
+def test_a_model_that_is_stored_quantized_cannot_be_trained_or_evaluated_as_something_else(stored, words):
+    model = MODEL | {"quantization_config": stored}
+    (trained,) = quantization_problems(model, trained=True, precision="nf4", original="owner/name")
+    assert re.fullmatch(
+        rf"its weights are stored quantized \({words}\); training needs .* made from, owner/name, unquantized", trained
+    )
+    (evaluated,) = quantization_problems(model, trained=False, precision="nf4")
+    assert re.search(rf"\({words}\) and cannot be evaluated in precision nf4; its row needs precision: auto", evaluated)
+    assert list(quantization_problems(model, trained=False, precision="auto")) == []
+    for exact in ({}, {"quantization_config": None}):
+        assert list(quantization_problems(MODEL | exact, trained=True, precision="nf4")) == []

@@ -10,7 +10,16 @@ from conftest import save_base, tiny_llama
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from longqlora.modeling.model_files import is_hub_id, model_files, tokenizer_files, weight_files
+from longqlora.modeling.model_files import (
+    check_safetensors,
+    is_hub_id,
+    lacks_end_token,
+    largest_text_token,
+    model_files,
+    original_of,
+    tokenizer_files,
+    weight_files,
+)
 from longqlora.publishing.weights import read_weights
 
 
@@ -53,6 +62,71 @@ def test_shards_that_are_missing_are_named(model_folder):
     (folder / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(ValueError, match=r"index.json: names 3 files, but model-00002-of-00003.safetensors is missing"):
         weight_files(folder)
+
+
+def test_a_damaged_file_of_weights_is_told_by_its_header(model_folder):
+    file = Path(model_folder) / "model.safetensors"
+    check_safetensors(file)
+    whole = file.read_bytes()
+    for content, message in (
+        (
+            whole[:-1],
+            rf"model\.safetensors: has {len(whole) - 1:,} bytes, but its header describes {len(whole):,}; it is",
+        ),
+        (whole + b"x", r"bytes, but its header describes"),
+        (whole[:100], r"has no header of safetensors; it is damaged: get it again"),
+        (b"", r"has no header of safetensors"),
+        (b"<!doctype html><html>an error page of a server</html>", r"has no header of safetensors"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", r"it is a pointer of Git LFS: .* git lfs pull"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            check_safetensors(file)
+
+
+def test_the_largest_token_of_a_text_is_that_of_the_tokenizer_without_its_special_tokens(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    assert largest_text_token(file) == len(tokenizer) - 1
+    content = json.loads(file.read_text(encoding="utf-8"))
+    pad, word = ({"id": 600 + special, "content": f"<{special}>", "special": bool(special)} for special in (1, 0))
+    for added, largest in (([pad], 511), ([pad, word], 600)):
+        file.write_text(json.dumps(content | {"added_tokens": [*content["added_tokens"], *added]}))
+        assert largest_text_token(file) == largest
+    file.write_text(json.dumps({"model": {"type": "Unigram", "vocab": [["a", -1.0], ["b", -2.0]]}}))
+    assert largest_text_token(file) == 1
+    for content in ("", "{", "[]", '{"model": {}}', "version https://git-lfs.github.com/spec/v1"):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=r"tokenizer\.json: is not a tokenizer"):
+            largest_text_token(file)
+
+
+def test_the_end_token_is_missed_where_no_class_has_one_of_its_own(tmp_path):
+    file = tmp_path / "tokenizer_config.json"
+    assert not lacks_end_token(tmp_path)
+    for settings, lacks in (
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, True),
+        ({"tokenizer_class": "TokenizersBackend", "eos_token": None}, True),
+        ({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": {"content": "</s>"}}, False),
+        ({"tokenizer_class": "LlamaTokenizer"}, False),
+    ):
+        file.write_text(json.dumps(settings))
+        assert lacks_end_token(tmp_path) is lacks
+
+
+@pytest.mark.parametrize(
+    ("card", "original"),
+    [
+        ("---\nbase_model: meta-llama/Llama-2-7b-hf\nmodel_type: llama\n---\n", "meta-llama/Llama-2-7b-hf"),
+        ("---\nbase_model:\n- owner/name\n---\n", "owner/name"),
+        ('---\nbase_model: "owner/name"\n---\n', "owner/name"),
+        ("# A model\n", None),
+    ],
+)
+def test_a_model_card_names_what_a_model_was_made_from(tmp_path, card, original):
+    assert original_of(tmp_path) is None
+    (tmp_path / "README.md").write_text(card)
+    assert original_of(tmp_path) == original
 
 
 def test_what_counts_of_a_folder_is_what_decides_its_numbers(tmp_path, tokenizer):

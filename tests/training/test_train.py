@@ -179,10 +179,20 @@ def test_a_card_that_torch_has_no_kernels_for_is_told_before_weights(monkeypatch
         check_kernels(torch.device("cuda", 0))
 
 
-def test_data_of_another_tokenizer_are_refused(tmp_path, corpus, tokenizer):
+@pytest.mark.parametrize("data", ["corpus", "instructions"])
+def test_data_with_more_tokens_than_the_model_has_are_refused_before_weights_are_loaded(tmp_path, tokenizer, request, data):
     small = save_base(tmp_path / "small", tokenizer, vocab_size=300)
-    with pytest.raises(ValueError, match="the tokenizer's vocabulary ends at 299"):
-        train_tiny(small, corpus, tmp_path / "a")
+    (tmp_path / "small/model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"holds token id \d+, but the vocabulary of .*small ends at 299; its tokens are of"):
+        train_tiny(small, request.getfixturevalue(data), tmp_path / "a")
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+def test_a_base_that_is_stored_quantized_is_refused_before_weights_are_loaded(tmp_path, corpus, tokenizer, method):
+    base = save_base(tmp_path / "base", tokenizer, quantization_config={"quant_method": "gptq", "bits": 4})
+    (tmp_path / "base/model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"base: its weights are stored quantized \(gptq, 4 bit\); training needs the model"):
+        train_tiny(base, corpus, tmp_path / "a", method=method)
 
 
 # --- which weights each method trains and writes --------------------------------------------------------------------------
