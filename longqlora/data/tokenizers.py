@@ -15,9 +15,15 @@ def load_tokenizer(path: str) -> Any:
 
     Args:
         path: directory or hub id.
+
+    Raises:
+        ValueError: if the tokenizer has no end token, which ends every document and answer.
     """
     loader = transformers.TokenizersBackend if names_general_class(Path(path)) else transformers.AutoTokenizer
-    return loader.from_pretrained(path)
+    tokenizer = loader.from_pretrained(path)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{path}: the tokenizer has no end token; name one as eos_token in its tokenizer_config.json")
+    return tokenizer
 
 
 def names_general_class(folder: Path) -> bool:

@@ -1,14 +1,17 @@
 """Tokenizers are those that ``AutoTokenizer`` loads, and are loaded without torch where their folder allows it."""
 
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import sentencepiece
 from conftest import ROOT
 from transformers import AutoTokenizer
 
+from longqlora.data.token_files import encode
 from longqlora.data.tokenizers import load_tokenizer
 
 TEXT = "Where is it?  In the third line,\nbelow 2²."
@@ -34,6 +37,32 @@ def test_a_tokenizer_is_the_one_that_transformers_loads(model_folder, model_type
 def test_a_folder_without_a_model_is_enough(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     assert load_tokenizer(str(tmp_path))(TEXT) == tokenizer(TEXT)
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(model_folder):
+    edit(Path(model_folder, "tokenizer_config.json"), eos_token=None)
+    with pytest.raises(ValueError, match=r"base: the tokenizer has no end token; name one as eos_token in"):
+        load_tokenizer(model_folder)
+
+
+@pytest.mark.parametrize("settings", [{"tokenizer_class": "LlamaTokenizer"}, None], ids=["as Vicuna's", "no settings"])
+def test_a_folder_with_tokenizer_model_alone_has_the_ids_of_sentencepiece(tmp_path, texts, settings):
+    """LLaMA 1 and 2, Vicuna and OpenLLaMA are published like this; trained with LLaMA's options."""
+    stored = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts[0].splitlines()), model_writer=stored, model_type="bpe", vocab_size=400, minloglevel=2,
+        byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+    )  # fmt: skip
+    (tmp_path / "tokenizer.model").write_bytes(stored.getvalue())
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 400}')
+    if settings:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(str(tmp_path))
+    expected = sentencepiece.SentencePieceProcessor(model_proto=stored.getvalue()).encode(texts[1])
+    assert next(encode(tokenizer, [texts[1]])) == expected
+    assert tokenizer.decode(expected) == texts[1]
+    assert (tokenizer.bos_token, tokenizer.eos_token, len(tokenizer)) == ("<s>", "</s>", 400)
 
 
 @pytest.mark.process
