@@ -74,3 +74,23 @@ def test_every_rule_that_runs_a_script_names_the_environment_its_code_a_log_and_
                 assert "message:" in rule, f"{rule.split(':')[0]}: the terminal shows the message of each rule"
                 assert "log:" in rule
                 assert f'*code_of("{script[1]}")' in rule
+
+
+def texts_in_the_encoding_of_the_locale(path: Path) -> list[str]:
+    """The calls in a Python file that read or write text and name no encoding."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or ast.unparse(node.func) in ("os.open", "fsspec.open"):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        modes = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+        is_text = name in ("read_text", "write_text") or (name == "open" and not any("b" in str(mode) for mode in modes))
+        if is_text and not any(keyword.arg == "encoding" for keyword in node.keywords):
+            found.append(f"{path.name}:{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+@pytest.mark.parametrize("folder", ["longqlora", "workflow/scripts"])
+def test_texts_are_utf_8_whatever_the_locale_of_the_machine(root, folder):
+    """With LC_ALL=C, Python may read and write ASCII: a label or text with other characters would stop a job at its end."""
+    assert [call for path in sorted((root / folder).rglob("*.py")) for call in texts_in_the_encoding_of_the_locale(path)] == []

@@ -203,7 +203,7 @@ def sample_corpus(
         ValueError: if the texts name too many sources, too many records are malformed, a stratum has too few texts, or the
             sample overlaps an evaluation set.
     """
-    cards = [json.loads(Path(shard.card).read_text()) for shard in shards]
+    cards = [json.loads(Path(shard.card).read_text(encoding="utf-8")) for shard in shards]
     check_num_sources({source for card in cards for source in card["counts"]})
     card = combine_cards(cards)
     usable, malformed = (sum(file[kind] for file in card["files"]) for kind in ("documents", "malformed"))

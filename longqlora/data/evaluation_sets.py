@@ -74,7 +74,7 @@ def fetch_tokens(source: str, tokenizer, output: str) -> dict:
     if warning := wrong_tokenizer_warning(tokens, tokenizer):
         description["warning"] = f"{source}: {warning}"
         log.warning("%s", description["warning"])
-    description_path(output).write_text(json.dumps(description))
+    description_path(output).write_text(json.dumps(description), encoding="utf-8")
     return description
 
 

@@ -245,4 +245,4 @@ def sample_shard(
     clean = shard.decontaminate(shard.count_tokens(shard.examine(shard.read(files))))
     write_parquet(output.priorities, PRIORITIES, shard.keep(clean), rows_per_group=PRIORITIES_PER_GROUP)
     write_parquet(output.candidates, CANDIDATES, shard.rows())
-    Path(output.card).write_text(json.dumps(shard.card(), indent=2, ensure_ascii=False))
+    Path(output.card).write_text(json.dumps(shard.card(), indent=2, ensure_ascii=False), encoding="utf-8")

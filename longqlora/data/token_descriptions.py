@@ -29,7 +29,7 @@ def read_description(path: str | Path) -> dict:
     described = description_path(path)
     if described.exists():
         try:
-            description = json.loads(described.read_text())
+            description = json.loads(described.read_text(encoding="utf-8"))
             ends, dtype = description["document_ends"], description["dtype"]
             if dtype in BYTES_PER_ID and isinstance(ends, list) and ends:
                 return description

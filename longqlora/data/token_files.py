@@ -100,7 +100,7 @@ def write_tokens(path: str | Path, documents: Iterable[list[int]], *, vocab_size
         "max_token_id": max_token_id,
         "document_ends": document_ends,
     }
-    description_path(path).write_text(json.dumps(description))
+    description_path(path).write_text(json.dumps(description), encoding="utf-8")
     return description
 
 

@@ -23,7 +23,7 @@ def write_manifest(folder: Path) -> None:
     digests = {path.relative_to(folder).as_posix(): digest_of_file(path) for path in folder.rglob("*") if path.is_file()}
     for name in digests:
         flush_to_disk(folder / name)
-    (folder / MANIFEST).write_text(json.dumps(digests))
+    (folder / MANIFEST).write_text(json.dumps(digests), encoding="utf-8")
     flush_to_disk(folder / MANIFEST)
 
 
@@ -39,7 +39,7 @@ def flush_to_disk(path: Path) -> None:
 def is_complete(folder: Path) -> bool:
     """Whether a checkpoint has a manifest and every file in it has the digest that the manifest lists."""
     try:
-        digests = json.loads((folder / MANIFEST).read_text())
+        digests = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return all(digest_of_file(folder / name) == digest for name, digest in digests.items())
     except (OSError, ValueError):
         return False
@@ -76,9 +76,9 @@ def open_checkpoint_folder(path: str, run: dict) -> Path:
     """
     folder, digest = Path(path), digest_of_values(run)
     digest_file = folder / "run.txt"
-    if folder.exists() and not (digest_file.exists() and digest_file.read_text() == digest):
+    if folder.exists() and not (digest_file.exists() and digest_file.read_text(encoding="utf-8") == digest):
         log.info("%s has checkpoints of a run with other settings or data: the training starts again", folder)
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    digest_file.write_text(digest)
+    digest_file.write_text(digest, encoding="utf-8")
     return folder

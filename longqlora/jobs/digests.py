@@ -57,7 +57,7 @@ class FileFacts:
     def __init__(self, store: Path = STORE):
         self.store = store
         try:
-            self.known = json.loads(store.read_text())
+            self.known = json.loads(store.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             self.known = {}
 
@@ -87,7 +87,7 @@ class FileFacts:
         try:
             self.store.parent.mkdir(parents=True, exist_ok=True)
             new = self.store.with_suffix(f".{os.getpid()}")
-            new.write_text(json.dumps(self.known))
+            new.write_text(json.dumps(self.known), encoding="utf-8")
             new.replace(self.store)
         except OSError as error:
             log.warning("cannot write %s (%s): the next start reads the files again", self.store, error)

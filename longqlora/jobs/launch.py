@@ -43,7 +43,7 @@ def launch(function: Callable[..., dict], *, num_processes: int, threads: int, b
     if num_processes == 1 and not by_torchrun:
         return function(**arguments)
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / ARGUMENTS).write_text(json.dumps(to_jsonable_python(arguments)))
+        (Path(folder) / ARGUMENTS).write_text(json.dumps(to_jsonable_python(arguments)), encoding="utf-8")
         code = run_processes(
             ["-m", "longqlora.jobs.launch", function.__module__, function.__name__, folder],
             num_processes=num_processes,
@@ -51,9 +51,9 @@ def launch(function: Callable[..., dict], *, num_processes: int, threads: int, b
         )
         if code:
             error = Path(folder) / ERROR
-            reason = error.read_text() if error.exists() else f"exit status {code}"
+            reason = error.read_text(encoding="utf-8") if error.exists() else f"exit status {code}"
             raise RuntimeError(f"one of {num_processes} processes failed: {reason}")
-        return json.loads((Path(folder) / RESULT).read_text())
+        return json.loads((Path(folder) / RESULT).read_text(encoding="utf-8"))
 
 
 def process_environment(device: str, threads: int) -> dict[str, str]:
@@ -94,13 +94,13 @@ def main(module: str, function: str, folder: str) -> None:
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     call = validate_call(getattr(import_module(module), function))
     try:
-        result = call(**json.loads((Path(folder) / ARGUMENTS).read_text()))
+        result = call(**json.loads((Path(folder) / ARGUMENTS).read_text(encoding="utf-8")))
     except Exception as error:
-        with suppress(FileExistsError), (Path(folder) / ERROR).open("x") as file:
+        with suppress(FileExistsError), (Path(folder) / ERROR).open("x", encoding="utf-8") as file:
             file.write(f"{type(error).__name__}: {error}")
         raise
     if is_first:
-        (Path(folder) / RESULT).write_text(json.dumps(result))
+        (Path(folder) / RESULT).write_text(json.dumps(result), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,11 @@ def machine() -> dict[str, str | int]:
     """The machine that this process runs on: its system, its processor, and the number of cores that the process may use."""
     processor, cpuinfo = platform.processor(), Path("/proc/cpuinfo")
     if cpuinfo.exists():  # on Linux, platform does not know the processor's name
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in cpuinfo.read_text(encoding="utf-8").splitlines()
+            if line.startswith("model name")
+        ]
         processor = names[0] if names else processor
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {"system": platform.platform(), "processor": processor, "cores": cores}

@@ -39,7 +39,7 @@ def publish_model(
     generation_config(base_model, target_context).save_pretrained(folder)
     save_tokenizer(tokenizer, output, target_context=target_context, is_chat_model=card["settings"]["data"] == "sft")
     if report:
-        (folder / "merge_report.json").write_text(json.dumps(report, indent=2))
+        (folder / "merge_report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
     (folder / "README.md").write_text(model_card(label, card, report), encoding="utf-8")
 
 

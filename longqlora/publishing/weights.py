@@ -75,4 +75,4 @@ def write_weights(folder: Path, weights: Iterable[tuple[str, torch.Tensor]], max
         path.rename(folder / final)
         weight_map |= dict.fromkeys(names, final)
     index = {"metadata": {"total_size": sum(size for *_, size in shards)}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")

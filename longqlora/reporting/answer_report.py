@@ -33,7 +33,7 @@ def read_answers(records: list[str], labels: dict[str, str]) -> pandas.DataFrame
     """
     rows = []
     for path in records:
-        record = json.loads(Path(path).read_text())
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
         described = {key: record[key] for key in ("precision", "rope_scaling", "rope_factor", "target_context")}
         measured = estimate_losses(pandas.DataFrame(record["conversations"]))
         rows.append({"system": record["system"], "label": labels[record["system"]], **measured, **described})
@@ -139,7 +139,7 @@ def write_samples(table: pandas.DataFrame, records: list[str], outputs: list[str
         outputs: files to write, in the same order.
     """
     for row, record, output in zip(table.to_dict("records"), records, outputs, strict=True):
-        samples = json.loads(Path(record).read_text())["samples"]
+        samples = json.loads(Path(record).read_text(encoding="utf-8"))["samples"]
         Path(output).write_text(render_samples(row, samples), encoding="utf-8")
 
 

@@ -44,7 +44,7 @@ def plot_sft_shares(card: str, outputs: list[str]) -> None:
         card: data card of the set (JSON).
         outputs: image files to write, in the format of their suffix.
     """
-    content = json.loads(Path(card).read_text())
+    content = json.loads(Path(card).read_text(encoding="utf-8"))
     taken = {name: source["taken"] for name, source in content["sources"].items() if source["taken"]}
     labels = [f"{name}: {number:,} ({number / content['records']:.0%})" for name, number in taken.items()]
     with panels_for(outputs, SIZE) as [axes]:  # the names are in a legend, because those of small slices would overlap

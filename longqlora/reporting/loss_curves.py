@@ -22,7 +22,7 @@ def read_traces(cards: dict[str, str]) -> pandas.DataFrame:
     """
     rows: list[dict] = []
     for label, path in cards.items():
-        card = json.loads(Path(path).read_text())
+        card = json.loads(Path(path).read_text(encoding="utf-8"))
         rows += [{"label": label, "data": card["settings"]["data"], **step} for step in card["trace"]]
     return pandas.DataFrame(rows, columns=["label", "data", "step", "loss", "learning_rate", "grad_norm"])
 

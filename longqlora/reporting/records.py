@@ -20,7 +20,7 @@ def read_records(paths: list[str], labels: Labels) -> pandas.DataFrame:
     Returns:
         One row per record, in the order of the paths: its keys, ``label``, and ``dataset_label`` if it has an evaluation set.
     """
-    records = [json.loads(Path(path).read_text()) for path in paths]
+    records = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
     return pandas.DataFrame([labels_of(record, labels) | record for record in records])
 
 

@@ -207,7 +207,7 @@ def pretrain_model(*, settings: PretrainingSettings, seed: int, command: str, ou
     tokenizer.save_pretrained(output)
     facts = {"command": command, "seed": seed, "vocabulary": len(tokenizer), "tokens": len(stream), "loss": loss}
     facts["parameters"] = model.num_parameters()
-    Path(output, "README.md").write_text(pretrained_card(output, settings, facts))
+    Path(output, "README.md").write_text(pretrained_card(output, settings, facts), encoding="utf-8")
 
 
 def pretrained_card(folder: str, settings: PretrainingSettings, facts: dict) -> str:

@@ -24,4 +24,4 @@ with job_log(snakemake.log[0]):
         output=snakemake.output.records,
         removed=snakemake.output.removed,
     )
-    Path(snakemake.output.card).write_text(json.dumps(card, indent=2, ensure_ascii=False))
+    Path(snakemake.output.card).write_text(json.dumps(card, indent=2, ensure_ascii=False), encoding="utf-8")

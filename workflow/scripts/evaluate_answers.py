@@ -23,4 +23,4 @@ with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, 1):
         device=snakemake.params.device,
     )
     record = {"system": snakemake.wildcards.system} | result | stamp(snakemake.params)
-    Path(snakemake.output.record).write_text(json.dumps(record, indent=2, ensure_ascii=False))
+    Path(snakemake.output.record).write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")

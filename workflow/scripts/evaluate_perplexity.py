@@ -36,4 +36,4 @@ with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, snakemake.
             "has_own_tokenizer": snakemake.params.has_own_tokenizer,
         }
         record = cell | results[dataset] | stamp(snakemake.params)
-        Path(path).write_text(json.dumps(record, indent=2, ensure_ascii=False))
+        Path(path).write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")

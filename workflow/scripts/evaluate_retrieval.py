@@ -26,4 +26,4 @@ with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, 1):
     )
     cell = {"system": snakemake.wildcards.system, "eval_length": length}
     record = cell | result | stamp(snakemake.params)
-    Path(snakemake.output.record).write_text(json.dumps(record, indent=2, ensure_ascii=False))
+    Path(snakemake.output.record).write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")

@@ -23,8 +23,8 @@ with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, 1):
             data=snakemake.input.data,
             output=snakemake.output.weights,
         ),
-        card=json.loads(Path(snakemake.input.card).read_text()),
+        card=json.loads(Path(snakemake.input.card).read_text(encoding="utf-8")),
         settings=MergeSettings(**snakemake.params.settings),
         device=snakemake.params.device,
     )
-    Path(snakemake.output.report).write_text(json.dumps(report, indent=2))
+    Path(snakemake.output.report).write_text(json.dumps(report, indent=2), encoding="utf-8")

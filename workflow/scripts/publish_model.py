@@ -18,6 +18,6 @@ with job_log(snakemake.log[0]):
         base_model=snakemake.params.base_model,
         tokenizer=snakemake.params.tokenizer,
         label=snakemake.params.label,
-        card=json.loads(Path(snakemake.input.card).read_text()),
-        report=json.loads(Path(snakemake.input.report).read_text()) if snakemake.input.report else None,
+        card=json.loads(Path(snakemake.input.card).read_text(encoding="utf-8")),
+        report=json.loads(Path(snakemake.input.report).read_text(encoding="utf-8")) if snakemake.input.report else None,
     )

@@ -23,4 +23,4 @@ with job_log(snakemake.log[0]):
         output=snakemake.output.texts,
         removed=snakemake.output.removed,
     )
-    Path(snakemake.output.card).write_text(json.dumps(card, indent=2, ensure_ascii=False))
+    Path(snakemake.output.card).write_text(json.dumps(card, indent=2, ensure_ascii=False), encoding="utf-8")

@@ -38,5 +38,5 @@ with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, settings.n
         device=snakemake.params.device,
         **snakemake.params.seed,
     )
-    Path(snakemake.output.card).write_text(json.dumps(card, indent=2))
+    Path(snakemake.output.card).write_text(json.dumps(card, indent=2), encoding="utf-8")
     shutil.rmtree(snakemake.params.checkpoint_dir)
