@@ -1,5 +1,8 @@
 """Loading models: precision, quantization and RoPE scaling."""
 
+import math
+import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +15,8 @@ from longqlora.modeling.devices import compute_dtype, weight_dtype
 from longqlora.modeling.rope import extend_context
 
 NF4_BLOCK = 64  # weights that share a scale
+REPACKED_OUTPUTS = 32  # of a layer, which bitsandbytes repacks together
+BITSANDBYTES = torch.library.Library("bitsandbytes", "IMPL")  # what is registered with it lasts as long as it
 
 
 def load_config(path: str, extension: RopeExtension | None = None):
@@ -57,7 +62,9 @@ def load_model(
     if not is_deepspeed_zero3_enabled():  # ZeRO-3 places the weights itself
         kwargs["device_map"] = {"": device}
     model = AutoModelForCausalLM.from_pretrained(path, config=config, **kwargs)
-    avoid_repacking(model)
+    if getattr(model, "is_loaded_in_4bit", False):
+        dequantize_across_rows()
+        avoid_repacking(model)
     return model
 
 
@@ -75,12 +82,33 @@ def quantization(precision: Precision, device: torch.device):
     )
 
 
-def avoid_repacking(model: PreTrainedModel) -> None:
-    """Switch off bitsandbytes' repacking for layers of a 4-bit model whose rows are not a multiple of the quantization block.
+@cache
+def dequantize_across_rows() -> None:
+    """Let bitsandbytes dequantize layers right on a CPU whose rows are not a multiple of the quantization block.
 
-    On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks every layer for inference row by row, which fails for these layers.
+    A block continues in the next row, but on a CPU with AVX512, bitsandbytes 0.50 begins a new one in each row of 16, 32 or 48
+    weights beyond a multiple of 64: the weights get more than twice the error of NF4. A layer in one row is dequantized right.
+    """
+    import bitsandbytes  # noqa: F401 (registers the kernel)
+
+    kernel = torch.library.get_kernel("bitsandbytes::dequantize_4bit", "CPU")
+
+    def in_one_row(dispatch_keys, packed, absmax, blocksize, quant_type, shape, dtype):
+        flat = shape if shape[-1] % blocksize == 0 else [math.prod(shape)]
+        return kernel.call_boxed(dispatch_keys, packed, absmax, blocksize, quant_type, flat, dtype).reshape(shape)
+
+    with warnings.catch_warnings(action="ignore"):  # that a kernel is replaced
+        BITSANDBYTES.impl("dequantize_4bit", in_one_row, "CPU", with_keyset=True, allow_override=True)
+
+
+def avoid_repacking(model: PreTrainedModel) -> None:
+    """Switch off bitsandbytes' repacking for layers of a 4-bit model that it cannot repack.
+
+    On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks every layer for inference: inputs in blocks of the quantization,
+    outputs in groups of 32. It fails for a layer of other widths.
     """
     module: Any
     for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False) and module.in_features % NF4_BLOCK:
+        fits = getattr(module, "in_features", 0) % NF4_BLOCK == 0 and getattr(module, "out_features", 0) % REPACKED_OUTPUTS == 0
+        if getattr(module, "support_avx512bf16_for_cpu", False) and not fits:
             module.support_avx512bf16_for_cpu = False

@@ -79,9 +79,9 @@ def nf4_round_trip(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Quantize a weight to NF4 with double quantization, as ``load_model`` does, and dequantize it."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    exact = weight.to(device, weight_dtype(device))
+    exact = weight.to(device, weight_dtype(device)).flatten()  # see dequantize_across_rows in longqlora.modeling.loading
     quantized, state = quantize_4bit(exact, blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4")
-    return dequantize_4bit(quantized, state).to("cpu", weight.dtype)
+    return dequantize_4bit(quantized, state).to("cpu", weight.dtype).reshape(weight.shape)
 
 
 def merged_weights(

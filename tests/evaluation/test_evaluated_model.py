@@ -47,6 +47,25 @@ def test_quantized_weights_are_loaded_and_give_nearly_the_same_logits(tmp_path, 
     assert 0 < (logits_of(model) - exact).norm() / exact.norm() < 0.2
 
 
+@pytest.mark.parametrize("width", [16, 48, 64, 80, 288])  # of the layers' inputs: no multiple of a block, but for 64
+@pytest.mark.parametrize("inner", [40, 64])  # of the layers' outputs: 40 cannot be repacked
+def test_layers_of_any_width_have_the_weights_of_nf4_and_are_read(tmp_path, tokenizer, width, inner):
+    shape = {
+        "hidden_size": width,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": inner,
+    }
+    folder = save_base(tmp_path / "base", tokenizer, **shape)
+    model, exact = load(folder, precision="nf4"), LlamaForCausalLM.from_pretrained(folder)
+    for name in ("gate_proj", "down_proj"):
+        layer, original = (getattr(loaded.model.layers[1].mlp, name).weight for loaded in (model, exact))
+        error = bitsandbytes.functional.dequantize_4bit(layer.data, layer.quant_state) - original
+        assert error.norm() / original.norm() < 0.12  # of NF4 for a normal distribution it is about 0.09
+    assert torch.isfinite(logits_of(model)).all()
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_weights_have_the_configured_type(model_folder, precision):
     assert load(model_folder, precision=precision).dtype is getattr(torch, precision)
