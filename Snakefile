@@ -51,7 +51,7 @@ rule all:
         rules.perplexity_report.input,
         rules.train.input,
         rules.plot_loss.output if LISTED_TRAINED else [],
-        rules.answers.input,
+        rules.report_answers.output if CHAT else [],
         rules.data.input,
     localrule: True
 

@@ -508,6 +508,22 @@ def test_targets_run_their_part_alone(project, module, config_file):
     assert set(planned(project, "perplexity_report")) == {"train_adapter", "merge_adapter"} | EVALUATION
 
 
+def test_without_held_out_conversations_no_answers_are_compared_and_their_target_says_why(project, config_file):
+    edit(config_file, lambda config: config["sft"].update(held_out=0))
+    assert "evaluate_answers" not in planned(project)
+    run = snakemake(project, "-n", "answers")
+    assert run.returncode != 0
+    assert "this needs a system with training.data: sft, and sft.held_out above 0" in run.stdout + run.stderr
+
+
+def test_other_texts_of_an_evaluation_set_are_indexed_anew(project, tmp_path):
+    folder = shutil.copytree(project, tmp_path / "project")
+    shorten(folder / "demo/texts/prose.jsonl.xz", 5_000)
+    jobs = planned(folder)
+    assert (jobs["prepare_evaluation_set"], jobs["index_evaluation_sets"]) == (1, 1)
+    assert {"sample_shard", "sample_corpus", "build_sft_set"} <= set(jobs)
+
+
 def test_a_wrong_config_fails_before_any_job_with_a_short_message(project, config_file):
     edit(config_file, lambda config: config["training"].update(rnk=8))
     run = snakemake(project)

@@ -155,9 +155,11 @@ def shortfall_message(settings: SampleSettings, join: SampleJoin, counts: pandas
     """Message that says which stratum has too few texts, and what became of the others."""
     found = ", ".join(f"{number} {outcome}" for outcome, number in counts.sum().items() if number)
     hint = "; corpus.examined_share limits how many texts are examined" if settings.examined_share < 1 else ""
+    limit = "" if join.taken.total() else ", but not an empty one"
     return (
         f"corpus.num_texts asks for {settings.num_texts} texts of {settings.min_tokens} to {settings.max_tokens} tokens, but "
-        f"{'; '.join(join.shortfalls())} ({found}){hint}; corpus.allow_fewer: true accepts a smaller sample"
+        f"{'; '.join(join.shortfalls())} ({found or 'the files have no text'}){hint}; "
+        f"corpus.allow_fewer: true accepts a smaller sample{limit}"
     )
 
 
@@ -201,7 +203,7 @@ def sample_corpus(
 
     Raises:
         ValueError: if the texts name too many sources, too many records are malformed, a stratum has too few texts, or the
-            sample overlaps an evaluation set.
+            sample has no text or overlaps an evaluation set.
     """
     cards = [json.loads(Path(shard.card).read_text(encoding="utf-8")) for shard in shards]
     check_num_sources({source for card in cards for source in card["counts"]})
@@ -211,7 +213,7 @@ def sample_corpus(
     join = SampleJoin(settings, joining.near_duplicates)
     write_parquet(output, SAMPLE, join.rows(shard.candidates for shard in shards))
     counts = count_outcomes(cards, count_duplicates([shard.priorities for shard in shards], join.chosen), join)
-    if join.shortfalls() and not joining.allow_fewer:
+    if join.shortfalls() and not (joining.allow_fewer and join.taken.total()):
         raise ValueError(shortfall_message(settings, join, counts))
     check_clean(((row["id"], row["text"]) for _, row in read_parquet(output)), ngrams, "the sample")
     rows = [*(row for card in cards for row in card["removed"]), *join.removed]

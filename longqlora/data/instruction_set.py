@@ -38,6 +38,7 @@ RECORDS = pyarrow.schema(
 TOKENS = pyarrow.schema([("input_ids", pyarrow.list_(pyarrow.int32())), ("labels", pyarrow.list_(pyarrow.int32()))])
 RECORDS_PER_BATCH = 64  # in memory at once
 REMOVED = ["source", "id", *OVERLAP_COLUMNS]
+OUTCOMES = ["read", "malformed", "without an answer", "duplicate", "too long", "contaminated"]
 
 
 @dataclass(frozen=True)
@@ -168,18 +169,22 @@ class InstructionPass(SourcePass):
 
 
 def check_quotas(cards: dict[str, dict[str, int]], settings: SftSampleSettings) -> None:
-    """Check that every source has enough records for its share.
+    """Check that every source has enough records for its share, or, with ``allow_fewer``, that there is a record.
 
     Raises:
-        ValueError: if one has not; the message says which source has how many records.
+        ValueError: if not; the message says which source has how many records.
     """
     short = [
         f"{name} has {card['taken']} of {card['wanted']}" for name, card in cards.items() if card["taken"] < card["wanted"]
     ]
-    if short:
+    is_empty = not any(card["taken"] for card in cards.values())
+    if is_empty or (short and not settings.allow_fewer):
+        counts = {outcome: sum(card[outcome] for card in cards.values()) for outcome in OUTCOMES}
+        found = ", ".join(f"{number} {outcome}" for outcome, number in counts.items() if number)
         raise ValueError(
             f"sft.num_records asks for {settings.num_records} records of at most {settings.max_tokens} tokens, but "
-            f"{'; '.join(short)}; sft.allow_fewer: true accepts a smaller set"
+            f"{'; '.join(short)} ({found or 'the files have no record'}); "
+            f"sft.allow_fewer: true accepts a smaller set{', but not an empty one' if is_empty else ''}"
         )
 
 
@@ -206,8 +211,8 @@ def build_sft_set(
         The data card: the number of records of each source by outcome, and with each field that its schema does not use.
 
     Raises:
-        ValueError: if a source has too few records for its share, or too many malformed ones, or the set overlaps an evaluation
-            set.
+        ValueError: if a source has too few records for its share, or too many malformed ones, or the set has no record or
+            overlaps an evaluation set.
     """
     tokenizer = with_chat_template(tokenizer)
     quotas = apportion(settings.num_records, {source.name: source.share for source in sources})
@@ -216,8 +221,7 @@ def build_sft_set(
         passes.append(InstructionPass(source, quotas[source.name], settings, ngrams, Path(output).parent))
         passes[-1].run(tokenizer)
     cards = {reading.source.name: reading.card() for reading in passes}
-    if not settings.allow_fewer:
-        check_quotas(cards, settings)
+    check_quotas(cards, settings)
     write_parquet(output, RECORDS, heapq.merge(*(reading.rows() for reading in passes), key=itemgetter("place")))
     check_clean(((row["id"], text_of(row["messages"])) for _, row in read_parquet(output)), ngrams, "the instruction set")
     rows = [row for reading in passes for record in reading.removed() for row in record.rows]
@@ -246,11 +250,19 @@ def tokenize_sft(*, records: str, tokenizer, held_out: int, output: str) -> dict
 
     Returns:
         Number of records, of tokens, and of tokens that the loss covers (``learned``).
+
+    Raises:
+        ValueError: if nothing is left to train on.
     """
     tokenizer = with_chat_template(tokenizer)
     counts: Counter[str] = Counter()
-    num_records = pyarrow.parquet.read_metadata(records).num_rows - held_out
-    rows = islice(read_parquet(records), max(0, num_records))
+    num_records = pyarrow.parquet.read_metadata(records).num_rows
+    if num_records <= held_out:
+        raise ValueError(
+            f"sft.held_out keeps {held_out} records from the training, and the instruction set has {num_records}: nothing is "
+            "left to train on; lower sft.held_out, or add records to sft.sources"
+        )
+    rows = islice(read_parquet(records), num_records - held_out)
     encoded = (tokenize_conversation(tokenizer, row["messages"]) for _, row in rows)
     with pyarrow.OSFile(output, "wb") as file, pyarrow.ipc.new_stream(file, TOKENS) as writer:
         while batch := list(islice(encoded, RECORDS_PER_BATCH)):

@@ -347,9 +347,17 @@ def test_too_few_texts_is_an_error_that_counts_them_unless_fewer_will_do(draw):
         draw({"A": records, "B": records_of(range(50, 53))}, shares={"A": 0.5, "B": 0.5}, own=True)
 
 
-def test_a_corpus_without_one_text_gives_an_empty_sample_where_that_will_do(draw):
-    rows, card, _ = draw([], allow_fewer=True)
-    assert (rows, card["total"]["read"], card["characters_per_token"]) == ([], 0, {})
+def test_a_sample_without_a_text_is_an_error_though_fewer_will_do(draw):
+    end = "allow_fewer: true accepts a smaller sample, but not an empty one$"
+    with pytest.raises(ValueError, match=rf"all has 0 of 20 \(the files have no text\); .*{end}"):
+        draw([], allow_fewer=True)
+    with pytest.raises(ValueError, match=rf"all has 0 of 20 \(2 read, 2 too short by characters\); .*{end}"):
+        draw([{"text": "short"}, {"text": "brief"}], allow_fewer=True)
+    with pytest.raises(ValueError, match=rf"A has 0 of 10; B has 0 of 10 \(40 read, 40 in range, 40 contaminated\); .*{end}"):
+        draw(
+            {name: [{"text": f"{HELD_OUT} {make_text(number)}"} for number in range(20)] for name in "AB"},
+            shares={"A": 0.5, "B": 0.5}, own=True, allow_fewer=True,
+        )  # fmt: skip
 
 
 def test_metadata_is_kept(draw):

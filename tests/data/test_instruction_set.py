@@ -124,16 +124,32 @@ def test_equal_records_are_taken_once(tmp_path, build):
 
 def test_a_quota_that_cannot_be_met_says_which_source_has_how_many(tmp_path, build):
     sources = [source(tmp_path, "a", 0.75, records_of("a")), source(tmp_path, "b", 0.25, records_of("b"))]
-    message = r"sft.num_records asks for 100 records of at most 200 tokens, but a has 40 of 75; sft.allow_fewer"
+    message = r"sft.num_records asks for 100 records of at most 200 tokens, but a has 40 of 75 \(80 read\); sft.allow_fewer"
     with pytest.raises(ValueError, match=message):
         build(sources, num_records=100)
-    with pytest.raises(ValueError, match=r"of at most 5 tokens, but a has 0 of 30; b has 0 of 10"):
+    with pytest.raises(ValueError, match=r"of at most 5 tokens, but a has 0 of 30; b has 0 of 10 \(80 read, 80 too long\)"):
         build(sources, max_tokens=5)
     card, rows, _ = build(sources, num_records=100, allow_fewer=True)
     assert Counter(row["source"] for row in rows) == {"a": 40, "b": 25}
     assert (card["records"], card["sources"]["a"]["wanted"], card["sources"]["a"]["taken"]) == (65, 75, 40)
-    card, rows, _ = build(sources, max_tokens=5, allow_fewer=True)
-    assert (rows, card["sources"]["b"]["too long"]) == ([], 40)
+
+
+def test_a_set_without_a_record_is_an_error_though_fewer_will_do(tmp_path, build):
+    """Whatever became of the records; one is enough."""
+    unanswered = {"document": "Rome.", "question": "Where?", "short_answers": [], "long_answer": ""}
+    copy = {"input": "Where?", "output": "The quick brown fox jumps"}
+    cases = {
+        "too long": (r"\(5 read, 5 too long\)", "input_output", records_of("a", 5), 5),
+        "without an answer": (r"\(3 read, 3 without an answer\)", "natural_questions", [unanswered] * 3, 200),
+        "contaminated": (r"\(2 read, 1 duplicate, 1 contaminated\)", "input_output", [copy, copy], 200),
+        "empty": (r"\(the files have no record\)", "input_output", [], 200),
+    }
+    for name, (found, schema, records, max_tokens) in cases.items():
+        message = rf"but {name} has 0 of 40 {found}; sft.allow_fewer: true accepts a smaller set, but not an empty one"
+        with pytest.raises(ValueError, match=message):
+            build([source(tmp_path, name, 1.0, records, schema=schema)], max_tokens=max_tokens, allow_fewer=True)
+    sources = [source(tmp_path, "a", 0.5, records_of("a", 1)), source(tmp_path, "b", 0.5, [])]
+    assert len(build(sources, allow_fewer=True)[1]) == 1
 
 
 def test_contaminated_records_are_removed_replaced_and_reported(tmp_path, build):
@@ -265,20 +281,23 @@ def test_tokens_of_a_set_have_a_row_a_record_and_packing_loses_nothing(tmp_path,
     assert sorted(found) == sorted(expected)
 
 
-def test_an_empty_set_is_an_empty_file(tmp_path, build, chat):
-    build([source(tmp_path, "a", 1.0, records_of("a"))], max_tokens=5, allow_fewer=True)
-    output = str(tmp_path / "sft.arrow")
-    assert not tokenize_sft(records=str(tmp_path / "sft.parquet"), tokenizer=chat, held_out=0, output=output).get("records")
-    assert len(read_tokenized_records(output)) == 0
+@pytest.mark.parametrize(("number", "held_out"), [(1, 1), (3, 3), (3, 64)])
+def test_a_set_that_is_held_out_as_a_whole_is_an_error_that_names_both_numbers(tmp_path, build, chat, number, held_out):
+    build([source(tmp_path, "a", 1.0, records_of("a", number))], allow_fewer=True)
+    files = {"records": str(tmp_path / "sft.parquet"), "output": str(tmp_path / "sft.arrow")}
+    message = f"sft.held_out keeps {held_out} records from the training, and the instruction set has {number}: nothing is left"
+    with pytest.raises(ValueError, match=message):
+        tokenize_sft(**files, tokenizer=chat, held_out=held_out)
+    assert not (tmp_path / "sft.arrow").exists()
 
 
-@pytest.mark.parametrize("held_out", [0, 1, 30, 40, 50])
+@pytest.mark.parametrize("held_out", [0, 1, 30, 39])
 def test_held_out_records_never_reach_the_tokens(tmp_path, build, chat, held_out):
     _, rows, _ = build([source(tmp_path, "a", 1.0, records_of("a"))])
     output = str(tmp_path / "sft.arrow")
     card = tokenize_sft(records=str(tmp_path / "sft.parquet"), tokenizer=chat, held_out=held_out, output=output)
     found = [chat.decode(row["input_ids"]) for row in read_tokenized_records(output)]
-    assert len(found) == card.get("records", 0) == max(0, 40 - held_out)
+    assert len(found) == card["records"] == 40 - held_out
     for number, row in enumerate(rows):
         question = f" {row['messages'][0]['content']} ASSISTANT:"
         assert any(question in text for text in found) == (number < 40 - held_out)

@@ -30,10 +30,10 @@ TRAINED = [name for name, system in SYSTEMS.items() if system.training]
 LISTED_TRAINED = [name for name in EXPERIMENT.listed if name in TRAINED]
 FULL_FINETUNED = [name for name in TRAINED if SYSTEMS[name].training.method == "full"]  # nothing to merge
 ADAPTED = [name for name in TRAINED if name not in FULL_FINETUNED]
-CHAT = [name for name in LISTED_TRAINED if SYSTEMS[name].training.data == "sft"]
 DATASETS = EXPERIMENT.evaluation.datasets
 LENGTHS = EXPERIMENT.evaluation.lengths
 CORPUS, SFT = EXPERIMENT.corpus, EXPERIMENT.sft  # None if the experiment does not have it
+CHAT = [name for name in LISTED_TRAINED if SYSTEMS[name].training.data == "sft" and SFT.held_out]  # compared by their answers
 GPUS = int(EXPERIMENT.device == "cuda")  # needed by a job that runs a model; the profile says how many the machine has
 SYSTEM_VALUES = {name: system.model_dump() for name, system in SYSTEMS.items()}
 
@@ -162,6 +162,13 @@ def labels_of(systems):
 def window_losses(records):
     """The files with the loss of each window, for records of perplexity."""
     return [f"{str(record).removesuffix('.json')}.parquet" for record in records]
+
+
+def answer_reports(wildcards):
+    """The reports on the answers of fine-tuned systems."""
+    if not CHAT:
+        raise WorkflowError("no answers are compared: this needs a system with training.data: sft, and sft.held_out above 0")
+    return rules.report_answers.output
 
 
 def ablation_records(wildcards):

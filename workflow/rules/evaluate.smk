@@ -78,7 +78,7 @@ rule evaluate:
     localrule: True
 
 
-if SFT:
+if CHAT:
 
     rule evaluate_answers:
         input:

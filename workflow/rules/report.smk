@@ -94,7 +94,7 @@ rule report_retrieval:
         "../scripts/report_retrieval.py"
 
 
-if SFT:
+if CHAT:
 
     rule report_answers:
         input:
@@ -184,5 +184,5 @@ rule perplexity_report:
 
 rule answers:
     input:
-        rules.report_answers.output if CHAT and SFT.held_out else [],
+        answer_reports,
     localrule: True

@@ -15,7 +15,7 @@ def results_to_look_at():
     }
     ablations = expand(rules.report_ablation.output.markdown, ablation=EXPERIMENT.ablations)
     files |= dict.fromkeys(ablations, "table of an ablation")
-    if SFT:
+    if CHAT:
         files[rules.report_answers.output.markdown] = "loss on held-out answers, before and after fine-tuning"
         files |= dict.fromkeys(rules.report_answers.output.samples, "sample answers")
     models = {f"{RESULTS}/models/{system}": f"model folder of {SYSTEMS[system].label}" for system in TRAINED}
