@@ -1,8 +1,13 @@
 """Vicuna's prompt format as a chat template, and conversations as token ids with labels for the answers only."""
 
-from itertools import groupby
+import re
+from dataclasses import dataclass
+from functools import lru_cache
 
-from longqlora.data.token_files import IGNORED
+from tokenizers import AddedToken, Tokenizer
+
+from longqlora.data.token_files import IGNORED, backend_of
+from longqlora.data.tokenizers import render_conversation
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -30,42 +35,106 @@ def with_chat_template(tokenizer):
     return tokenizer
 
 
-def mask_of_learned(mask: list[int], answers: list[bool]) -> list[int]:
-    """The mask of the answers that are learned.
+@dataclass(frozen=True)
+class ControlTokens:
+    """The special tokens of a tokenizer, where those that a chat template writes are tokens and those in a message are text.
+
+    Each special token is replaced by other characters: by ``in_message`` before the template writes the conversation, by
+    ``in_template`` afterwards. Replacements are as long as the token, so that positions in the text stay.
+
+    Attributes:
+        backend: a copy of the tokenizer's, in which the replacements in the template are tokens, and special tokens are text.
+        ids: of the special token by the id of its replacement in the template.
+        in_message, in_template: the replacement by special token.
+    """
+
+    backend: Tokenizer
+    ids: dict[int | None, int]
+    in_message: dict[str, str]
+    in_template: dict[str, str]
+
+    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of what the template wrote, and begin and end of each in characters."""
+        text = replace_all(replace_all(text, self.in_template), {hidden: token for token, hidden in self.in_message.items()})
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        return [self.ids.get(token, token) for token in encoding.ids], encoding.offsets
+
+
+def replace_all(text: str, replacements: dict[str, str]) -> str:
+    """Replace several strings, the longest first."""
+    return any_of(tuple(replacements)).sub(lambda found: replacements[found[0]], text)
+
+
+@lru_cache(maxsize=4)
+def any_of(strings: tuple[str, ...]) -> re.Pattern:
+    """A pattern that matches any of the strings, the longest first; without strings, it matches nothing."""
+    return re.compile("|".join(map(re.escape, sorted(strings, key=len, reverse=True))) or "(?!)")
+
+
+@lru_cache(maxsize=1)
+def control_tokens(tokenizer) -> ControlTokens:
+    """The special tokens of a tokenizer.
+
+    Raises:
+        ValueError: if it is a slow tokenizer, implemented in Python.
+    """
+    control = ControlTokens(Tokenizer.from_str(backend_of(tokenizer).to_str()), {}, {}, {})
+    control.backend.no_truncation()
+    control.backend.no_padding()
+    control.backend.encode_special_tokens = True
+    special = {id_: token for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for number, (id_, token) in enumerate(special.items()):
+        rest = "\ufdd0" * (len(token.content) - 1)  # no character, and so in no text; the first one is for private use
+        control.in_message[token.content] = chr(0xF0000 + number) + rest
+        control.in_template[token.content] = known = chr(0x100000 + number) + rest
+        control.backend.add_tokens([AddedToken(known, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False)])
+        control.ids[control.backend.token_to_id(known)] = id_
+    return control
+
+
+def learned_blocks(blocks: list[tuple[int, int]], answers: list[bool]) -> list[tuple[int, int]]:
+    """The generation blocks of the answers that are learned.
 
     Args:
-        mask: 1 for each token in an answer, 0 for each token between answers.
+        blocks: begin and end of each, in characters.
         answers: whether each answer is learned.
 
     Raises:
-        ValueError: if the mask has another number of answers.
+        ValueError: if an answer is not learned, and the template has not one block for each answer.
     """
-    runs = [(in_answer, len(list(tokens))) for in_answer, tokens in groupby(mask)]
-    marked = sum(in_answer for in_answer, _ in runs)
-    if marked != len(answers):
+    if all(answers):
+        return blocks
+    if len(blocks) != len(answers):
         raise ValueError(
-            f"the chat template marks {marked} answers of {len(answers)}, so that none can be left out of the loss"
+            f"the chat template marks {len(blocks)} answers of {len(answers)}, so that none can be left out of the loss"
         )
-    result, learned = [], iter(answers)
-    for in_answer, size in runs:
-        result += [int(in_answer and next(learned))] * size
-    return result
+    return [block for block, is_learned in zip(blocks, answers, strict=True) if is_learned]
 
 
-def tokenize_conversation(tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
-    """Encode a conversation with the chat template.
+def tokenize_conversation(
+    tokenizer, messages: list[dict], *, add_generation_prompt: bool = False
+) -> tuple[list[int], list[int]]:
+    """Encode a conversation with the chat template. Special tokens that a message spells out are encoded as text.
 
     Args:
         tokenizer: of transformers, see :func:`with_chat_template`.
         messages: role (system, user, assistant) and content of each; ``learned: False`` in an answer that is only context.
+        add_generation_prompt: add what the template writes before an answer.
 
     Returns:
         Token ids and labels, of equal length. The labels are the ids in the answers that are learned, with the end-of-text
         token of each, and -100 elsewhere.
     """
+    control = control_tokens(tokenizer)
+    hidden = [message | {"content": replace_all(message["content"], control.in_message)} for message in messages]
+    text, blocks = render_conversation(tokenizer, hidden, add_generation_prompt=add_generation_prompt)
     answers = [message.get("learned") is not False for message in messages if message["role"] == "assistant"]
-    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    ids, mask = encoded["input_ids"], encoded["assistant_masks"]
-    if not all(answers):
-        mask = mask_of_learned(mask, answers)
-    return ids, [token if is_answer else IGNORED for token, is_answer in zip(ids, mask, strict=True)]
+    learned = learned_blocks(blocks, answers)
+    ids, offsets = control.encode(text)
+    labels, number = [], 0
+    for token, (begin, end) in zip(ids, offsets, strict=True):
+        while number < len(learned) and begin >= learned[number][1]:
+            number += 1
+        is_learned = number < len(learned) and end > learned[number][0]
+        labels.append(token if is_learned else IGNORED)
+    return ids, labels

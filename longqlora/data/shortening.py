@@ -6,6 +6,7 @@ from dataclasses import replace
 from operator import itemgetter
 from typing import NamedTuple
 
+from longqlora.data.chat_template import tokenize_conversation
 from longqlora.data.instruction_schemas import Conversation
 
 SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’)\]]*(?:\s+|$)|\n\s*\n")
@@ -15,7 +16,7 @@ Span = tuple[int, int]  # (begin, end) in characters
 
 def count_tokens(tokenizer, conversation: Conversation) -> int:
     """Number of tokens of a conversation in the chat template."""
-    return len(tokenizer.apply_chat_template(conversation.messages(), return_dict=True)["input_ids"])
+    return len(tokenize_conversation(tokenizer, conversation.messages())[0])
 
 
 def sentence_boundaries(document: str) -> list[int]:
@@ -67,7 +68,8 @@ class Document(NamedTuple):
 def find_document(text: str, tokenizer, evidence: str) -> Document:
     """A document with its sentences, its tokens, and the sentences that contain the evidence."""
     boundaries = sentence_boundaries(text)
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    settings = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True, "verbose": False}
+    offsets = tokenizer(text, **settings)["offset_mapping"]
     return Document(text, boundaries, offsets, evidence_sentences(text, evidence, boundaries))
 
 

@@ -1,10 +1,11 @@
-"""Loading tokenizers; without torch, if a folder names the general class."""
+"""Loading tokenizers, without torch if a folder names the general class; writing conversations with their chat templates."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import transformers  # imports what is used of it, when it is used: AutoTokenizer imports torch
+from transformers.utils.chat_template_utils import render_jinja_template
 
 
 def load_tokenizer(path: str) -> Any:
@@ -38,3 +39,27 @@ def names_general_class(folder: Path) -> bool:
     settings = json.loads(tokenizer.read_text(encoding="utf-8"))
     model_type = json.loads(model.read_text(encoding="utf-8")).get("model_type") if model.is_file() else "llama"
     return settings.get("tokenizer_class") == "TokenizersBackend" and "auto_map" not in settings and model_type == "llama"
+
+
+def render_conversation(
+    tokenizer, messages: list[dict[str, str]], *, add_generation_prompt: bool = False
+) -> tuple[str, list[tuple[int, int]]]:
+    """Write a conversation out with a tokenizer's chat template.
+
+    Args:
+        tokenizer: of transformers, with a chat template.
+        messages: role and content of each.
+        add_generation_prompt: add what the template writes before an answer.
+
+    Returns:
+        The text, and the begin and end of each generation block in it, in characters.
+    """
+    rendered: Any = render_jinja_template(
+        [messages],
+        chat_template=tokenizer.get_chat_template(),
+        return_assistant_tokens_mask=True,
+        add_generation_prompt=add_generation_prompt,
+        **tokenizer.special_tokens_map,
+    )
+    (text,), (blocks,) = rendered
+    return text, blocks

@@ -29,10 +29,10 @@ MAX_NEW_TOKENS = 256  # of such an answer
 @torch.inference_mode()
 def answer(model, tokenizer, messages: list[dict[str, str]]) -> str:
     """Answer the last question of a conversation by greedy decoding."""
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-    prompt = prompt.to(model.device)
+    prompt = torch.tensor([tokenize_conversation(tokenizer, messages, add_generation_prompt=True)[0]], device=model.device)
     ids = model.generate(
-        **prompt,
+        prompt,
+        attention_mask=torch.ones_like(prompt),
         max_new_tokens=MAX_NEW_TOKENS,
         do_sample=False,
         temperature=None,
@@ -41,7 +41,7 @@ def answer(model, tokenizer, messages: list[dict[str, str]]) -> str:
         pad_token_id=tokenizer.eos_token_id,
         use_cache=not model.config._attn_implementation.startswith("shifted_sparse"),  # which does not support a cache
     )
-    return tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True).strip()
 
 
 def nll_of_answers(model, conversations: list[tuple[list[int], list[int]]]) -> numpy.ndarray:

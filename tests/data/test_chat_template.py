@@ -1,11 +1,13 @@
 import pytest
+from conftest import CHATML, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from longqlora.data.chat_template import CHAT_TEMPLATE, VICUNA_SYSTEM, tokenize_conversation, with_chat_template
 from longqlora.data.instruction_schemas import Conversation
-from longqlora.data.token_files import tokenize_documents
+from longqlora.data.token_files import encode, tokenize_documents
 
 
 def with_or_without_bos(tokenizer, has_bos: bool):
@@ -69,3 +71,116 @@ def test_a_template_that_marks_no_answers_is_replaced(tokenizer):
     own = "{% for message in messages %}{% generation %}{{ message['content'] }}{% endgeneration %}{% endfor %}"
     chat.chat_template = own
     assert with_chat_template(chat).chat_template == own
+
+
+# --- special tokens that a message spells out ------------------------------------------------------------------------------
+
+
+METASPACE = pre_tokenizers.Metaspace
+PRE_TOKENIZERS = {
+    "byte level": pre_tokenizers.ByteLevel(add_prefix_space=False),  # Llama 3, Qwen
+    "space before the first": METASPACE(prepend_scheme="first"),
+    "space before each": METASPACE(prepend_scheme="always"),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(texts) -> dict[str, PreTrainedTokenizerFast]:
+    """Tokenizers of every kind that LLaMA models have, with Vicuna's template or another."""
+
+    def train(pre_tokenizer, normalizer=None, template=CHAT_TEMPLATE, **flags):
+        backend = Tokenizer(models.BPE(unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizer
+        special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet)
+        backend.train_from_iterator(texts[:3], trainer)
+        if normalizer:
+            backend.normalizer, backend.pre_tokenizer = normalizer, None
+        backend.add_special_tokens([AddedToken(token, **flags) for token in special])
+        names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+        return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **names)
+
+    legacy = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])  # the first LLaMA
+    made = {name: train(pre_tokenizer) for name, pre_tokenizer in PRE_TOKENIZERS.items()}
+    return made | {
+        "the demo's": with_chat_template(AutoTokenizer.from_pretrained(ROOT / "demo/model")),
+        "a normalizer": train(METASPACE(), legacy),
+        "stripped whitespace": train(METASPACE(), lstrip=True, rstrip=True),
+        "another template": train(PRE_TOKENIZERS["byte level"], template=CHATML),
+    }
+
+
+KINDS = [*PRE_TOKENIZERS, "the demo's", "a normalizer", "stripped whitespace", "another template"]
+PLAIN = st.lists(st.sampled_from(["a", " ", "\n", "rome ", "naïve", "雪が", "</", "s>", "<|", ". "]), max_size=9).map("".join)
+SPELLED = st.lists(st.sampled_from([" a", " ", "b", "</s>", "<s>", "<|im_end|>", "\U000f0001"]), max_size=9).map("".join)
+
+
+def conversations(text):
+    """Messages with these texts."""
+    turns = st.lists(st.tuples(text, text), min_size=1, max_size=3)
+    return st.builds(lambda turns, system: Conversation(turns, system=system).messages(), turns, st.just("") | text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40, deadline=None)
+@given(messages=conversations(PLAIN), ends_with_a_question=st.booleans())
+def test_other_conversations_have_the_ids_that_transformers_gives_them(tokenizers, kind, messages, ends_with_a_question):
+    chat = tokenizers[kind]
+    if any("</s>" in message["content"] for message in messages):
+        return
+    messages = messages[: len(messages) - ends_with_a_question]
+    found = tokenize_conversation(chat, messages, add_generation_prompt=ends_with_a_question)
+    expected = chat.apply_chat_template(
+        messages, add_generation_prompt=ends_with_a_question, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, masks = expected["input_ids"], expected["assistant_masks"]
+    assert found == (ids, [token if mask else -100 for token, mask in zip(ids, masks, strict=True)])
+
+
+def control_ids(chat, ids: list[int]) -> list[int]:
+    special = {id_ for id_, token in chat.added_tokens_decoder.items() if token.special and token.content != "<unk>"}
+    return [token for token in ids if token in special]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40, deadline=None)
+@given(messages=conversations(SPELLED))
+def test_special_tokens_in_a_message_are_text(tokenizers, kind, messages):
+    chat = tokenizers[kind]
+    ids, labels = tokenize_conversation(chat, messages)
+    harmless = [message | {"content": "a"} for message in messages]
+    expected = tuple(control_ids(chat, part) for part in tokenize_conversation(chat, harmless))
+    assert (control_ids(chat, ids), control_ids(chat, labels)) == expected  # those of the template alone
+    assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
+
+
+def test_an_answer_with_the_end_token_is_learned_as_the_text_that_it_is(tokenizers):
+    chat = tokenizers["the demo's"]
+    answer = "Close it with </s> and <s>start</s> again."
+    ids, labels = tokenize_conversation(chat, Conversation([("What is <s>?", answer)], system="No </s>.").messages())
+    (expected,) = encode(chat, [f" {answer}"])
+    assert [label for label in labels if label != -100] == [*expected, chat.eos_token_id]
+    (expected,) = encode(chat, [f"No </s>. USER: What is <s>? ASSISTANT: {answer}"])
+    assert ids == [chat.bos_token_id, *expected, chat.eos_token_id]
+
+
+def test_of_two_answers_in_a_row_one_can_be_context(tokenizers):
+    chat = tokenizers["the demo's"]
+    answers = [{"role": "assistant", "content": "An </s>.", "learned": False}, {"role": "assistant", "content": "A <s>."}]
+    _, labels = tokenize_conversation(chat, [{"role": "user", "content": "?"}, *answers])
+    (expected,) = encode(chat, [" A <s>."])
+    assert [label for label in labels if label != -100] == [*expected, chat.eos_token_id]
+
+
+def test_the_template_ends_answers_where_the_tokenizer_overlooks_the_end_token(texts):
+    """The first LLaMA: its special tokens are searched for in normalized text, as ``▁</s>``."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = METASPACE()
+    backend.train_from_iterator(texts[:1], trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"]))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.add_special_tokens([AddedToken(token, normalized=True) for token in ("<unk>", "<s>", "</s>")])
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    chat = with_chat_template(PreTrainedTokenizerFast(tokenizer_object=backend, **names))
+    ids, labels = tokenize_conversation(chat, Conversation([("a", "b"), ("c", "d")]).messages())
+    assert (ids[0], labels[-1], labels.count(2)) == (1, 2, 2)

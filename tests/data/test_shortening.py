@@ -16,7 +16,7 @@ def chat(tokenizer):
 
 
 QUESTION, ANSWER = "What does it say?", "It says a lot."
-WORDS = ["rome", "old", "founded", "def", "return", "naïve", "雪が", "12.5", "U.S", "x" * 20]
+WORDS = ["rome", "old", "founded", "def", "return", "naïve", "雪が", "12.5", "U.S", "x" * 20, "<s></s>"]
 SENTENCES = st.lists(
     st.tuples(
         st.lists(st.sampled_from(WORDS), min_size=1, max_size=12).map(" ".join),

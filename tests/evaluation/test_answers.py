@@ -119,6 +119,13 @@ def test_an_answer_is_the_most_likely_continuation_of_the_prompt(chat):
     assert first.startswith(chat.decode(most_likely).strip())
 
 
+def test_a_question_with_the_end_token_is_text(chat, monkeypatch):
+    model, given = tiny_llama(max_position_embeddings=512), []
+    monkeypatch.setattr(model, "generate", lambda ids, **_: given.append(ids[0].tolist()) or ids)
+    answer(model, chat, [{"role": "user", "content": "What does </s> mean, and <s>?"}])
+    assert (given[0].count(1), given[0].count(2)) == (1, 0)
+
+
 def test_a_lack_of_memory_names_the_settings_that_take_less(evaluate, monkeypatch):
     def fail(*_):
         raise RuntimeError("CUDA out of memory")
