@@ -23,16 +23,30 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
 )
 """Vicuna v1.1's prompt format (``SYSTEM USER: … ASSISTANT: …</s>``); the generation block marks what the loss covers."""
+GENERATION_TAG = re.compile(r"\{%([-+]?)\s*((?:end)?generation)\s*([-+]?)%\}")
+TAG_AS_COMMENT = re.compile(r"\{#([-+]?)\s*((?:end)?generation)\s*([-+]?)#\}")
 
 
 def with_chat_template(tokenizer):
     """Give a tokenizer the chat template for training, in place, and return it.
 
-    A template of its own is kept if it marks the answers with a generation block.
+    A template of its own is kept if it marks the answers with a generation block, also one that :func:`plain_template` has
+    turned into comments.
     """
-    if "{% generation" not in (tokenizer.chat_template or ""):
-        tokenizer.chat_template = CHAT_TEMPLATE
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several by name
+        template = template.get("default")
+    template = TAG_AS_COMMENT.sub(r"{%\1 \2 \3%}", template or "")
+    tokenizer.chat_template = template if GENERATION_TAG.search(template) else CHAT_TEMPLATE
     return tokenizer
+
+
+def plain_template(template: str) -> str:
+    """A chat template in standard Jinja, which writes the same text: only transformers knows the tag ``generation``.
+
+    The tags become comments, which remove the same whitespace around them.
+    """
+    return GENERATION_TAG.sub(r"{#\1 \2 \3#}", template)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
-from longqlora.data.chat_template import with_chat_template
+from longqlora.data.chat_template import plain_template, with_chat_template
 from longqlora.data.tokenizers import load_tokenizer
 from longqlora.modeling.model_files import weight_files
 from longqlora.publishing.model_card import model_card
@@ -37,7 +37,10 @@ def publish_model(
     for file in [*files, *Path(weights).glob("*.safetensors.index.json")]:
         link_or_copy(file, folder / file.name)
     generation_config(base_model, target_context).save_pretrained(folder)
-    save_tokenizer(tokenizer, output, target_context=target_context, is_chat_model=card["settings"]["data"] == "sft")
+    trained_tokenizer = load_tokenizer(tokenizer)
+    if card["settings"]["data"] == "sft":
+        with_chat_template(trained_tokenizer)
+    save_tokenizer(trained_tokenizer, output, target_context)
     if report:
         (folder / "merge_report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
     (folder / "README.md").write_text(model_card(label, card, report), encoding="utf-8")
@@ -64,10 +67,12 @@ def generation_config(base_model: str, target_context: int) -> GenerationConfig:
     return config
 
 
-def save_tokenizer(path: str, output: str, *, target_context: int, is_chat_model: bool) -> None:
-    """Write the tokenizer of a model with a longer context; a chat model gets the chat template that it was trained with."""
-    tokenizer = load_tokenizer(path)
+def save_tokenizer(tokenizer, output: str, target_context: int) -> None:
+    """Write the tokenizer of a model with a longer context, with its chat template in standard Jinja."""
     tokenizer.model_max_length = target_context
-    if is_chat_model:
-        with_chat_template(tokenizer)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several by name
+        tokenizer.chat_template = {name: plain_template(text) for name, text in template.items()}
+    elif template:
+        tokenizer.chat_template = plain_template(template)
     tokenizer.save_pretrained(output)

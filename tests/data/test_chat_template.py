@@ -2,10 +2,17 @@ import pytest
 from conftest import CHATML, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from longqlora.data.chat_template import CHAT_TEMPLATE, VICUNA_SYSTEM, tokenize_conversation, with_chat_template
+from longqlora.data.chat_template import (
+    CHAT_TEMPLATE,
+    VICUNA_SYSTEM,
+    plain_template,
+    tokenize_conversation,
+    with_chat_template,
+)
 from longqlora.data.instruction_schemas import Conversation
 from longqlora.data.token_files import encode, tokenize_documents
 
@@ -184,3 +191,53 @@ def test_the_template_ends_answers_where_the_tokenizer_overlooks_the_end_token(t
     chat = with_chat_template(PreTrainedTokenizerFast(tokenizer_object=backend, **names))
     ids, labels = tokenize_conversation(chat, Conversation([("a", "b"), ("c", "d")]).messages())
     assert (ids[0], labels[-1], labels.count(2)) == (1, 2, 2)
+
+
+# --- the published template ------------------------------------------------------------------------------------------------
+
+OWN = (
+    "{%- for message in messages %}\n"
+    "    {%- if message['role'] == 'assistant' %}\n"
+    "        <|im_start|>assistant\n  {%- generation -%}\n  {{ message['content'] + '<|im_end|>' }}  \n\n{%- endgeneration %}\n"
+    "    {%- else %} \n {{ '<|im_start|>user' + message['content'] }}\n{%- endif %}\n"
+    "{%- endfor %}\n  {%- if add_generation_prompt %}<|im_start|>assistant{% endif %}\n"
+)
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, CHATML, OWN, OWN.replace("-", ""), OWN.replace("%}\n", "%}")])
+@pytest.mark.parametrize("ends_with_a_question", [False, True])
+def test_the_published_template_is_standard_jinja_and_writes_the_same(tokenizer, template, ends_with_a_question):
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    chat = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, chat_template=template, **names)
+    messages = Conversation([("Is <s> so?", " Yes.\n"), ("?", "!")]).messages()[: 4 - ends_with_a_question]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)  # those of transformers
+    published = environment.from_string(plain_template(template))
+    written = published.render(messages=messages, add_generation_prompt=ends_with_a_question, **names)
+    assert written == chat.apply_chat_template(messages, tokenize=False, add_generation_prompt=ends_with_a_question)
+
+
+def test_training_continues_with_a_published_template(tokenizer):
+    chat = with_or_without_bos(tokenizer, True)
+    for template in (CHAT_TEMPLATE, CHATML, OWN):
+        chat.chat_template = plain_template(template)
+        ids = tokenize_conversation(with_chat_template(chat), Conversation([("?", "!")]).messages())
+        chat.chat_template = template
+        assert tokenize_conversation(with_chat_template(chat), Conversation([("?", "!")]).messages()) == ids
+        assert any(label != -100 for label in ids[1])
+
+
+def test_templates_by_name_are_told_by_the_default_one(tokenizer):
+    chat = with_or_without_bos(tokenizer, True)
+    chat.chat_template = {"default": CHATML, "tools": "{{ tools }}"}
+    assert with_chat_template(chat).chat_template == CHATML
+
+
+@settings(max_examples=50, deadline=None)
+@given(turns=TURNS)
+def test_what_a_model_answers_to_is_what_its_training_had_before_the_answer(tokenizer, turns):
+    chat = with_or_without_bos(tokenizer, True)
+    messages = Conversation(turns).messages()
+    ids, labels = tokenize_conversation(chat, messages)
+    prompt, _ = tokenize_conversation(chat, messages[:-1], add_generation_prompt=True)
+    assert ids[: len(prompt)] == prompt
+    assert tokenizer.decode([label for label in labels[len(prompt) :] if label != -100]) == f" {turns[-1][1]}</s>"

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import train_tiny
+from conftest import CHATML, train_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from longqlora.data.chat_template import CHAT_TEMPLATE
+from longqlora.data.chat_template import CHAT_TEMPLATE, plain_template
 from longqlora.publishing.model_folder import generation_config, link_or_copy, publish_model, save_tokenizer
 from longqlora.training.pretraining import train_tokenizer
 
@@ -64,7 +64,7 @@ def test_the_tokenizer_that_was_trained_with_is_published_not_the_bases(publish,
 
 def test_a_model_trained_on_instructions_has_the_chat_template(publish):
     folder = publish(data="sft")
-    assert (folder / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+    assert (folder / "chat_template.jinja").read_text() == plain_template(CHAT_TEMPLATE)
     assert "Its prompt is the tokenizer's chat template" in (folder / "README.md").read_text()
 
 
@@ -86,12 +86,18 @@ def test_greedy_generation_settings_stay_and_missing_ones_are_no_error(model_fol
     generation_config(model_folder, 128).save_pretrained(tmp_path / "out")
 
 
-def test_the_chat_template_goes_with_a_chat_model_alone(model_folder, tmp_path):
-    for name, is_chat_model in [("chat", True), ("plain", False)]:
-        save_tokenizer(model_folder, str(tmp_path / name), target_context=128, is_chat_model=is_chat_model)
-    chat, plain = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("chat", "plain"))
+def test_the_chat_template_goes_with_a_chat_model_alone(publish, tmp_path):
+    chat = AutoTokenizer.from_pretrained(publish(name="chat", data="sft"))
+    plain = AutoTokenizer.from_pretrained(publish(name="plain"))
     assert chat.model_max_length == plain.model_max_length == 128
-    assert chat.chat_template == CHAT_TEMPLATE
     assert plain.chat_template is None
     prompt = chat.apply_chat_template([{"role": "user", "content": "Hi!"}], tokenize=False, add_generation_prompt=True)
     assert prompt.endswith("to the user's questions. USER: Hi! ASSISTANT:")
+
+
+def test_templates_by_name_are_published_in_standard_jinja(model_folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.chat_template = {"default": CHATML, "tools": "{{ tools }}"}
+    save_tokenizer(tokenizer, str(tmp_path / "out"), 128)
+    published = AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    assert published == {"default": plain_template(CHATML), "tools": "{{ tools }}"}
