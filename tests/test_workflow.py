@@ -683,9 +683,9 @@ def test_new_weights_in_a_local_base_are_noticed_and_no_data_made_anew(restored)
     assert re.search(r"Params have changed.*own/base/config.json, own/base/model.safetensors \w+", run.stdout)
 
 
-def test_other_generation_settings_of_a_local_base_are_published_and_nothing_else(restored):
+def test_other_generation_settings_of_a_local_base_are_published_and_answers_end_by_them(restored):
     (restored / "own/base/generation_config.json").write_text('{"eos_token_id": 2, "temperature": 0.5}')
-    assert planned(restored) == {"publish_model": 2}
+    assert planned(restored) == {"publish_model": 2, **ANSWERS}
 
 
 def test_another_chat_template_is_for_conversations_alone(restored):

@@ -49,6 +49,19 @@ def plain_template(template: str) -> str:
     return GENERATION_TAG.sub(r"{#\1 \2 \3#}", template)
 
 
+def end_of_answer(tokenizer) -> int | None:
+    """The token that the chat template writes after an answer; None if it marks no answers, or writes no such token."""
+    template = tokenizer.chat_template
+    if not isinstance(template, str) or not GENERATION_TAG.search(template):
+        return None
+    answer = "answer-without-special-tokens"
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    text, _ = render_conversation(tokenizer, messages)
+    ids = {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items()}
+    found = any_of(tuple(ids)).search(text.rpartition(answer)[2])
+    return ids[found[0]] if found else None
+
+
 @dataclass(frozen=True)
 class ControlTokens:
     """The special tokens of a tokenizer, where those that a chat template writes are tokens and those in a message are text.

@@ -17,6 +17,7 @@ from longqlora.data.tokenizers import load_tokenizer
 from longqlora.evaluation.evaluated_model import load_evaluated_model
 from longqlora.evaluation.token_losses import NonFiniteLogits, batches_of, nll_of_batch
 from longqlora.jobs.memory import memory_explained
+from longqlora.modeling.generation_settings import stop_tokens
 from longqlora.modeling.loading import load_config
 from longqlora.modeling.rope import rope_of
 
@@ -27,8 +28,8 @@ MAX_NEW_TOKENS = 256  # of such an answer
 
 
 @torch.inference_mode()
-def answer(model, tokenizer, messages: list[dict[str, str]]) -> str:
-    """Answer the last question of a conversation by greedy decoding."""
+def answer(model, tokenizer, messages: list[dict[str, str]], stop: list[int]) -> str:
+    """Answer the last question of a conversation by greedy decoding, up to a token of ``stop``."""
     prompt = torch.tensor([tokenize_conversation(tokenizer, messages, add_generation_prompt=True)[0]], device=model.device)
     ids = model.generate(
         prompt,
@@ -37,8 +38,8 @@ def answer(model, tokenizer, messages: list[dict[str, str]]) -> str:
         do_sample=False,
         temperature=None,
         top_p=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
+        eos_token_id=stop,
+        pad_token_id=stop[0],
         use_cache=not model.config._attn_implementation.startswith("shifted_sparse"),  # which does not support a cache
     )
     return tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True).strip()
@@ -109,7 +110,8 @@ def evaluate_answers(
         gc.collect()  # quantized layers of bitsandbytes are in reference cycles
         model = load_evaluated_model(trained, device, window)
         after = nll_of_answers(model, conversations)
-        samples = [sample_answer(model, chat, row) for row in rows[:NUM_SAMPLES]]
+        stop = stop_tokens(untrained.path, chat)  # those of the published model
+        samples = [sample_answer(model, chat, row, stop) for row in rows[:NUM_SAMPLES]]
     return {
         "precision": trained.precision,
         "attention": trained.attention,
@@ -129,9 +131,9 @@ def num_scored(labels: list[int]) -> int:
     return sum(label != IGNORED for label in labels[1:])
 
 
-def sample_answer(model, tokenizer, row: dict) -> dict:
+def sample_answer(model, tokenizer, row: dict, stop: list[int]) -> dict:
     """The last question of a record, its reference and the model's answer."""
     *messages, reference = [{"role": message["role"], "content": message["content"]} for message in row["messages"]]
-    text = answer(model, tokenizer, messages)
+    text = answer(model, tokenizer, messages, stop)
     log.info("%s: %d characters", row["source"], len(text))
     return {"source": row["source"], "messages": messages, "reference": reference["content"], "answer": text}

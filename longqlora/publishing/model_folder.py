@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from longqlora.data.chat_template import plain_template, with_chat_template
 from longqlora.data.tokenizers import load_tokenizer
+from longqlora.modeling.generation_settings import generation_settings, stop_tokens
 from longqlora.modeling.model_files import weight_files
 from longqlora.publishing.model_card import model_card
 
@@ -36,10 +37,11 @@ def publish_model(
     files = weight_files(Path(weights))
     for file in [*files, *Path(weights).glob("*.safetensors.index.json")]:
         link_or_copy(file, folder / file.name)
-    generation_config(base_model, target_context).save_pretrained(folder)
     trained_tokenizer = load_tokenizer(tokenizer)
     if card["settings"]["data"] == "sft":
         with_chat_template(trained_tokenizer)
+    settings = generation_config(base_model, target_context, stop_tokens(base_model, trained_tokenizer))
+    settings.to_json_file(folder / "generation_config.json")  # save_pretrained refuses some settings of published models
     save_tokenizer(trained_tokenizer, output, target_context)
     if report:
         (folder / "merge_report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
@@ -54,16 +56,15 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copy(source, target)
 
 
-def generation_config(base_model: str, target_context: int) -> GenerationConfig:
-    """The base's generation settings at the new context length; the defaults if the base has none."""
-    try:
-        config = GenerationConfig.from_pretrained(base_model)
-    except OSError:
-        return GenerationConfig()
+def generation_config(base_model: str, target_context: int, stop: list[int]) -> GenerationConfig:
+    """The base's generation settings at the new context length, stopping at the tokens ``stop``."""
+    config = generation_settings(base_model)
+    config.eos_token_id = stop if len(stop) > 1 else stop[0]
+    config._from_model_config = None  # transformers 4 would replace settings that come from config.json by those in it
     if config.max_length and config.max_length > 20:  # the old context length; 20 is the default of transformers
         config.max_length = target_context
     if {config.temperature, config.top_p} - {None, 1.0}:
-        config.do_sample = True  # some published models leave it out, but transformers refuses to save settings without it
+        config.do_sample = True  # some published models leave it out, but without it these values have no effect
     return config
 
 

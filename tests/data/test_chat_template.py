@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from longqlora.data.chat_template import (
     CHAT_TEMPLATE,
     VICUNA_SYSTEM,
+    end_of_answer,
     plain_template,
     tokenize_conversation,
     with_chat_template,
@@ -241,3 +242,20 @@ def test_what_a_model_answers_to_is_what_its_training_had_before_the_answer(toke
     prompt, _ = tokenize_conversation(chat, messages[:-1], add_generation_prompt=True)
     assert ids[: len(prompt)] == prompt
     assert tokenizer.decode([label for label in labels[len(prompt) :] if label != -100]) == f" {turns[-1][1]}</s>"
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (CHAT_TEMPLATE, "</s>"),
+        (CHATML, "<|im_end|>"),
+        (CHATML.replace("+ '<|im_end|>' }}{% endg", "}}{% endg").replace("{{ '\n' }}", "{{ '<|im_end|>\n' }}"), "<|im_end|>"),
+        (CHATML.replace("<|im_end|>", "###"), None),
+        ("{% for message in messages %}{{ message['content'] + '<|im_end|>' }}{% endfor %}", None),  # marks no answers
+        ({"default": CHATML}, None),
+    ],
+)
+def test_the_end_of_an_answer_is_the_token_that_the_template_writes_after_it(tokenizers, template, end):
+    chat = tokenizers["another template"]
+    other = PreTrainedTokenizerFast(tokenizer_object=chat.backend_tokenizer, eos_token="</s>", chat_template=template)
+    assert end_of_answer(other) == (chat.convert_tokens_to_ids(end) if end else None)

@@ -66,8 +66,8 @@ def evaluate(tmp_path, tokenizer, monkeypatch):
     write_parquet(records, RECORDS, [record(number, 1 + number % 2) for number in range(10)])
 
     def run(held_out: int, **changes) -> dict:
-        models = {"untrained": evaluated_model(base, extension=TO_512), "trained": evaluated_model(trained)}
-        return evaluate_answers(**(models | changes), tokenizer=base, records=records, held_out=held_out, device="cpu")
+        given = {"untrained": evaluated_model(base, extension=TO_512), "trained": evaluated_model(trained), "tokenizer": base}
+        return evaluate_answers(**(given | changes), records=records, held_out=held_out, device="cpu")
 
     return run
 
@@ -112,17 +112,26 @@ def test_an_answer_is_the_most_likely_continuation_of_the_prompt(chat):
     model = tiny_llama(max_position_embeddings=512)
     model.generation_config.update(do_sample=True, temperature=5.0)  # the generation settings of the base are ignored
     messages = record(1)["messages"][:-1]
-    first, again = (answer(model, chat, messages) for _ in range(2))
+    first, again = (answer(model, chat, messages, [2]) for _ in range(2))
     assert first == again
     ids = chat.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")["input_ids"]
     most_likely = model(ids).logits[0, -1].argmax()
     assert first.startswith(chat.decode(most_likely).strip())
 
 
+def test_an_answer_ends_where_the_published_model_stops(chat):
+    model = tiny_llama(max_position_embeddings=512)
+    messages = record(1)["messages"][:-1]
+    ids, _ = tokenize_conversation(chat, messages, add_generation_prompt=True)
+    first = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+    assert answer(model, chat, messages, [2, first]) == chat.decode(first).strip()
+    assert len(answer(model, chat, messages, [2])) > len(chat.decode(first))
+
+
 def test_a_question_with_the_end_token_is_text(chat, monkeypatch):
     model, given = tiny_llama(max_position_embeddings=512), []
     monkeypatch.setattr(model, "generate", lambda ids, **_: given.append(ids[0].tolist()) or ids)
-    answer(model, chat, [{"role": "user", "content": "What does </s> mean, and <s>?"}])
+    answer(model, chat, [{"role": "user", "content": "What does </s> mean, and <s>?"}], [2])
     assert (given[0].count(1), given[0].count(2)) == (1, 0)
 
 

@@ -102,6 +102,7 @@ if CHAT:
             *code_of("evaluate_answers"),
             untrained=untrained_model_of,
             untrained_contents=contents_of_model(BASE_MODEL),
+            generation_settings=contents_of_generation_settings(BASE_MODEL),  # the tokens at which it stops
             model=model_of,
             tokenizer=base_tokenizer,
             tokenizer_contents=contents_of_tokenizer(TOKENIZER, with_chat_template=True),
