@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from huggingface_hub import snapshot_download
@@ -38,7 +39,8 @@ def read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
                 for name in file.keys():  # noqa: SIM118 (not a dictionary)
                     yield name, file.get_tensor(name)
         else:  # weights_only unpickles tensors and runs no code; mmap reads them when they are used
-            yield from torch.load(path, map_location="cpu", mmap=True, weights_only=True).items()
+            can_map = is_zipfile(path)  # not the format of torch before 1.6, which is read as a whole
+            yield from torch.load(path, map_location="cpu", mmap=can_map, weights_only=True).items()
 
 
 def write_weights(folder: Path, weights: Iterable[tuple[str, torch.Tensor]], max_bytes: int = MAX_SHARD_BYTES) -> None:

@@ -59,10 +59,11 @@ def rewrite(base: str, form: str) -> None:
         (folder / "model.safetensors").unlink()
         model.save_pretrained(folder, max_shard_size="60KB")
         assert len(list(folder.glob("model-*.safetensors"))) > 1
-    elif form in ("pytorch_model.bin", "sharded pytorch_model.bin"):
+    elif form != "single":
         (folder / "model.safetensors").unlink()
-        if form == "pytorch_model.bin":
-            torch.save(weights, folder / form)
+        is_old = form == "old pytorch_model.bin"  # of torch before 1.6
+        if form != "sharded pytorch_model.bin":
+            torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not is_old)
             return
         names = sorted(weights)
         parts = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
@@ -72,7 +73,7 @@ def rewrite(base: str, form: str) -> None:
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-FORMS = ["single", "sharded", "pytorch_model.bin", "sharded pytorch_model.bin"]
+FORMS = ["single", "sharded", "pytorch_model.bin", "old pytorch_model.bin", "sharded pytorch_model.bin"]
 
 
 @pytest.mark.parametrize("form", FORMS)
