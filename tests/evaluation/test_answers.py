@@ -12,6 +12,7 @@ from longqlora.evaluation import answers, token_losses
 from longqlora.evaluation.answers import answer, evaluate_answers, nll_of_answers
 from longqlora.evaluation.token_losses import NonFiniteLogits
 from longqlora.modeling.loading import load_model
+from longqlora.training.pretraining import train_tokenizer
 
 TO_512 = RopeExtension(target_context=512)
 
@@ -61,6 +62,7 @@ def evaluate(tmp_path, tokenizer, monkeypatch):
     """Evaluate the answers of ten records, with a base of 64 tokens and other weights at eight times that context."""
     monkeypatch.setattr(answers, "MAX_NEW_TOKENS", 4)
     base = save_base(tmp_path / "base", tokenizer)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
     trained = save_base(tmp_path / "trained", tokenizer, max_position_embeddings=512, initializer_range=0.05)
     records = str(tmp_path / "sft.parquet")
     write_parquet(records, RECORDS, [record(number, 1 + number % 2) for number in range(10)])
@@ -133,6 +135,14 @@ def test_a_question_with_the_end_token_is_text(chat, monkeypatch):
     monkeypatch.setattr(model, "generate", lambda ids, **_: given.append(ids[0].tolist()) or ids)
     answer(model, chat, [{"role": "user", "content": "What does </s> mean, and <s>?"}], [2])
     assert (given[0].count(1), given[0].count(2)) == (1, 0)
+
+
+def test_the_tokenizer_that_was_trained_with_reads_the_conversations(evaluate, texts, tmp_path):
+    expected = evaluate(3)["conversations"]
+    for name in ("base", "trained"):  # whose own tokenizers are not looked at
+        train_tokenizer(texts[:1], vocab_size=300).save_pretrained(tmp_path / name)
+    found = evaluate(3, tokenizer=str(tmp_path / "tokenizer"))
+    assert found["conversations"] == expected
 
 
 def test_a_lack_of_memory_names_the_settings_that_take_less(evaluate, monkeypatch):

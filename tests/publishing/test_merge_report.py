@@ -3,13 +3,14 @@ import math
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
 from conftest import LONGLORA, save_base, tiny_llama, train_tiny
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from longqlora.config.settings import MergeSettings, RopeExtension
 from longqlora.data import packing
@@ -46,11 +47,11 @@ def merge(base, adapter, data, output, card, *, max_perplexity_ratio: float) -> 
 def publish(model_folder, corpus, tmp_path):
     """Train a few steps, merge and publish; return the merge report and the folder of the published model."""
 
-    def run(base: str = model_folder, rope_scaling: str = "linear", name: str = "merged", **settings):
+    def run(base: str = model_folder, rope_scaling: str = "linear", name: str = "merged", tokenizer: str = "", **settings):
         card = train_tiny(base, corpus, tmp_path / f"{name}-adapter", rope_scaling=rope_scaling, **{"steps": 3, **settings})
         weights, output = str(tmp_path / f"{name}-weights"), tmp_path / name
         report = merge(base, f"{output}-adapter", corpus, weights, card, max_perplexity_ratio=2.0)
-        places = {"weights": weights, "output": str(output), "base_model": base, "tokenizer": base}
+        places = {"weights": weights, "output": str(output), "base_model": base, "tokenizer": tokenizer or base}
         publish_model(**places, label="My model", card=card, report=report)
         return report, output
 
@@ -311,6 +312,18 @@ def test_a_published_model_loads_without_this_project(publish, tmp_path):
     run = subprocess.run([sys.executable, "-c", stock, folder], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "torch.Size" in run.stdout
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora"])
+def test_the_tokenizer_that_was_trained_with_is_published_for_a_base_without_one(
+    publish, tokenizer, model_folder, tmp_path, method
+):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    for file in Path(model_folder).glob("*token*"):  # the base has none
+        file.unlink()
+    _, folder = publish(tokenizer=str(tmp_path / "tokenizer"), method=method, steps=1)
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == tokenizer.get_vocab()
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == tokenizer.eos_token_id
 
 
 def test_a_model_trained_on_instructions_has_the_chat_template(publish):
