@@ -20,6 +20,7 @@ from longqlora.modeling.model_files import (
     TOKENIZER_SETTINGS,
     check_safetensors,
     is_hub_id,
+    is_lfs_pointer,
     lacks_end_token,
     largest_text_token,
     original_of,
@@ -184,6 +185,8 @@ def tokenizer_problems(experiment: Experiment, path: str) -> Iterator[str]:
         yield f"{path} is neither a folder with a tokenizer (tokenizer.json) nor a hub id (owner/name)"
     elif {file.name for file in tokenizer_files(path)} <= set(TOKENIZER_SETTINGS):
         yield f"{path} has settings of a tokenizer, but no vocabulary: tokenizer.json or tokenizer.model is missing"
+    elif pointers := [file for file in tokenizer_files(path) if is_lfs_pointer(file)]:
+        yield f"{pointers[0]}: is a pointer of Git LFS: fetch it with git lfs pull"
     else:
         try:
             if lacks_end_token(Path(path)):

@@ -287,6 +287,15 @@ def test_a_tokenizer_that_cannot_make_the_data_is_told(tmp_path, demo, files, me
         check(demo)
 
 
+def test_a_tokenizer_that_git_did_not_fetch_is_told(tmp_path, demo):
+    (tmp_path / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\n")
+    demo["base_model"]["tokenizer"] = str(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"^base_model\.tokenizer: .*tokenizer\.model: is a pointer of Git LFS: .* git lfs pull$"
+    ):
+        check(demo)
+
+
 def test_a_base_that_is_stored_quantized_is_told_with_the_model_it_was_made_from(tmp_path, demo):
     stored = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     base = local_model(tmp_path / "base", quantization_config=stored)
