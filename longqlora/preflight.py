@@ -12,6 +12,7 @@ from pathlib import Path
 from longqlora.config.completed import Experiment
 from longqlora.config.paths import is_local, is_made_here
 from longqlora.data.file_formats import file_format
+from longqlora.data.hub import is_hub_id
 from longqlora.data.token_descriptions import largest_token
 from longqlora.evaluation.retrieval_tasks import PASSAGE_TOKENS
 from longqlora.jobs.digests import FileFacts
@@ -19,7 +20,6 @@ from longqlora.modeling.compatibility import extension_problems, quantization_pr
 from longqlora.modeling.model_files import (
     TOKENIZER_SETTINGS,
     check_safetensors,
-    is_hub_id,
     is_lfs_pointer,
     lacks_end_token,
     largest_text_token,

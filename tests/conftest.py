@@ -5,12 +5,15 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import subprocess
+from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from fake_hub import FakeHub, serve
+from huggingface_hub import constants
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longqlora.config.settings import EvaluatedModel, ProgressSettings, RopeExtension, TrainingSettings
@@ -78,6 +81,20 @@ def demo_pretraining(root, monkeypatch) -> dict:
     """The configuration that trains the demo's base model, as parsed from YAML; its paths begin at the root, too."""
     monkeypatch.chdir(root)
     return yaml.safe_load((root / "config/demo-pretraining.yaml").read_text())
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Iterator[FakeHub]:
+    """An empty hub on this machine, which huggingface_hub uses in this test, with an empty cache and no token."""
+    with serve() as served:
+        monkeypatch.setattr(constants, "ENDPOINT", served.address)
+        template = served.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield served
 
 
 @pytest.fixture(scope="session")

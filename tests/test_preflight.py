@@ -206,6 +206,12 @@ def test_a_model_that_the_experiment_publishes_can_be_a_row(demo):
     assert check(demo).systems["again"].model == "results/demo/models/longqlora"
 
 
+def test_a_folder_has_no_revision(demo):
+    demo["base_model"]["path"] = "demo/model@v1"
+    with pytest.raises(ConfigError, match=r"^base_model\.path: demo/model@v1 is neither a folder .* nor a hub id"):
+        load_experiment(demo, check_inputs)
+
+
 def test_a_misspelled_folder_is_not_taken_for_a_hub_id(demo, elsewhere):
     local_model(elsewhere / "models/tinystories")
     demo["base_model"]["path"] = "models/tinystorys"

@@ -14,8 +14,9 @@ FORMER_KEYS = {
     "context_length": ("target_context", "it is called target_context now"),
     "demo": ("pretraining", "the demo's model and texts are in the folder demo/; the section pretraining trains a model"),
     "checkpoints_kept": ("checkpoint_steps", "it is gone; the last two checkpoints are kept"),
+    "revision": ("tokenizer", "a revision follows the hub id, after an @ (owner/name@revision)"),
 }
-"""Keys of earlier versions: a key of the section that they were in, and what became of them."""
+"""Keys of earlier versions and of transformers: a key of the section that they were in, and what is right now."""
 EXPECTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",

@@ -76,7 +76,9 @@ class Section(BaseModel):
 class BaseModelSection(Section):
     """The model whose context is extended."""
 
-    path: Text = Field(description="Folder or hub id (owner/name) of a model with rotary position embeddings.")
+    path: Text = Field(
+        description="Folder or hub id (owner/name or owner/name@revision) of a model with rotary position embeddings."
+    )
     tokenizer: Text | None = Field(
         default=None, description="Folder or hub id of its tokenizer, if that is not in the model's own folder."
     )
@@ -126,7 +128,8 @@ class CorpusSource(Section):
         default=None, description="Name of the source for records that name none; by default the first path."
     )
     paths: Paths = Field(
-        description="Local files (wildcards allowed) or addresses that fsspec opens, such as hf://datasets/owner/name/*.parquet."
+        description="Local files (wildcards allowed) or addresses that fsspec opens, such as "
+        "hf://datasets/owner/name@revision/*.parquet."
     )
     text_field: Text = Field(default="text", description="Field that holds the text; dots lead into nested objects.")
     source_field: Text = Field(
@@ -175,7 +178,8 @@ class SftSource(Section):
     name: Text = Field(description="Name of the source in the data card and the plot.")
     record_schema: InstructionSchema = Field(alias="schema", description="Format of its records.")
     paths: Paths = Field(
-        description="Local files (wildcards allowed) or addresses that fsspec opens, such as hf://datasets/owner/name/*.parquet."
+        description="Local files (wildcards allowed) or addresses that fsspec opens, such as "
+        "hf://datasets/owner/name@revision/*.parquet."
     )
     share: Share = Field(description="Share of the records taken from this source; all shares add up to 1.")
 
@@ -289,7 +293,9 @@ class SystemSection(Section):
 
     label: Text | None = Field(default=None, description="Name in tables and plots; by default the system's name.")
     model: Text | None = Field(
-        default=None, description="Folder or hub id of a published model to evaluate as it is; by default the base model."
+        default=None,
+        description="Folder or hub id (owner/name or owner/name@revision) of a published model to evaluate as it is; by "
+        "default the base model.",
     )
     tokenizer: Text | None = Field(
         default=None, description="Folder or hub id of that model's tokenizer, if it is not in the model's own folder."

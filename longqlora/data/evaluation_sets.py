@@ -98,7 +98,7 @@ def prepare_evaluation_set(sources: list[str], tokenizer, output: str) -> dict:
         output: path of the ``.bin`` file to write; its description is written next to it.
 
     Returns:
-        The description.
+        The description; it names the ``sources`` on the hub, with the commit that was read.
 
     Raises:
         ValueError: if a ``.bin`` file is not the only source or was made with another tokenizer, or there is no text.
@@ -108,8 +108,13 @@ def prepare_evaluation_set(sources: list[str], tokenizer, output: str) -> dict:
     if streams and len(files) > 1:
         raise ValueError(f"{streams[0]}: a .bin file must be the only path of its evaluation set, found {len(files)} paths")
     if streams:
-        return fetch_tokens(streams[0], tokenizer, output)
-    return tokenize_documents(read_texts(files), tokenizer, output)
+        description = fetch_tokens(streams[0], tokenizer, output)
+    else:
+        description = tokenize_documents(read_texts(files), tokenizer, output)
+    if files != sources:  # on the hub, or matched by wildcards in an address
+        description["sources"] = files
+        description_path(output).write_text(json.dumps(description), encoding="utf-8")
+    return description
 
 
 def decoded_pieces(path: str, tokenizer) -> Iterator[str]:
@@ -130,7 +135,7 @@ def texts_of_evaluation_set(sources: list[str], tokens: str, tokenizer) -> Itera
         tokens: the ``.bin`` file that :func:`prepare_evaluation_set` made of them; its description is next to it.
         tokenizer: of the base model.
     """
-    files = files_of(sources)
+    files = read_description(tokens).get("sources", sources)
     return decoded_pieces(tokens, tokenizer) if files[0].endswith(".bin") else read_texts(files)
 
 

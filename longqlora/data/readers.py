@@ -34,6 +34,7 @@ from fsspec.compression import compr
 from fsspec.utils import infer_compression
 
 from longqlora.data.file_formats import file_format
+from longqlora.data.hub import pinned_file
 
 if sys.version_info >= (3, 14):
     from compression.zstd import ZstdError
@@ -98,7 +99,8 @@ def raise_malformed(malformed: Malformed) -> NoReturn:
 
 
 def find_files(path: str, part: tuple[int, int] = (0, 1)) -> list[str]:
-    """Files that a path names: the path itself, or the matches of the wildcards in an address, sorted by name.
+    """Files that a path names: the path itself, or the matches of the wildcards in an address, sorted by name. Files on the hub
+    are at the commit that their revision has now.
 
     Wildcards of local files are expanded when the configuration is read, so a local path is the name of one file, and so is an
     address with brackets, ``?`` or ``*`` if there is such a file.
@@ -110,6 +112,7 @@ def find_files(path: str, part: tuple[int, int] = (0, 1)) -> list[str]:
     Raises:
         ValueError: if nothing matches.
     """
+    path = pinned_file(path)
     if "://" not in path or not glob.has_magic(path):
         return [path]
     filesystem, pattern = fsspec.url_to_fs(path)

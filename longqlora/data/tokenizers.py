@@ -7,6 +7,8 @@ from typing import Any
 import transformers  # imports what is used of it, when it is used: AutoTokenizer imports torch
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from longqlora.data.hub import split_revision
+
 
 def load_tokenizer(path: str) -> Any:
     """Load a tokenizer exactly as ``AutoTokenizer`` does.
@@ -15,13 +17,14 @@ def load_tokenizer(path: str) -> Any:
     not needed if the class is known.
 
     Args:
-        path: directory or hub id.
+        path: directory or hub id, see :mod:`longqlora.data.hub`.
 
     Raises:
         ValueError: if the tokenizer has no end token, which ends every document and answer.
     """
     loader = transformers.TokenizersBackend if names_general_class(Path(path)) else transformers.AutoTokenizer
-    tokenizer = loader.from_pretrained(path)
+    name, revision = split_revision(path)
+    tokenizer = loader.from_pretrained(name, revision=revision)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{path}: the tokenizer has no end token; name one as eos_token in its tokenizer_config.json")
     return tokenizer

@@ -14,7 +14,7 @@ from longqlora.data.packing import pad_at_right
 from longqlora.data.readers import read_parquet
 from longqlora.data.token_files import IGNORED, check_token
 from longqlora.data.tokenizers import load_tokenizer
-from longqlora.evaluation.evaluated_model import load_evaluated_model
+from longqlora.evaluation.evaluated_model import at_commit, load_evaluated_model
 from longqlora.evaluation.token_losses import NonFiniteLogits, batches_of, nll_of_batch
 from longqlora.jobs.memory import memory_explained
 from longqlora.modeling.generation_settings import stop_tokens
@@ -96,6 +96,7 @@ def evaluate_answers(
     Raises:
         NonFiniteLogits: if a loss is not a number; the message names model and conversation.
     """
+    untrained, trained = at_commit(untrained), at_commit(trained)
     chat = with_chat_template(load_tokenizer(tokenizer))
     rows = [row for _, row in deque(read_parquet(records), maxlen=held_out)]
     conversations = [tokenize_conversation(chat, row["messages"]) for row in rows]

@@ -1,8 +1,12 @@
 """Loading the model of a system for evaluation: its weights and their precision, its context extension and its attention."""
 
+import json
+from pathlib import Path
+
 from transformers import PreTrainedModel
 
 from longqlora.config.settings import Device, EvaluatedModel
+from longqlora.data.hub import is_hub_id, pinned_model, split_revision
 from longqlora.modeling.attention import register_shifted_sparse_attention
 from longqlora.modeling.devices import find_device, keep_freed_memory
 from longqlora.modeling.loading import load_config, load_model
@@ -21,6 +25,15 @@ def is_within_context(model: EvaluatedModel, window: int) -> bool:
         raise ValueError(f"{model.path}: a window of {window} tokens is beyond the {config.max_seq_len} that the model takes")
     rope = getattr(config, "rope_parameters", None) or {}
     return window <= context_of(config) or rope.get("rope_type") == "dynamic"
+
+
+def at_commit(model: EvaluatedModel) -> EvaluatedModel:
+    """The model at one commit of the hub: that on which its adapter was trained, or that which its revision has now; a model in
+    a folder stays as it is."""
+    if model.adapter and is_hub_id(model.path):
+        revision = json.loads((Path(model.adapter) / "adapter_config.json").read_text())["revision"]
+        return model.model_copy(update={"path": f"{split_revision(model.path)[0]}@{revision}"})
+    return model.model_copy(update={"path": pinned_model(model.path)})
 
 
 def memory_advice(model: EvaluatedModel, window: int) -> tuple[str, str]:

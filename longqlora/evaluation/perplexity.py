@@ -19,7 +19,7 @@ from tqdm import tqdm
 from longqlora.config.settings import Device, EvaluatedModel, Protocol
 from longqlora.data.token_descriptions import read_description
 from longqlora.data.token_files import check_vocabulary, read_tokens
-from longqlora.evaluation.evaluated_model import is_within_context, load_evaluated_model, memory_advice
+from longqlora.evaluation.evaluated_model import at_commit, is_within_context, load_evaluated_model, memory_advice
 from longqlora.evaluation.protocols import Window, make_windows
 from longqlora.evaluation.statistics import mean_nll
 from longqlora.evaluation.token_losses import NonFiniteLogits, batches_of, nll_of_batch
@@ -164,6 +164,7 @@ def evaluate_perplexity(
         ValueError: if an evaluation set is empty or was made with another tokenizer, or the model cannot read the window.
         NonFiniteLogits: if a loss is not a number; the message names system, set and window.
     """
+    model = at_commit(model)
     vocab_size = load_config(model.path, model.extension).vocab_size
     for path in tokens.values():
         check_vocabulary(path, vocab_size, model.path)

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from longqlora.config.settings import Device, EvaluatedModel, RetrievalSettings
 from longqlora.data.token_files import check_vocabulary, read_tokens
 from longqlora.data.tokenizers import load_tokenizer
-from longqlora.evaluation.evaluated_model import is_within_context, load_evaluated_model, memory_advice
+from longqlora.evaluation.evaluated_model import at_commit, is_within_context, load_evaluated_model, memory_advice
 from longqlora.evaluation.retrieval_tasks import (
     PASSAGE_TOKENS,
     UNSCORED_TOKENS,
@@ -109,6 +109,7 @@ def evaluate_retrieval(
     Raises:
         ValueError: if the length is too short for a task, or the model cannot read it.
     """
+    model = at_commit(model)
     is_within = is_within_context(model, length)
     check_vocabulary(filler, load_config(model.path).vocab_size, model.path)
     own_tokenizer = load_tokenizer(tokenizer)

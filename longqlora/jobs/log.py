@@ -9,6 +9,7 @@ Import this module first in a script, because it sets the process up before torc
   the user has set the allocator otherwise.
 - Ctrl-C ends the process silently until :func:`job_log` begins. Otherwise each job would print where in its imports it was.
 - Progress bars are off. Jobs that run at the same time would overwrite each other's.
+- transformers does not ask the hub to convert a model's older weights, which would open a pull request there.
 """
 
 import gc
@@ -25,6 +26,7 @@ INTERRUPT = signal.getsignal(signal.SIGINT)  # ignored in the background of a sh
 if INTERRUPT is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same setting
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -43,6 +45,7 @@ def job_log(path: str) -> Iterator[None]:
             os.dup2(file.fileno(), stream.fileno())
     sys.stdout = sys.stderr  # which has no buffer, so that what is printed is in order with what is logged
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # otherwise each request to the hub is a line
     logging.captureWarnings(True)
     signal.signal(signal.SIGINT, INTERRUPT)
     start_garbage_collection()

@@ -3,30 +3,33 @@
 from transformers import GenerationConfig
 
 from longqlora.data.chat_template import end_of_answer
+from longqlora.data.hub import split_revision
 
 
 def generation_settings(path: str) -> GenerationConfig:
     """The generation settings of a model, as transformers loads them: from generation_config.json, else from config.json.
 
     Args:
-        path: directory or hub id.
+        path: directory or hub id, see :mod:`longqlora.data.hub`.
     """
+    name, revision = split_revision(path)
     try:
-        return GenerationConfig.from_pretrained(path)
+        return GenerationConfig.from_pretrained(name, revision=revision)
     except OSError:
         return settings_of_config(path)
 
 
 def settings_of_config(path: str) -> GenerationConfig:
     """The generation settings in the config.json of a model."""
-    return GenerationConfig.from_pretrained(path, config_file_name="config.json", _from_model_config=True)
+    name, revision = split_revision(path)
+    return GenerationConfig.from_pretrained(name, revision=revision, config_file_name="config.json", _from_model_config=True)
 
 
 def stop_tokens(base_model: str, tokenizer) -> list[int]:
     """The tokens at which a trained model stops: those that training put after answers and texts, and those of its base.
 
     Args:
-        base_model: directory or hub id.
+        base_model: directory or hub id, see :mod:`longqlora.data.hub`.
         tokenizer: of the training data; for a chat model with the chat template for training.
     """
     of_base = generation_settings(base_model).eos_token_id

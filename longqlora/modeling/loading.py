@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from longqlora.config.settings import Precision, RopeExtension
+from longqlora.data.hub import split_revision
 from longqlora.modeling.compatibility import quantization_problems
 from longqlora.modeling.devices import compute_dtype, weight_dtype
 from longqlora.modeling.rope import extend_context
@@ -21,7 +22,8 @@ BITSANDBYTES = torch.library.Library("bitsandbytes", "IMPL")  # what is register
 
 def load_config(path: str, extension: RopeExtension | None = None):
     """The configuration of a model, with its context extended if ``extension`` is given."""
-    config = AutoConfig.from_pretrained(path)
+    name, revision = split_revision(path)
+    config = AutoConfig.from_pretrained(name, revision=revision)
     return extend_context(config, extension) if extension else config
 
 
@@ -61,7 +63,8 @@ def load_model(
         kwargs["dtype"] = getattr(torch, precision)
     if not is_deepspeed_zero3_enabled():  # ZeRO-3 places the weights itself
         kwargs["device_map"] = {"": device}
-    model = AutoModelForCausalLM.from_pretrained(path, config=config, **kwargs)
+    name, revision = split_revision(path)
+    model = AutoModelForCausalLM.from_pretrained(name, revision=revision, config=config, **kwargs)
     if getattr(model, "is_loaded_in_4bit", False):
         dequantize_across_rows()
         avoid_repacking(model)

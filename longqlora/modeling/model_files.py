@@ -21,12 +21,6 @@ GENERAL_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")  # of any tok
 LFS_POINTER = b"version https://git-lfs"
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as its library allows
 BASE_MODEL = re.compile(r"^base_model:\s*(?:-\s*)?[\"']?(\w[\w.-]*/\w[\w.-]*)", re.MULTILINE)  # in a model card
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether a model's path is a hub id (``owner/name``) and not a folder of this machine."""
-    return bool(HUB_ID.fullmatch(path)) and not Path(path).exists()
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -2,7 +2,7 @@
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from longqlora.modeling.model_files import is_hub_id
+from longqlora.data.hub import is_hub_id, split_revision
 
 
 def model_card(label: str, card: dict, report: dict | None = None) -> str:
@@ -17,7 +17,7 @@ def model_card(label: str, card: dict, report: dict | None = None) -> str:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["long-context", "longqlora"],
-        base_model=card["base_model"] if is_hub_id(card["base_model"]) else None,
+        base_model=split_revision(card["base_model"])[0] if is_hub_id(card["base_model"]) else None,
     )
     parts = [f"---\n{metadata}\n---", f"# {label}", describe(card), usage(card), training_table(card)]
     if report:

@@ -10,7 +10,8 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from longqlora.modeling.model_files import WEIGHTS, is_hub_id, weight_files
+from longqlora.data.hub import is_hub_id, split_revision
+from longqlora.modeling.model_files import WEIGHTS, weight_files
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -23,9 +24,10 @@ def checkpoint_folder(path: str) -> Path:
     """
     if not is_hub_id(path):
         return Path(path)
+    name, revision = split_revision(path)
     for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         names = [f"{stem}{suffix}", f"{stem}{suffix}.index.json"]
-        folder = Path(snapshot_download(path, allow_patterns=[*names, f"{stem}-*{suffix}"]))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*names, f"{stem}-*{suffix}"]))
         if any((folder / name).exists() for name in names):
             return folder
     raise ValueError(f"{path}: the repository holds neither {' nor '.join(WEIGHTS[::2])}")

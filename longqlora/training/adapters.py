@@ -43,7 +43,12 @@ def base_dtypes(device: torch.device) -> BaseDtypes:
 
 
 def add_adapter(
-    model: PreTrainedModel, settings: TrainingSettings, *, base: BaseDtypes | None, trained: torch.dtype | None = torch.float32
+    model: PreTrainedModel,
+    settings: TrainingSettings,
+    *,
+    base: BaseDtypes | None,
+    trained: torch.dtype | None = torch.float32,
+    revision: str | None = None,
 ) -> PeftModel:
     """Freeze a model and put a LoRA adapter on it; modules in ``modules_to_save`` are trained in full, as part of the adapter.
 
@@ -53,6 +58,7 @@ def add_adapter(
         base: dtypes to train a 4-bit base in; None leaves the base as it is.
         trained: dtype of the trained weights; None leaves them as peft makes them, which is the base's dtype for copies of
             ``modules_to_save``.
+        revision: of a model on the hub, recorded in the adapter's configuration.
     """
     if base:
         set_base_dtypes(model, base)
@@ -65,6 +71,7 @@ def add_adapter(
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
         modules_to_save=settings.modules_to_save or None,
+        revision=revision,
         ensure_weight_tying=trains_embeddings and model.config.tie_word_embeddings,
     )
     adapted: Any = get_peft_model(model, lora)

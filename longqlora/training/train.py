@@ -8,7 +8,7 @@
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch.utils.tensorboard import SummaryWriter
-from transformers import AutoConfig, GenerationConfig, PrinterCallback, set_seed
+from transformers import GenerationConfig, PrinterCallback, set_seed
 
 from longqlora.config.settings import Device, Method, Precision, ProgressSettings, RopeExtension, TrainingSettings
+from longqlora.data.hub import is_hub_id, pinned_model, split_revision
 from longqlora.data.packing import largest_id, load_training_data
 from longqlora.data.token_files import check_token
 from longqlora.jobs.checkpointing import open_checkpoint_folder
@@ -29,8 +30,8 @@ from longqlora.modeling.attention import register_shifted_sparse_attention
 from longqlora.modeling.chunked_loss import use_chunked_loss
 from longqlora.modeling.compatibility import extension_problems, quantization_problems
 from longqlora.modeling.devices import compute_dtype, dtype_name, find_device, keep_freed_memory
-from longqlora.modeling.loading import load_model, stored_dtype
-from longqlora.modeling.model_files import is_hub_id, weight_files
+from longqlora.modeling.loading import load_config, load_model, stored_dtype
+from longqlora.modeling.model_files import weight_files
 from longqlora.training.adapters import FLOAT32, add_adapter, base_dtypes
 from longqlora.training.arguments import training_arguments
 from longqlora.training.progress import LogProgress, ResumableTensorBoard, trace_of
@@ -51,7 +52,7 @@ class TrainingFiles:
     """The inputs and outputs of a training.
 
     Attributes:
-        base_model: directory or hub id of the model to train.
+        base_model: directory or hub id of the model to train, see :mod:`longqlora.data.hub`.
         data: ``.bin`` file of token ids, or the Arrow file of a tokenized instruction set.
         output: folder for the adapter or the weights.
         tensorboard_dir: folder for the TensorBoard event files.
@@ -93,7 +94,8 @@ def train(
             token ids that the model does not have, or DeepSpeed is missing.
         NonFiniteLoss, Interrupted, MemoryError, OSError: see :mod:`longqlora.training.trainer`.
     """
-    torch_device, config = find_device(device), AutoConfig.from_pretrained(files.base_model)
+    files = replace(files, base_model=pinned_model(files.base_model))
+    torch_device, config = find_device(device), load_config(files.base_model)
     keep_freed_memory(torch_device)
     check_before_loading(files, config, extension, settings)
     set_seed(seed)
@@ -101,7 +103,7 @@ def train(
     windows = load_training_data(files.data, extension.target_context, **packing)
     # before the model is loaded: ZeRO-3 shards its weights over the processes during loading
     arguments = training_arguments(files.output, settings, progress, seed, torch_device)
-    run = describe_run(files, config, len(windows), extension, settings, seed)
+    run = describe_run(files, len(windows), extension, settings, seed)
     with arguments.main_process_first():
         checkpoint_dir = open_checkpoint_folder(files.checkpoint_dir, run | {"config": config.to_json_string()})
     with memory_explained(*memory_advice(extension, settings)):
@@ -150,14 +152,13 @@ def check_before_loading(files: TrainingFiles, config, extension: RopeExtension,
 
 
 def describe_run(
-    files: TrainingFiles, config, num_windows: int, extension: RopeExtension, settings: TrainingSettings, seed: int
+    files: TrainingFiles, num_windows: int, extension: RopeExtension, settings: TrainingSettings, seed: int
 ) -> dict:
     """Everything that the trained weights depend on. A training resumes only from checkpoints of an equal description."""
-    weights = [] if is_hub_id(files.base_model) else weight_files(Path(files.base_model))
+    is_remote = is_hub_id(files.base_model)  # and at a commit, which decides its contents
     return {
         "base_model": files.base_model,
-        "base_model_revision": getattr(config, "_commit_hash", None),
-        "base_model_contents": FileFacts().fingerprint(weights),
+        "base_model_contents": None if is_remote else FileFacts().fingerprint(weight_files(Path(files.base_model))),
         "data": {"path": files.data, "sha256": digest_of_file(files.data), "windows": num_windows},
         "target_context": extension.target_context,
         "rope_scaling": extension.scaling,
@@ -198,6 +199,7 @@ def make_trainable(base_model: str, extension: RopeExtension, settings: Training
         settings,
         base=dtypes if settings.method == "qlora" else None,
         trained=None if settings.zero_stage else torch.float32,
+        revision=split_revision(base_model)[1] if is_hub_id(base_model) else None,
     )
 
 

@@ -50,6 +50,8 @@ def change(config: dict, key: str, value: object) -> dict:
         ("training.data", "txt", r"^training\.data: 'txt' is not one of 'corpus', 'sft'$"),
         ("systems.longqlora.training", None, r"longqlora\.training: has no value; write {} for the defaults, or leave"),
         ("sft", None, r"^sft: has no value; write one, or leave the key out$"),  # {} would lack keys
+        ("base_model.revision", "v1", r"^base_model: unknown key 'revision': a revision follows the hub id, after an @"),
+        ("systems.base.revision", "v1", r"^systems\.base: unknown key 'revision': a revision follows the hub id, after an @"),
         ("demo", {"vocab_size": 2048}, r"unknown key 'demo': the demo's model and texts are in the folder demo/; the section"),
         ("systems.x", {"label": 8}, r"^systems\.x\.label: 8 is a number, expected text; put it into quotes"),
         ("systems.x", {"label": False}, r"^systems\.x\.label: False .*; YAML reads yes, no, on and off as true and"),

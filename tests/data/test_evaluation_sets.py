@@ -217,3 +217,15 @@ def test_token_ids_may_be_found_by_a_wildcard_in_an_address_if_they_are_the_only
     assert list(read_tokens(str(tmp_path / "set.bin"))) == [5, 6, 7]
     with pytest.raises(ValueError, match=r"a\.bin: a \.bin file must be the only path of its evaluation set, found 3 paths"):
         prepare_evaluation_set([f"file://{tmp_path}/*.bin"], tokenizer, str(tmp_path / "other.bin"))
+
+
+def test_a_set_on_the_hub_is_recorded_with_its_commit(hub, tmp_path, tokenizer):
+    commit = hub.add("datasets/owner/texts", {"a.jsonl": b'{"text": "Rome is old."}\n', "a.txt": b"Rome is old."}, "v1")
+    output = str(tmp_path / "a.bin")
+    for name in ("a.jsonl", "a.txt"):
+        prepare_evaluation_set([f"hf://datasets/owner/texts@v1/{name}"], tokenizer, output)
+        assert read_description(output)["sources"] == [f"hf://datasets/owner/texts@{commit}/{name}"]
+        assert documents(output, tokenizer) == ["Rome is old."]
+    (tmp_path / "a.txt").write_text("Rome is old.")
+    prepare_evaluation_set([str(tmp_path / "a.txt")], tokenizer, output)
+    assert "sources" not in read_description(output)

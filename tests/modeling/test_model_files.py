@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 
 from longqlora.modeling.model_files import (
     check_safetensors,
-    is_hub_id,
     lacks_end_token,
     largest_text_token,
     model_files,
@@ -137,24 +136,3 @@ def test_what_counts_of_a_folder_is_what_decides_its_numbers(tmp_path, tokenizer
     assert [file.name for file in model_files(str(folder))] == ["config.json", "model.safetensors"]
     assert {file.name for file in tokenizer_files(str(folder))} == {"tokenizer.json", "tokenizer_config.json"}
     assert "chat_template.jinja" in {file.name for file in tokenizer_files(str(folder), with_chat_template=True)}
-
-
-@pytest.mark.parametrize(
-    ("path", "expected"),
-    [
-        ("owner/name", True),
-        ("owner/Name-7b_v1.5", True),
-        ("name", False),
-        ("a/b/c", False),
-        ("/models/name", False),
-        ("../x", False),
-    ],
-)
-def test_a_hub_id_has_an_owner_and_a_name(path, expected):
-    assert is_hub_id(path) is expected
-
-
-def test_a_folder_of_this_machine_is_not_a_hub_id(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "owner/name").mkdir(parents=True)
-    assert not is_hub_id("owner/name")

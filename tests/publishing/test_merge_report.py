@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from conftest import LONGLORA, save_base, tiny_llama, train_tiny
+from conftest import LONGLORA, evaluated_model, save_base, tiny_llama, train_tiny
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from longqlora.config.settings import MergeSettings, RopeExtension
 from longqlora.data import packing
 from longqlora.data.packing import load_held_out
 from longqlora.data.token_files import read_tokens
+from longqlora.evaluation.evaluated_model import at_commit
 from longqlora.modeling.loading import load_model
 from longqlora.publishing import merge_report
 from longqlora.publishing.merge_report import (
@@ -330,3 +332,23 @@ def test_a_model_trained_on_instructions_has_the_chat_template(publish):
     _, folder = publish(steps=1, data="sft")
     assert "USER:" in AutoTokenizer.from_pretrained(folder).chat_template
     assert "Its prompt is the tokenizer's chat template" in (folder / "README.md").read_text()
+
+
+def test_a_merge_reads_the_commit_that_was_trained_though_its_branch_has_moved(hub, tmp_path, tokenizer, corpus):
+    trained = Path(save_base(tmp_path / "trained", tokenizer))
+    commit = hub.add("models/owner/name", trained, "v1")
+    card = train_tiny("owner/name@v1", corpus, tmp_path / "adapter", steps=2)
+    assert card["base_model"] == f"owner/name@{commit}"
+    adapter = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("owner/name", commit)
+
+    hub.add("models/owner/name", Path(save_base(tmp_path / "newer", tokenizer, num_hidden_layers=1)), "v1")
+    row = evaluated_model("owner/name@v1", adapter=str(tmp_path / "adapter"))
+    assert at_commit(row).path == card["base_model"]
+    assert at_commit(evaluated_model("owner/name@v1")).path != card["base_model"]
+    report = merge(card["base_model"], tmp_path / "adapter", corpus, tmp_path / "weights", card, max_perplexity_ratio=2.0)
+    local = merge(str(trained), tmp_path / "adapter", corpus, tmp_path / "local", card, max_perplexity_ratio=2.0)
+    assert report["models"] == local["models"]
+    merged = [load_file(tmp_path / folder / "model.safetensors") for folder in ("weights", "local")]
+    assert merged[0].keys() == merged[1].keys()
+    assert all(torch.equal(merged[0][name], merged[1][name]) for name in merged[0])

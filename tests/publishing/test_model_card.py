@@ -29,6 +29,9 @@ def header(text: str) -> dict:
 def test_the_hub_is_told_the_base_only_if_it_is_there(tmp_path):
     assert header(model_card("x", CARD))["base_model"] == "owner/name"
     assert "base_model" not in header(model_card("x", CARD | {"base_model": str(tmp_path)}))
+    pinned = model_card("x", CARD | {"base_model": "owner/name@0123abc"})
+    assert header(pinned)["base_model"] == "owner/name"
+    assert "`owner/name@0123abc` with its context extended" in pinned
     assert header(model_card("x", CARD))["library_name"] == "transformers"
 
 

@@ -70,7 +70,6 @@ rule merge_adapter:
         gpu=GPUS,
     params:
         *code_of("merge_adapter"),
-        base_model=base_model,
         base_model_contents=contents_of_model(BASE_MODEL),
         settings=EXPERIMENT.merge.model_dump(),
         device=EXPERIMENT.device,

@@ -16,14 +16,15 @@ with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, 1):
     with importing():  # bitsandbytes too, which starts CUDA: reserve GPUs first
         from longqlora.publishing.merge_report import MergeFiles, merge_adapter
 
+    card = json.loads(Path(snakemake.input.card).read_text(encoding="utf-8"))
     report = merge_adapter(
         files=MergeFiles(
-            base_model=snakemake.params.base_model,
+            base_model=card["base_model"],  # a model of the hub at the commit that was trained
             adapter=snakemake.input.adapter,
             data=snakemake.input.data,
             output=snakemake.output.weights,
         ),
-        card=json.loads(Path(snakemake.input.card).read_text(encoding="utf-8")),
+        card=card,
         settings=MergeSettings(**snakemake.params.settings),
         device=snakemake.params.device,
     )
