@@ -56,4 +56,5 @@ rule all:
     localrule: True
 
 
+include: "workflow/rules/access.smk"
 include: "workflow/rules/terminal.smk"

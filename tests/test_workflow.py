@@ -534,6 +534,20 @@ def test_a_wrong_config_fails_before_any_job_with_a_short_message(project, confi
     assert len(output.splitlines()) < 12
 
 
+def test_what_is_elsewhere_and_cannot_be_read_is_told_before_the_first_job(project, config_file):
+    published = {"label": "published", "model": "owner/model"}
+    edit(config_file, lambda config: config["systems"].update(published=published))
+    assert planned(project)
+    started = sorted((project / "results/demo/logs").rglob("*"))
+    run = snakemake(project)
+    output = run.stdout + run.stderr
+    assert run.returncode != 0
+    assert "no job has started, because these cannot be read:\nsystems.published.model: owner/model is not in " in output
+    assert "Traceback" not in output
+    assert len(output.splitlines()) < 12
+    assert sorted((project / "results/demo/logs").rglob("*")) == started
+
+
 def test_a_job_that_fails_names_its_log_and_the_reason(project, tmp_path):
     folder = shutil.copytree(project, tmp_path / "project")  # the failed job takes its former output along
     edit(folder / "config/config.yaml", lambda config: config["corpus"].update(num_texts=10**6))

@@ -1,0 +1,15 @@
+# Models and data that are not on this machine: looked up once, when jobs are about to start.
+
+from snakemake.logging import logger
+
+from longqlora.access import access_problems
+
+
+onstart:
+    problems = []
+    try:
+        problems = access_problems(EXPERIMENT, (list(job.params) for job in workflow.dag.needrun_jobs()))
+    except ImportError as error:  # an environment with little more than Snakemake; the jobs have their own
+        logger.warning(f"models and data that are not on this machine are not looked up before the first job: {error}")
+    if problems:
+        raise WorkflowError(f"no job has started, because these cannot be read:\n{ConfigError(problems)}")
