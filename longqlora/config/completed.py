@@ -96,6 +96,15 @@ class Experiment(Section):
         return f"results/{self.name}"
 
     @property
+    def base_row(self) -> str | None:
+        """Name of the row that is the base model as it is; None if there is none."""
+        for name in self.rows:
+            system = self.systems[name]
+            if system.model == self.base_model and not (system.target_context or system.training or system.weights_of):
+                return name
+        return None
+
+    @property
     def pretrained(self) -> str:
         """Folder of a base model that the experiment trains from scratch."""
         return f"{self.results}/pretrained"

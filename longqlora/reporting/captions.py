@@ -13,16 +13,22 @@ PROTOCOLS = {
 }
 
 
-def caption_of(cells: pandas.DataFrame, retrieval: pandas.DataFrame, notation: Notation) -> str:
+def caption_of(cells: pandas.DataFrame, retrieval: pandas.DataFrame, prices: pandas.DataFrame, notation: Notation) -> str:
     """The sentences below a table.
 
     Args:
         cells: records of perplexity, see :func:`longqlora.reporting.records.read_records`.
         retrieval: records of retrieval; may be empty.
+        prices: see :func:`longqlora.reporting.comparisons.price_at_short_lengths`; may be empty.
         notation: marks of the format.
     """
     sentences = describe_numbers(cells, notation) + describe_retrieval(cells, retrieval, notation)
     plain = escape_latex if notation is LATEX else str
+    for base, length in prices[["base", "eval_length"]].drop_duplicates().itertuples(index=False):
+        sentences.append(
+            f"Change at {length}: of the perplexity compared with {plain(base)}, at the longest length measured within its "
+            "context, by the paired difference."
+        )
     others = cells.loc[cells["has_own_tokenizer"].astype(bool), "label"].unique()
     if len(others):
         named = plain(", ".join(others))

@@ -86,6 +86,31 @@ def low_perplexity_poor_retrieval(cells: pandas.DataFrame, retrieval: pandas.Dat
     }
 
 
+def price_at_short_lengths(cells: pandas.DataFrame, pairs: pandas.DataFrame, base: str | None) -> pandas.DataFrame:
+    """How the perplexity of each system differs from the base model's where the base needs no extension: at the longest length
+    that was measured inside its context.
+
+    Args:
+        cells: see :func:`longqlora.reporting.records.read_records`.
+        pairs: see :func:`differences`.
+        base: label of the base model as it is; None if no row has it.
+
+    Returns:
+        One row per system and evaluation set that can be compared with the base: label, base, dataset_label, eval_length,
+        change (ratio of the perplexities, minus 1) and its standard_error.
+    """
+    inside = cells[(cells["label"] == base) & cells["is_within_context"].astype(bool)]
+    pairs = pairs[pairs["eval_length"] == inside["eval_length"].max()]
+    rows = []
+    for pair in pairs.to_dict("records"):
+        for one, other, sign in [("system", "other", 1), ("other", "system", -1)]:
+            if pair[other] == base:
+                ratio = math.exp(sign * pair["difference"])
+                place = (pair["dataset_label"], pair["eval_length"])
+                rows.append((pair[one], base, *place, ratio - 1, ratio * pair["standard_error"]))
+    return pandas.DataFrame(rows, columns=["label", "base", *COLUMN, "change", "standard_error"])
+
+
 def comparable(cells: pandas.DataFrame) -> pandas.DataFrame:
     """The cells whose loss is per token of the base model's tokenizer."""
     return cells[~cells["has_own_tokenizer"].astype(bool)]

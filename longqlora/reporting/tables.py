@@ -10,7 +10,12 @@ from pathlib import Path
 import pandas
 
 from longqlora.reporting.captions import caption_of
-from longqlora.reporting.comparisons import differences, low_perplexity_poor_retrieval, statistically_best
+from longqlora.reporting.comparisons import (
+    differences,
+    low_perplexity_poor_retrieval,
+    price_at_short_lengths,
+    statistically_best,
+)
 from longqlora.reporting.notation import LATEX, MARKDOWN, Notation, escape_latex, format_perplexity
 from longqlora.reporting.records import Labels, published_records, read_records
 
@@ -24,21 +29,28 @@ class Results:
         retrieval: records of retrieval; may be empty.
         published: see :func:`longqlora.reporting.records.published_records`; may be empty.
         pairs: see :func:`longqlora.reporting.comparisons.differences`.
+        base: label of the base model as it is; None if no row has it.
     """
 
     measured: pandas.DataFrame
     retrieval: pandas.DataFrame
     published: pandas.DataFrame
     pairs: pandas.DataFrame
+    base: str | None = None
 
     @property
     def cells(self) -> pandas.DataFrame:
         """Measured and published perplexities."""
         return pandas.concat([self.measured, self.published], ignore_index=True)
 
+    @property
+    def prices(self) -> pandas.DataFrame:
+        """See :func:`longqlora.reporting.comparisons.price_at_short_lengths`; may be empty."""
+        return price_at_short_lengths(self.measured, self.pairs, self.base)
+
 
 def read_results(
-    *, records: list[str], windows: list[str], retrieval: list[str], labels: Labels, published: list[dict]
+    *, records: list[str], windows: list[str], retrieval: list[str], labels: Labels, published: list[dict], base: str | None
 ) -> Results:
     """Read all that the table of an experiment shows.
 
@@ -48,9 +60,16 @@ def read_results(
         retrieval: JSON records of retrieval; may be empty.
         labels: names of systems and evaluation sets in the table.
         published: rows from the literature, see :func:`longqlora.reporting.records.published_records`.
+        base: name of the system that is the base model as it is; None if there is none.
     """
     measured = read_records(records, labels)
-    return Results(measured, read_records(retrieval, labels), published_records(published), differences(measured, windows))
+    return Results(
+        measured=measured,
+        retrieval=read_records(retrieval, labels),
+        published=published_records(published),
+        pairs=differences(measured, windows),
+        base=labels["system"][base] if base else None,
+    )
 
 
 def format_cell(cell: dict, notation: Notation, is_best: bool) -> str:
@@ -62,15 +81,27 @@ def format_cell(cell: dict, notation: Notation, is_best: bool) -> str:
     return text + (notation.beyond if cell.get("is_within_context") is False else "")
 
 
+def format_price(price: dict | None, notation: Notation) -> str:
+    """A difference from the base model in percent, with its standard error; a dash if there is none."""
+    if price is None:
+        return "–"
+    sign = "+" if price["change"] >= 0 else notation.minus
+    return f"{sign}{abs(100 * price['change']):.1f}{notation.plus_minus}{100 * price['standard_error']:.1f}{notation.percent}"
+
+
 def layout(results: Results, notation: Notation) -> pandas.DataFrame:
     """The table as text: systems as rows, (evaluation set, context length) as columns, each followed by the retrieval accuracy
-    if it was measured at that length."""
+    if it was measured at that length. The last column of an evaluation set is the change from the base model at a short length.
+    """
     cells = results.cells
     best = statistically_best(results.measured, results.pairs)
     warned = low_perplexity_poor_retrieval(results.measured, results.retrieval)
     accuracies = {(cell["label"], cell["eval_length"]): cell["accuracy"] for cell in results.retrieval.to_dict("records")}
     retrieval_lengths = {length for _, length in accuracies}
     by_place = {(cell["label"], cell["dataset_label"], cell["eval_length"]): cell for cell in cells.to_dict("records")}
+    prices, short = {}, None
+    for price in results.prices.to_dict("records"):
+        prices[price["label"], price["dataset_label"]], short = price, price["eval_length"]
     rows: dict[str, dict[tuple[str, str], str]] = {}
     for label in cells["label"].unique():
         row: dict[tuple[str, str], str] = {}
@@ -82,6 +113,8 @@ def layout(results: Results, notation: Notation) -> pandas.DataFrame:
                     accuracy = accuracies.get((label, length))
                     text = "–" if accuracy is None else f"{100 * accuracy:.0f}{notation.percent}"
                     row[dataset, f"retrieval at {length}"] = text + (notation.warning if place in warned else "")
+            if prices:
+                row[dataset, f"change at {short}"] = format_price(prices.get((label, dataset)), notation)
         rows[label] = row
     columns = list(next(iter(rows.values())))
     table = pandas.DataFrame(rows.values(), index=pandas.Index(rows, name="system"))
@@ -106,7 +139,7 @@ def write_markdown(path: str, results: Results, title: str | None = None) -> Non
         part = table[dataset]
         alignment = ["left"] + ["right"] * part.shape[1]
         parts.append(f"**{dataset}**\n\n" + part.to_markdown(colalign=alignment, disable_numparse=True))
-    caption = caption_of(results.measured, results.retrieval, MARKDOWN)
+    caption = caption_of(results.measured, results.retrieval, results.prices, MARKDOWN)
     Path(path).write_text("\n\n".join([*parts, caption]) + "\n", encoding="utf-8")
 
 
@@ -121,7 +154,7 @@ def write_latex(path: str, results: Results, reference: str, title: str | None =
     """
     table = layout(results, LATEX).rename(index=escape_latex, columns=escape_latex)
     table = table.replace({">1000": "$>$1000"}, regex=True)
-    caption = caption_of(results.measured, results.retrieval, LATEX)
+    caption = caption_of(results.measured, results.retrieval, results.prices, LATEX)
     text = table.to_latex(
         escape=False,
         caption=f"{escape_latex(title)}. {caption}" if title else caption,

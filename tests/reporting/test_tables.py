@@ -23,7 +23,7 @@ def retrieval(tmp_path) -> list[str]:
 
 @pytest.fixture
 def render(tmp_path):
-    def run(records, retrieval=(), published=()) -> dict[str, Path]:
+    def run(records, retrieval=(), published=(), base=None) -> dict[str, Path]:
         paths = {name: tmp_path / f"t.{name}" for name in ("csv", "markdown", "latex", "differences_csv")}
         results = read_results(
             records=records,
@@ -31,6 +31,7 @@ def render(tmp_path):
             retrieval=list(retrieval),
             labels=LABELS,
             published=list(published),
+            base=base,
         )
         render_table(results, **{name: str(path) for name, path in paths.items()})
         return paths
@@ -62,6 +63,32 @@ def test_every_cell_is_in_its_row_and_column_with_its_standard_error(records, re
         "chat_model": ["12.00 ± 0.12", "11.00 ± 0.11", "10.00 ± 0.10"],
     }
     assert render(records)["markdown"].read_text().count("**Proof-pile**") == 1
+
+
+def test_the_price_at_short_lengths_is_the_paired_change_of_the_perplexity_in_the_bases_context(records, render):
+    paths = render(records, base="base")
+    rows = rows_of(paths["markdown"])
+    assert rows["system"] == ["64", "128", "256", "change at 128"]  # 256 is beyond the base's context
+    assert {label: row[3] for label, row in rows.items() if label != "system"} == {
+        "base": "–",
+        "Long & 100 %": "+6.3 ± 0.0 %",  # 8.5 / 8
+        "chat_model": "+37.5 ± 0.0 %",  # 11 / 8
+    }
+    assert "Change at 128: of the perplexity compared with base, at the longest length measured" in caption(paths["markdown"])
+    assert r"+37.5 $\pm$ 0.0\,\%" in paths["latex"].read_text()
+
+
+@pytest.mark.parametrize("base", [None, "mpt"])  # no row is the base as it is; it was not measured within its context
+def test_without_a_measurement_of_the_base_there_is_no_price(records, render, base):
+    paths = render(records, base=base)
+    assert rows_of(paths["markdown"])["system"] == ["64", "128", "256"]
+    assert "Change" not in caption(paths["markdown"])
+
+
+def test_a_system_that_improves_on_the_base_has_a_negative_price_with_its_error(tmp_path, render):
+    records = [write_cell(tmp_path, "base", "PG19", 64, 9.02), write_cell(tmp_path, "Long & 100 %", "PG19", 64, 9.0)]
+    (change,) = rows_of(render(records, base="base")["markdown"])["Long & 100 %"][1:]
+    assert re.fullmatch(r"−0\.2 ± [1-9]\.\d %", change)  # the noise of SIMILAR: 0.1 over 20 windows
 
 
 def test_only_the_best_is_bold_if_no_differences_are_known(records, render, tmp_path):

@@ -21,6 +21,7 @@ rule render_table:
         *code_of("render_table"),
         labels=labels_of(TABLE_SYSTEMS),
         published=[row.model_dump() for row in EXPERIMENT.published],
+        base=EXPERIMENT.base_row,
     message:
         "table of perplexity and retrieval"
     script:

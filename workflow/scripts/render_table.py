@@ -15,6 +15,7 @@ with job_log(snakemake.log[0]):
         retrieval=snakemake.input.retrieval,
         labels=snakemake.params.labels,
         published=snakemake.params.published,
+        base=snakemake.params.base,
     )
     render_table(
         results,
