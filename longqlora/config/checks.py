@@ -150,6 +150,8 @@ def check_training(name: str, system: System, experiment: Experiment) -> Iterato
     for option, data in (("isolate_documents", "corpus"), ("pack_records", "sft")):
         if getattr(training, option) and training.data != data:
             yield f"{key}.training.{option}: works only with data: {data}, found data: {training.data}"
+    if training.full_attention_share and training.attention == "full":
+        yield f"{key}.training.full_attention_share: has no effect with attention: full"
     if training.offload_activations and not training.activation_checkpointing:
         yield f"{key}.training.offload_activations: needs activation_checkpointing: true"
     if training.offload and not training.zero_stage:

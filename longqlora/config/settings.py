@@ -233,6 +233,13 @@ class TrainingSettings(Section):
     )
     attention: Attention = Field(default="shifted_sparse", description="Attention in training.")
     group_ratio: Share = Field(default=0.25, description="Group of the shifted sparse attention, as a share of the window.")
+    full_attention_share: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of the optimizer steps, the last ones, that are trained with full attention instead of the shifted "
+        "sparse attention.",
+    )
     rank: Count = Field(default=64, description="Rank of the adapter.")
     alpha: float = Field(default=16.0, gt=0, description="The adapter's update is scaled by alpha / rank.")
     dropout: float = Field(default=0.05, ge=0, lt=1, description="Dropout probability at the adapter's input.")

@@ -37,6 +37,8 @@ def describe(card: dict) -> str:
     attention = (
         "shifted sparse attention in training" if settings["attention"] == "shifted_sparse" else "full attention in training"
     )
+    if share := settings["full_attention_share"]:
+        attention += f", and full attention in the last {share:.0%} of its steps"
     return (
         f"`{card['base_model']}` with its context extended to {card['target_context']} tokens: rope scaling "
         f"`{card['rope_scaling']}`, {how}, {attention}. At inference it is an ordinary model with full attention."

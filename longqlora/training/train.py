@@ -35,7 +35,7 @@ from longqlora.modeling.model_files import weight_files
 from longqlora.training.adapters import FLOAT32, add_adapter, base_dtypes
 from longqlora.training.arguments import training_arguments
 from longqlora.training.progress import LogProgress, ResumableTensorBoard, trace_of
-from longqlora.training.trainer import ResumableTrainer, paged_state_bytes
+from longqlora.training.trainer import FULL, FullAttentionAtTheEnd, ResumableTrainer, paged_state_bytes
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +112,8 @@ def train(
         log.info("%d windows of at most %d tokens", len(windows), extension.target_context)
         log.info("%d parameters are trained", trainable)
         trainer = ResumableTrainer(checkpoint_dir=checkpoint_dir, windows=windows, model=model, args=arguments)
+        if settings.full_attention_share:
+            trainer.add_callback(FullAttentionAtTheEnd(settings.full_attention_share))
         log_progress = report_progress(trainer, files.tensorboard_dir, progress)
         first_step = trainer.resume()
     save_trained(trainer, config, files.output)
@@ -179,7 +181,7 @@ def make_trainable(base_model: str, extension: RopeExtension, settings: Training
     Returns:
         A model of transformers (method ``full``), or one of peft with an adapter.
     """
-    attention = "sdpa"
+    attention = FULL
     if settings.attention == "shifted_sparse":
         attention = register_shifted_sparse_attention(settings.group_ratio, extension.target_context)
     model = load_model(

@@ -21,6 +21,7 @@ from longqlora.jobs.checkpointing import WRITING, checkpoints, newest_complete_c
 
 log = logging.getLogger(__name__)
 
+FULL = "sdpa"  # full attention, by its name in transformers
 KEPT_CHECKPOINTS = 2  # if the newest one is damaged, the training resumes from the one before
 
 
@@ -113,6 +114,25 @@ def paged_state_bytes(optimizer) -> int:
     """Bytes of an optimizer's state in paged memory, which torch's allocator does not count."""
     values = (value for state in optimizer.state.values() for value in state.values())
     return sum(value.nbytes for value in values if getattr(value, "is_paged", False))
+
+
+class FullAttentionAtTheEnd(TrainerCallback):
+    """Gives a model full attention for the last optimizer steps.
+
+    Args:
+        share: of the steps.
+    """
+
+    def __init__(self, share: float):
+        self.share = share
+
+    def on_step_begin(self, args, state, control, model: Any = None, **kwargs):
+        if (
+            state.global_step >= state.max_steps - round(self.share * state.max_steps)
+            and model.config._attn_implementation != FULL
+        ):
+            log.info("full attention from step %d on", state.global_step + 1)
+            model.set_attn_implementation(FULL)
 
 
 class ResumableTrainer(Trainer):

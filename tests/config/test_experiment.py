@@ -110,6 +110,11 @@ def test_the_papers_run_has_the_published_hyper_parameters(root):
             r"^systems\.x\.training\.isolate_documents: works only with data: corpus, found data: sft$",
         ),
         ("training", {"offload": True}, r"training\.offload: needs DeepSpeed, zero_stage: 2 or 3"),
+        (
+            "training",
+            {"attention": "full", "full_attention_share": 0.2},
+            r"full_attention_share: has no effect with attention: full",
+        ),
         ("training", {"offload_activations": True}, r"offload_activations: needs activation_checkpointing: true"),
         (
             "sft",

@@ -18,6 +18,7 @@ from longqlora.config.settings import RopeExtension
 from longqlora.data.instruction_set import TOKENS
 from longqlora.data.packing import load_training_data, pad_at_right
 from longqlora.data.token_files import tokenize_documents
+from longqlora.modeling import attention
 from longqlora.modeling.chunked_loss import next_token_loss, use_chunked_loss
 from longqlora.modeling.devices import check_kernels
 from longqlora.modeling.loading import load_model
@@ -71,6 +72,20 @@ def test_accumulation_and_checkpointing_change_no_loss(model_folder, corpus, tmp
     other = train_tiny(model_folder, corpus, tmp_path / "b", steps=3, **settings)
     for row, expected in zip(other["trace"], reference["trace"], strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], abs=2e-2)  # bfloat16 where the CPU has it
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "full", "learning_rate": 1e-3}], ids=["adapter", "all weights"])
+def test_the_last_steps_have_full_attention(model_folder, corpus, tmp_path, monkeypatch, settings):
+    calls, attend = [], attention.shifted_sparse_attention
+    monkeypatch.setattr(attention, "shifted_sparse_attention", lambda *args, **kw: calls.append(1) or attend(*args, **kw))
+    sparse = train_tiny(model_folder, corpus, tmp_path / "sparse", steps=8, **settings)["trace"]
+    calls_per_step = len(calls) // 8
+    calls.clear()
+    mixed = train_tiny(model_folder, corpus, tmp_path / "mixed", steps=8, full_attention_share=0.25, **settings)["trace"]
+    assert len(calls) == 6 * calls_per_step
+    assert mixed[:6] == sparse[:6]
+    assert mixed[6]["loss"] != sparse[6]["loss"]
+    assert "sdpa" not in "".join(path.read_text() for path in (tmp_path / "mixed").glob("*config.json"))
 
 
 @pytest.fixture

@@ -134,7 +134,11 @@ def test_a_damaged_newest_checkpoint_is_not_used(inputs, uninterrupted, tmp_path
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("settings", [{"method": "full", "learning_rate": 1e-3}, LONGLORA], ids=["full", "longlora"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"method": "full", "learning_rate": 1e-3, "full_attention_share": 0.25}, LONGLORA],
+    ids=["full, with full attention at the end", "longlora"],
+)
 def test_every_method_resumes_in_the_same_bits(inputs, tmp_path, settings):
     settings = STEPS | settings
     finish(start(*inputs, tmp_path / "whole", **settings))
