@@ -19,9 +19,11 @@ from typing import Any
 
 from longqlora.config.completed import Experiment
 from longqlora.config.paths import is_local
+from longqlora.config.systems import extension_of
 from longqlora.data.hub import HF, MAIN, is_hub_id, split_revision
 from longqlora.modeling.compatibility import extension_problems
 from longqlora.modeling.model_files import VOCABULARY, WEIGHTS, weight_files
+from longqlora.modeling.rope import scaling_problems
 from longqlora.preflight import first_keys, paths_of, read_config
 
 REQUESTS = 16  # at the same time
@@ -71,7 +73,8 @@ def unfit_models(experiment: Experiment, models: set[str]) -> Iterator[str]:
         ImportError: see :func:`access_problems`.
     """
     for system_name, system in experiment.systems.items():
-        if system.target_context and system.model in models:
+        extension = extension_of(system)
+        if extension and system.model in models:
             from huggingface_hub import hf_hub_download
 
             name, revision = split_revision(system.model)
@@ -80,7 +83,8 @@ def unfit_models(experiment: Experiment, models: set[str]) -> Iterator[str]:
             except ValueError as error:
                 yield str(error)
                 continue
-            for problem in extension_problems(config, system.target_context, system.training):
+            shape = extension_problems(config, extension.target_context, system.training)
+            for problem in [*shape, *scaling_problems(config, extension)]:
                 yield f"systems.{system_name}: {system.model}: {problem}"
 
 

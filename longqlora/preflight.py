@@ -11,6 +11,7 @@ from pathlib import Path
 
 from longqlora.config.completed import Experiment
 from longqlora.config.paths import is_local, is_made_here
+from longqlora.config.systems import extension_of
 from longqlora.data.file_formats import file_format
 from longqlora.data.hub import is_hub_id
 from longqlora.data.token_descriptions import largest_token
@@ -27,6 +28,7 @@ from longqlora.modeling.model_files import (
     tokenizer_files,
     weight_files,
 )
+from longqlora.modeling.rope import scaling_problems
 
 SIZES = (
     "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "vocab_size",
@@ -48,8 +50,10 @@ def check_inputs(experiment: Experiment) -> Iterator[str]:
             yield from (f"{key}: {problem}" for problem in tokenizer_problems(experiment, path))
     for name, system in experiment.systems.items():
         config = model_config(experiment, system.model)
-        if config and system.target_context and system.model not in broken:
-            for problem in extension_problems(config, system.target_context, system.training):
+        extension = extension_of(system)
+        if config and extension and system.model not in broken:
+            shape = extension_problems(config, extension.target_context, system.training)
+            for problem in [*shape, *scaling_problems(config, extension)]:
                 yield f"systems.{name}: {system.model}: {problem}"
         if config and system.model not in broken:
             original = original_of(Path(system.model))

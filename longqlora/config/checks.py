@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from longqlora.config.completed import Experiment, System
-from longqlora.config.settings import Configuration, CorpusSettings
+from longqlora.config.settings import Configuration, CorpusSettings, SystemSection
 from longqlora.config.shards import sample_shares
 from longqlora.config.systems import protocol_at
 
@@ -96,6 +96,8 @@ def check_ablations(config: Configuration, experiment: Experiment) -> Iterator[s
         training = experiment.systems[ablation.system].training
         if ablation.grid.rank and training and training.method == "full":
             yield f"ablations.{name}.grid.rank: {ablation.system!r} trains all weights and has no rank"
+        if "theta" in (ablation.grid.rope_scaling or ()) and experiment.systems[ablation.system].rope_theta is None:
+            yield f"ablations.{name}.grid.rope_scaling: theta needs systems.{ablation.system}.rope_theta"
         if not experiment.ablations[name].axes:
             yield f"ablations.{name}.grid: names no setting (legal: {', '.join(type(ablation.grid).model_fields)})"
 
@@ -107,8 +109,7 @@ def check_system(name: str, config: Configuration, experiment: Experiment) -> It
         yield f"systems.{name}.model: {system.model} is evaluated as it is; only the base_model is trained"
     if row.training is None and not row.table_row:
         yield f"systems.{name}.table_row: false needs 'training': of a system that is not trained, nothing else would be made"
-    if row.rope_scaling is not None and system.target_context is None:
-        yield f"systems.{name}.rope_scaling: has no effect without target_context; give both"
+    yield from check_scaling(name, row, system)
     if row.tokenizer is not None and row.model is None and row.weights_of is None:
         yield f"systems.{name}.tokenizer: goes with model; the tokenizer of the base model is base_model.tokenizer"
     trained = experiment.systems[row.weights_of or name].training if (row.weights_of or name) in experiment.systems else None
@@ -121,10 +122,24 @@ def check_system(name: str, config: Configuration, experiment: Experiment) -> It
         legal = ", ".join(other for other in config.systems if config.systems[other].training) or "none"
         yield f"systems.{name}.weights_of: {row.weights_of!r} is not a trained system (legal: {legal})"
         return
-    for key in ("training", "target_context", "rope_scaling", "model", "tokenizer"):
+    for key in ("training", "target_context", "rope_scaling", "rope_factor", "rope_theta", "model", "tokenizer"):
         given = getattr(row, key)
         if given is not None and (key == "training" or given != getattr(owner, key)):
             yield f"systems.{name}.{key}: comes from {row.weights_of!r}, whose weights this system has; leave it out"
+
+
+def check_scaling(name: str, row: SystemSection, system: System) -> Iterator[str]:
+    """Yield what is wrong with how a listed system's positions are scaled."""
+    for key in ("rope_scaling", "rope_factor", "rope_theta"):
+        if getattr(row, key) is not None and system.target_context is None:
+            yield f"systems.{name}.{key}: has no effect without target_context; give both"
+    if system.rope_scaling == "theta":
+        if system.rope_theta is None:
+            yield f"systems.{name}.rope_theta: missing; rope_scaling: theta needs it (rope_scaling: ntk computes it)"
+        if system.rope_factor is not None:
+            yield f"systems.{name}.rope_factor: has no effect with rope_scaling: theta, which has rope_theta"
+    elif system.rope_theta is not None:
+        yield f"systems.{name}.rope_theta: works only with rope_scaling: theta, found rope_scaling: {system.rope_scaling}"
 
 
 def check_length(name: str, config: Configuration, system: System) -> Iterator[str]:

@@ -35,6 +35,8 @@ class System(Section):
     tokenizer: str
     target_context: int | None
     rope_scaling: RopeScaling
+    rope_factor: float | None
+    rope_theta: float | None
     weights_of: str | None
     merged: bool
     precision: Precision

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Device = Literal["cpu", "cuda"]
 Precision = Literal["auto", "float32", "bfloat16", "float16", "int8", "nf4"]
-RopeScaling = Literal["linear", "dynamic", "yarn", "llama3"]
+RopeScaling = Literal["linear", "dynamic", "yarn", "llama3", "ntk", "theta"]
 Attention = Literal["shifted_sparse", "full"]
 Method = Literal["qlora", "lora", "full"]
 TrainingData = Literal["corpus", "sft"]
@@ -312,8 +312,15 @@ class SystemSection(Section):
     )
     rope_scaling: RopeScaling | None = Field(
         default=None,
-        description="How positions are scaled: linear (Position Interpolation, the default), dynamic (NTK-aware), yarn (YaRN), "
-        "llama3 (as in Llama 3.1).",
+        description="How positions are scaled: linear (Position Interpolation, the default), dynamic (NTK-aware, by the length "
+        "of the sequence), yarn (YaRN), llama3 (as in Llama 3.1), ntk (NTK-aware, by a larger rope_theta that follows from the "
+        "factor), theta (the rope_theta that is given). If a model is scaled already, only its own scaling extends it.",
+    )
+    rope_factor: float | None = Field(
+        default=None, gt=1, description="Factor of the scaling; by default target_context divided by the model's own context."
+    )
+    rope_theta: float | None = Field(
+        default=None, gt=1, description="With rope_scaling: theta, the model's new rope_theta; larger than its own."
     )
     training: TrainingSection | None = Field(
         default=None, description="Train this system; the settings given here override the experiment's training settings."
@@ -459,10 +466,14 @@ class RopeExtension(Section):
     Attributes:
         scaling: how positions are scaled.
         target_context: context length to reach, in tokens.
+        factor: of the scaling; None: target_context divided by the model's own context.
+        theta: the new rope_theta of the scaling ``theta``.
     """
 
     scaling: RopeScaling = DEFAULT_ROPE_SCALING
     target_context: int
+    factor: float | None = None
+    theta: float | None = None
 
 
 class Protocol(Section):

@@ -31,6 +31,8 @@ def complete_system(name: str, config: Configuration) -> System:
         tokenizer=without_slash(row.tokenizer or row.model or owner.tokenizer or owner.model or base_tokenizer(config)),
         target_context=row.target_context or owner.target_context,
         rope_scaling=row.rope_scaling or owner.rope_scaling or DEFAULT_ROPE_SCALING,
+        rope_factor=row.rope_factor or owner.rope_factor,
+        rope_theta=row.rope_theta or owner.rope_theta,
         weights_of=row.weights_of,
         merged=True if row.merged is None else row.merged,
         precision=row.precision or config.evaluation.precision,
@@ -97,7 +99,12 @@ def extension_of(system: System) -> RopeExtension | None:
     """How a system's context is extended; None where it is not."""
     if system.target_context is None:
         return None
-    return RopeExtension(scaling=system.rope_scaling, target_context=system.target_context)
+    return RopeExtension(
+        scaling=system.rope_scaling,
+        target_context=system.target_context,
+        factor=system.rope_factor,
+        theta=system.rope_theta,
+    )
 
 
 def protocol_at(evaluation: EvaluationSettings, eval_length: int) -> Protocol:

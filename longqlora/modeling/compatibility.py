@@ -1,13 +1,12 @@
 """Whether a base model can be extended and trained, checked against its ``config.json`` before weights are loaded.
 
-Imports nothing heavy, because the workflow checks local models whenever it starts. A training job checks again,
+Standard library and settings only, because the workflow checks local models whenever it starts. A training job checks again,
 for models of the hub.
 """
 
 from collections.abc import Iterator
 
 from longqlora.config.settings import Precision, TrainingSettings
-from longqlora.modeling.rope import context_in
 
 ROPE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -15,7 +14,8 @@ OTHER_MODULES = ("embed_tokens", "lm_head", "norm", "input_layernorm", "post_att
 
 
 def extension_problems(model: dict, target_context: int, settings: TrainingSettings | None = None) -> Iterator[str]:
-    """Yield why a model cannot be extended to a context and trained there; every message names both values.
+    """Yield why a model of this shape cannot be extended to a context and trained there; every message names both values. Its
+    own context and scaling are checked by :func:`longqlora.modeling.rope.scaling_problems`.
 
     Args:
         model: its ``config.json``. Fields that it leaves to the defaults of its family are not checked.
@@ -32,13 +32,6 @@ def extension_problems(model: dict, target_context: int, settings: TrainingSetti
         yield f"hidden_size {width} is not divisible by num_attention_heads {heads}"
     if heads and heads % key_value_heads:
         yield f"num_attention_heads {heads} is not divisible by num_key_value_heads {key_value_heads}"
-    own = context_in(model) or target_context
-    if target_context < own:
-        yield f"target_context {target_context} is below the model's own context of {own} tokens"
-    scaling = model.get("rope_parameters") or model.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else scaling
-    if target_context > own and kind != "default":
-        yield f"target_context {target_context}: positions are scaled already ({scaling}); start from the unscaled model"
     if settings:
         yield from training_problems(model, target_context, settings)
 

@@ -95,7 +95,12 @@ def merge_adapter(*, files: MergeFiles, card: dict, settings: MergeSettings, dev
     """
     torch_device = find_device(device)
     keep_freed_memory(torch_device)
-    extension = RopeExtension(scaling=card["rope_scaling"], target_context=card["target_context"])
+    extension = RopeExtension(
+        scaling=card["rope_scaling"],
+        target_context=card["target_context"],
+        factor=card["rope_factor"],
+        theta=card["rope_theta"],
+    )
     is_quantized = card["settings"]["method"] == "qlora"
     merges = {name: from_nf4 for name, from_nf4 in MERGES.items() if is_quantized or not from_nf4}
     folders = {name: Path(files.output) / f"merge-{number}" for number, name in enumerate(merges)}

@@ -32,6 +32,7 @@ from longqlora.modeling.compatibility import extension_problems, quantization_pr
 from longqlora.modeling.devices import compute_dtype, dtype_name, find_device, keep_freed_memory
 from longqlora.modeling.loading import load_config, load_model, stored_dtype
 from longqlora.modeling.model_files import weight_files
+from longqlora.modeling.rope import scaling_problems
 from longqlora.training.adapters import FLOAT32, add_adapter, base_dtypes
 from longqlora.training.arguments import training_arguments
 from longqlora.training.progress import LogProgress, ResumableTensorBoard, trace_of
@@ -146,6 +147,7 @@ def check_before_loading(files: TrainingFiles, config, extension: RopeExtension,
     model = config.to_dict()
     problems = [
         *extension_problems(model, extension.target_context, settings),
+        *scaling_problems(model, extension),
         *quantization_problems(model, trained=True, precision="auto"),
     ]
     if problems:
@@ -164,6 +166,8 @@ def describe_run(
         "data": {"path": files.data, "sha256": digest_of_file(files.data), "windows": num_windows},
         "target_context": extension.target_context,
         "rope_scaling": extension.scaling,
+        "rope_factor": extension.factor,
+        "rope_theta": extension.theta,
         "settings": settings.model_dump(),
         "seed": seed,
     }

@@ -152,7 +152,8 @@ def test_a_cell_is_not_varied_again(load):
         ({"rnk": [4]}, r"ablations\.a\.grid: unknown key 'rnk'; did you mean 'rank'\?"),
         ({"rank": []}, r"ablations\.a\.grid\.rank: must not be empty"),
         ({"rank": [4, 4]}, r"ablations\.a\.grid\.rank: 4 occurs twice"),
-        ({"rope_scaling": ["ntk"]}, r"ablations\.a\.grid\.rope_scaling\[0\]: 'ntk' is not one of"),
+        ({"rope_scaling": ["su"]}, r"ablations\.a\.grid\.rope_scaling\[0\]: 'su' is not one of"),
+        ({"rope_scaling": ["ntk", "theta"]}, r"ablations\.a\.grid\.rope_scaling: theta needs systems\.longqlora\.rope_theta"),
         ({}, r"ablations\.a\.grid: names no setting \(legal: rank, steps, rope_scaling, evaluation_attention\)"),
     ],
 )

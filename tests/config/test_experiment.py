@@ -79,6 +79,22 @@ def test_the_papers_run_has_the_published_hyper_parameters(root):
             {"x": {"model": "owner/name", "target_context": 256, "training": {}}},
             r"^systems\.x\.model: owner/name is evaluated as it is; only the base_model is trained$",
         ),
+        ("systems", {"x": {"rope_factor": 2.0}}, r"^systems\.x\.rope_factor: has no effect without target_context; give both"),
+        (
+            "systems",
+            {"x": {"target_context": 256, "rope_scaling": "theta"}},
+            r"^systems\.x\.rope_theta: missing; rope_scaling: theta needs it",
+        ),
+        (
+            "systems",
+            {"x": {"target_context": 256, "rope_theta": 2000.0}},
+            r"^systems\.x\.rope_theta: works only with rope_scaling: theta, found rope_scaling: linear",
+        ),
+        (
+            "systems",
+            {"x": {"target_context": 256, "rope_scaling": "theta", "rope_theta": 2000.0, "rope_factor": 2.0}},
+            r"^systems\.x\.rope_factor: has no effect with rope_scaling: theta",
+        ),
         ("systems", {"x": {"rope_scaling": "yarn"}}, r"^systems\.x\.rope_scaling: has no effect without target_context"),
         (
             "systems",

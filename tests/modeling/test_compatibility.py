@@ -4,7 +4,9 @@ import pytest
 from conftest import LONGLORA, SETTINGS
 from transformers import Qwen2Config
 
+from longqlora.config.settings import RopeExtension
 from longqlora.modeling.compatibility import extension_problems, quantization_problems
+from longqlora.modeling.rope import scaling_problems
 
 MODEL = {
     "model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -13,14 +15,17 @@ MODEL = {
 
 
 def problems(model: dict, target_context: int = 256, **settings) -> list[str]:
-    return list(extension_problems(MODEL | model, target_context, SETTINGS.model_copy(update=settings)))
+    extension = RopeExtension(target_context=target_context)
+    shape = extension_problems(MODEL | model, target_context, SETTINGS.model_copy(update=settings))
+    return [*shape, *scaling_problems(MODEL | model, extension)]
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("settings", [{}, {"method": "full"}, LONGLORA, {"target_modules": ["self_attn.q_proj"]}])
 def test_a_sound_system_has_no_problem(family, settings):
     assert problems({"model_type": family}, **settings) == []
-    assert list(extension_problems(MODEL | {"model_type": family}, 128)) == []  # not trained, its own context
+    assert list(extension_problems(MODEL | {"model_type": family}, 128)) == []  # not trained
+    assert list(scaling_problems(MODEL, RopeExtension(target_context=128))) == []  # its own context
 
 
 @pytest.mark.parametrize(
@@ -34,7 +39,7 @@ def test_a_sound_system_has_no_problem(family, settings):
         ({"model_type": "mistral", "sliding_window": 200}, {}, r"shifted_sparse at 256 tokens: .* sliding window of 200"),
         ({}, {"target_modules": ["q_proj", "c_attn"]}, r"target_modules: 'c_attn' matches no layer of a llama model; it has"),
         ({"tie_word_embeddings": True}, {"modules_to_save": ["lm_head"]}, r"'lm_head' shares its weight with 'embed_tokens'"),
-        ({"rope_scaling": {"type": "linear", "factor": 1.5}}, {}, r"target_context 256: positions are scaled already"),
+        ({"rope_scaling": {"type": "yarn", "factor": 1.5}}, {}, r"are scaled already \(yarn\), which excludes linear"),
         ({}, {"modules_to_save": ["wte"]}, r"modules_to_save: 'wte' matches no layer of a llama model; it has embed_tokens"),
     ],
 )  # fmt: skip
@@ -47,8 +52,24 @@ def test_a_scaled_model_has_the_context_that_it_is_scaled_to():
     scaled = {"rope_scaling": {"type": "linear", "factor": 2.0}}
     assert problems(scaled, target_context=256) == []
     assert problems(scaled, target_context=200) == ["target_context 200 is below the model's own context of 256 tokens"]
-    (further,) = problems(scaled, target_context=512)
-    assert "positions are scaled already" in further
+    assert problems(scaled, target_context=512) == []  # by a larger factor
+
+
+@pytest.mark.parametrize("model", [{"rope_theta": 1e6}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}])
+def test_a_theta_that_is_not_larger_than_the_models_own_is_told(model):
+    extension = RopeExtension(scaling="theta", target_context=256, theta=500000.0)
+    assert list(scaling_problems(MODEL | model, extension)) == [
+        "rope_theta 500000 is not above the model's own rope_theta, 1e+06"
+    ]
+    assert list(scaling_problems(MODEL | model, extension.model_copy(update={"theta": 4e6}))) == []
+
+
+def test_a_dynamic_model_reaches_its_context_times_the_factor():
+    extension = RopeExtension(scaling="dynamic", target_context=200)
+    dynamic = MODEL | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    message = "target_context 200 is below the model's own context of 256 tokens"
+    assert list(scaling_problems(dynamic, extension)) == [message]
+    assert list(scaling_problems(dynamic, extension.model_copy(update={"target_context": 512}))) == []
 
 
 def test_every_problem_of_a_system_is_told_at_once():
@@ -75,6 +96,7 @@ def test_a_sliding_window_that_is_not_used_is_none():
 
 def test_what_a_configuration_leaves_to_its_family_is_no_problem():
     assert list(extension_problems({"model_type": "llama"}, 256, SETTINGS)) == []
+    assert list(scaling_problems({"model_type": "llama"}, RopeExtension(target_context=256))) == []
 
 
 @pytest.mark.parametrize(
