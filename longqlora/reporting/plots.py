@@ -3,8 +3,11 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import cycle
+from typing import Any
 
 import pandas
+from matplotlib.cm import tab20
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from longqlora.reporting.figures import panels_for
@@ -16,6 +19,7 @@ SMALLEST_RANGE = 1.5  # height of a panel relative to its lowest value, at least
 HEADROOM = 1.05  # height of a panel relative to the largest value that has to be inside
 INCHES_PER_LABEL = 3  # width of a legend entry
 MARKERS = "osD^vP*X"
+COLORS = [tab20(number) for number in (*range(0, 20, 2), *range(1, 20, 2))]  # ten strong ones, then their light variants
 
 
 def upper_limit(cells: pandas.DataFrame, x: str = "eval_length", value: str = "perplexity") -> float:
@@ -33,7 +37,7 @@ def use_log2_axis(axes, values: Iterable[int]) -> None:
     axes.grid(alpha=0.3)
 
 
-def draw_panel(axes, cells: pandas.DataFrame, colors: dict[str, str], x: str = "eval_length") -> None:
+def draw_panel(axes, cells: pandas.DataFrame, colors: dict[str, Any], x: str = "eval_length") -> None:
     """Draw one evaluation set: one line per label over a log₂ axis, dotted where it leads beyond the model's context; values
     above the panel are written at its upper edge."""
     for number, (label, rows) in enumerate(cells.groupby("label", sort=False)):
@@ -59,7 +63,7 @@ def draw_line(axes, rows: pandas.DataFrame, x: str, **style) -> None:
     )
 
 
-def write_clipped_values(axes, cells: pandas.DataFrame, colors: dict[str, str], x: str, top: float, leftmost: float) -> None:
+def write_clipped_values(axes, cells: pandas.DataFrame, colors: dict[str, Any], x: str, top: float, leftmost: float) -> None:
     """Write the perplexities of cells above the panel at its upper edge, those at the same x below each other.
 
     Args:
@@ -89,7 +93,7 @@ def draw_panels(cells: pandas.DataFrame, outputs: list[str], x: str, x_label: st
         x_label: label of the x axis.
     """
     datasets = cells["dataset_label"].unique()
-    colors = {label: f"C{number % 10}" for number, label in enumerate(cells["label"].unique())}
+    colors = dict(zip(cells["label"].unique(), cycle(COLORS), strict=False))
     with panels_with_legend(outputs, len(datasets), len(colors)) as panels:
         for axes, dataset in zip(panels, datasets, strict=True):
             draw_panel(axes, cells[cells["dataset_label"] == dataset], colors, x)

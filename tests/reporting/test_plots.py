@@ -1,3 +1,5 @@
+import re
+
 import numpy
 import pytest
 from sample_results import DATASETS, LABELS, PUBLISHED, draw_twice, write_cells
@@ -20,6 +22,13 @@ def test_the_plot_has_a_line_per_system_and_a_panel_per_set_and_is_reproducible(
     texts = draw_twice(lambda outputs: plot_perplexity(records, LABELS, PUBLISHED, outputs), tmp_path)
     assert {*DATASETS, "base", "Long &amp; 100 %", "Paper (published)"} <= texts
     assert texts & {"&gt;1000 ↑", ">1000 ↑"}
+
+
+def test_up_to_twenty_systems_have_colors_of_their_own(records, tmp_path):
+    rows = [{"label": f"row {number}", "dataset": "PG19", "perplexity": {"64": 9.0, "256": 8.0}} for number in range(17)]
+    plot_perplexity(records, LABELS, rows, [str(tmp_path / "plot.svg")])
+    markers = re.findall(r"stroke: (#\w+); stroke-width: 1", (tmp_path / "plot.svg").read_text())
+    assert len(set(markers) - {"#000000"}) == 20
 
 
 def test_the_loss_by_position_is_a_mean_over_tokens_at_every_length(records):
