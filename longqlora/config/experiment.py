@@ -10,7 +10,7 @@ from longqlora.config.checks import check_values
 from longqlora.config.completed import Experiment
 from longqlora.config.paths import expand
 from longqlora.config.settings import Configuration, CorpusSettings, PretrainingSettings, RetrievalSettings, SftSettings
-from longqlora.config.systems import base_tokenizer, complete_system, without_slash
+from longqlora.config.systems import UNTRAINED, base_tokenizer, complete_system, with_untrained_rows, without_slash
 from longqlora.config.validation import ConfigError, follows_from, validate
 
 
@@ -27,12 +27,26 @@ def load_experiment(config: object, *further_checks: Callable[[Experiment], Iter
     valid, problems, removed = validate(config)
     if valid is None:
         raise ConfigError(problems)
+    written, valid = valid, with_untrained_rows(valid)
     experiment = complete(valid)
     for check in (lambda experiment: check_values(valid, experiment), *further_checks):
-        problems += [line for line in check(experiment) if not any(follows_from(line, key) for key in removed)]
+        lines = (name_written_key(line, written) for line in check(experiment))
+        problems += [line for line in lines if not any(follows_from(line, key) for key in removed)]
     if problems:
         raise ConfigError(problems)
     return experiment
+
+
+def name_written_key(line: str, config: Configuration) -> str:
+    """A mistake that names the key ``untrained_rows`` in place of a row that follows from it.
+
+    Args:
+        line: about the mistake; it begins with its key.
+        config: as it was written.
+    """
+    key, _, rest = line.partition(": ")
+    system = key.removeprefix(f"systems.{UNTRAINED}")
+    return f"untrained_rows: {rest}" if system != key and f"{UNTRAINED}{system}" not in config.systems else line
 
 
 def complete(config: Configuration) -> Experiment:

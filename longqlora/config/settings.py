@@ -450,6 +450,12 @@ class Configuration(Section):
     sft: SftSettings | None = Field(default=None, description="The instruction set for supervised fine-tuning.")
     training: TrainingSection = Field(default=TrainingSection(), description="Settings that all trained systems share.")
     systems: dict[Name, SystemSection] = Field(min_length=1, description="The systems by name: the rows of the table.")
+    untrained_rows: int | None = Field(
+        default=None,
+        ge=8,
+        description="Context length in tokens: adds a row for each of the scalings linear, dynamic, ntk and yarn, in which the "
+        "base model is extended to it without training.",
+    )
     evaluation: EvaluationSettings = Field(description="How perplexity is measured.")
     retrieval: RetrievalSection = Field(default=RetrievalSection(), description="How retrieval is measured.")
     merge: MergeSettings = Field(default=MergeSettings(), description="When a merged model is good enough to publish.")

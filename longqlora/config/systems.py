@@ -9,14 +9,33 @@ from longqlora.config.settings import (
     ProgressSettings,
     Protocol,
     RopeExtension,
+    RopeScaling,
     SystemSection,
     TrainingSection,
     TrainingSettings,
 )
 
+UNTRAINED = "untrained-"  # before the scaling, in the names of the rows that untrained_rows adds
+UNTRAINED_LABELS: dict[RopeScaling, str] = {"linear": "linear", "dynamic": "dynamic NTK", "ntk": "NTK", "yarn": "YaRN"}
 LONGLORA_STRIDE = 256  # tokens, as published
 DEFAULT_GROUP_RATIO = TrainingSettings().group_ratio
 ADAPTER_SETTINGS = ("rank", "alpha", "dropout", "target_modules", "modules_to_save")
+
+
+def with_untrained_rows(config: Configuration) -> Configuration:
+    """A configuration with the rows that its ``untrained_rows`` stands for, before the first trained system."""
+    if config.untrained_rows is None:
+        return config
+    added = {
+        f"{UNTRAINED}{scaling}": SystemSection(
+            label=f"{label} to {config.untrained_rows}, untrained", target_context=config.untrained_rows, rope_scaling=scaling
+        )
+        for scaling, label in UNTRAINED_LABELS.items()
+    }
+    names = list(config.systems)
+    first = next((number for number, name in enumerate(names) if config.systems[name].training), len(names))
+    order = [*names[:first], *(name for name in added if name not in names), *names[first:]]
+    return config.model_copy(update={"systems": {name: config.systems.get(name) or added[name] for name in order}})
 
 
 def complete_system(name: str, config: Configuration) -> System:

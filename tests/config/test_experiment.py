@@ -8,7 +8,7 @@ from longqlora.config.validation import ConfigError
 
 CONFIGS = [
     "config", "demo-pretraining", "llama2-7b-8k", "llama2-7b-12k", "llama2-13b-8k", "vicuna-13b-8k", "vicuna-13b-8k-mixture",
-    "local-files",
+    "local-files", "measure", "tinystories-2k",
 ]  # fmt: skip
 
 

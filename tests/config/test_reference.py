@@ -33,7 +33,17 @@ def test_every_key_has_a_description_that_is_a_sentence_and_stands_in_the_refere
 
 
 @pytest.mark.parametrize(
-    "name", ["config", "demo-pretraining", "llama2-7b-8k", "vicuna-13b-8k-mixture", "local-files", "ablations"]
+    "name",
+    [
+        "config",
+        "demo-pretraining",
+        "llama2-7b-8k",
+        "vicuna-13b-8k-mixture",
+        "local-files",
+        "measure",
+        "tinystories-2k",
+        "ablations",
+    ],
 )
 def test_editors_accept_the_shipped_configurations_by_the_schema_that_they_name(root, name):
     path = root / f"config/{name}.yaml"

@@ -5,6 +5,8 @@ import pytest
 from longqlora.config.experiment import load_experiment
 from longqlora.config.settings import EvaluatedModel, Protocol, RopeExtension
 from longqlora.config.systems import evaluated_model, protocol_at, untrained_model
+from longqlora.config.validation import ConfigError
+from longqlora.preflight import check_inputs
 
 TO_256 = RopeExtension(scaling="linear", target_context=256)
 BASE = EvaluatedModel(path="demo/model", precision="float32", group_ratio=0.25)
@@ -33,6 +35,29 @@ def test_a_published_model_is_evaluated_as_it_is_with_its_own_tokenizer(demo):
     assert systems["base"].model == demo["base_model"]["path"]
     assert systems["base"].tokenizer == systems["longqlora"].tokenizer == "demo/model"
     assert {systems[name].rope_scaling for name in ("base", "mpt", "own")} == {"linear"}
+
+
+def test_untrained_rows_stand_before_the_trained_ones_and_are_the_base_by_each_scaling(demo):
+    demo["untrained_rows"] = 512
+    demo["systems"]["untrained-yarn"] = {"label": "mine", "target_context": 256, "rope_scaling": "yarn"}
+    experiment = load_experiment(demo)
+    assert experiment.rows[:7] == [
+        "base", "interpolated", "dynamic", "untrained-linear", "untrained-dynamic", "untrained-ntk", "longlora-lora",
+    ]  # fmt: skip
+    assert experiment.systems["untrained-yarn"].label == "mine"  # a row that is written out wins
+    assert experiment.systems["untrained-ntk"].label == "NTK to 512, untrained"
+    for scaling in ("linear", "dynamic", "ntk"):
+        model = evaluated_model(experiment, f"untrained-{scaling}")
+        assert model.path == experiment.base_model
+        assert model.extension == RopeExtension(scaling=scaling, target_context=512)
+
+
+def test_a_mistake_in_untrained_rows_names_this_key_once(demo):
+    demo["untrained_rows"] = 100
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(demo, check_inputs)
+    message = "untrained_rows: demo/model: target_context 100 is below the model's own context of 128 tokens"
+    assert str(caught.value) == message
 
 
 @pytest.fixture
