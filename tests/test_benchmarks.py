@@ -305,7 +305,7 @@ def test_losses_by_the_types_of_the_base_begin_alike_and_stay_close(benchmark, m
         "--tokens",
         "128",
         "--steps",
-        "10",
+        "20",
         "--rank",
         "4",
         "--learning-rate",

@@ -31,7 +31,7 @@ def at_commit(model: EvaluatedModel) -> EvaluatedModel:
     """The model at one commit of the hub: that on which its adapter was trained, or that which its revision has now; a model in
     a folder stays as it is."""
     if model.adapter and is_hub_id(model.path):
-        revision = json.loads((Path(model.adapter) / "adapter_config.json").read_text())["revision"]
+        revision = json.loads((Path(model.adapter) / "adapter_config.json").read_text(encoding="utf-8"))["revision"]
         return model.model_copy(update={"path": f"{split_revision(model.path)[0]}@{revision}"})
     return model.model_copy(update={"path": pinned_model(model.path)})
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from longqlora.data.hub import pinned_model
 from longqlora.data.tokenizers import load_tokenizer
+from longqlora.modeling.generation_settings import generation_settings
 from longqlora.modeling.loading import load_config, load_model
-from longqlora.publishing.model_folder import generation_config
 from longqlora.publishing.weights import checkpoint_folder, read_weights
 
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def layers_and_settings(path: str) -> tuple:
         load_config(path).num_hidden_layers,
         len(load_model(path, device=CPU).model.layers),
         sum(name.endswith("input_layernorm.weight") for name in weights),
-        generation_config(path, 128).top_k,
+        generation_settings(path).top_k,
         load_tokenizer(path).chat_template,
     )
 
