@@ -134,7 +134,7 @@ class CorpusSource(Section):
     text_field: Text = Field(default="text", description="Field that holds the text; dots lead into nested objects.")
     source_field: Text = Field(
         default="meta.source",
-        description="Field that names the subset of the corpus that a text belongs to, with at most 1000 values.",
+        description="Field that names the subset of the corpus that a text belongs to; at most 1000 different values.",
     )
     metadata_fields: list[Text] = Field(default=[], description="Other fields to keep in addition to the text.")
     share: Share | None = Field(
@@ -317,7 +317,10 @@ class SystemSection(Section):
         "factor), theta (the rope_theta that is given). If a model is scaled already, only its own scaling extends it.",
     )
     rope_factor: float | None = Field(
-        default=None, gt=1, description="Factor of the scaling; by default target_context divided by the model's own context."
+        default=None,
+        gt=1,
+        description="Factor of the scaling; by default target_context divided by the model's own context (linear: rounded up), "
+        "times the factor of a model that is scaled already.",
     )
     rope_theta: float | None = Field(
         default=None, gt=1, description="With rope_scaling: theta, the model's new rope_theta; larger than its own."
@@ -453,8 +456,8 @@ class Configuration(Section):
     untrained_rows: int | None = Field(
         default=None,
         ge=8,
-        description="Context length in tokens: adds a row for each of the scalings linear, dynamic, ntk and yarn, in which the "
-        "base model is extended to it without training.",
+        description="Target context in tokens: adds four rows, in which the base model is extended to this length by linear, "
+        "dynamic, ntk and yarn scaling, without training.",
     )
     evaluation: EvaluationSettings = Field(description="How perplexity is measured.")
     retrieval: RetrievalSection = Field(default=RetrievalSection(), description="How retrieval is measured.")
