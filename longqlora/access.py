@@ -19,12 +19,9 @@ from typing import Any
 
 from longqlora.config.completed import Experiment
 from longqlora.config.paths import is_local
-from longqlora.config.systems import extension_of
 from longqlora.data.hub import HF, MAIN, is_hub_id, split_revision
-from longqlora.modeling.compatibility import extension_problems
 from longqlora.modeling.model_files import VOCABULARY, WEIGHTS, weight_files
-from longqlora.modeling.rope import scaling_problems
-from longqlora.preflight import first_keys, paths_of, read_config
+from longqlora.preflight import first_keys, fit_problems, paths_of, read_config
 
 REQUESTS = 16  # at the same time
 TIMEOUT = 10  # seconds, of a request to the hub
@@ -67,25 +64,24 @@ def access_problems(experiment: Experiment, params: Iterable[Any]) -> list[str]:
 
 
 def unfit_models(experiment: Experiment, models: set[str]) -> Iterator[str]:
-    """Yield which models on the hub cannot be extended or trained as configured.
+    """Yield which models on the hub cannot be extended, trained or evaluated as configured.
 
     Raises:
         ImportError: see :func:`access_problems`.
     """
-    for system_name, system in experiment.systems.items():
-        extension = extension_of(system)
-        if extension and system.model in models:
-            from huggingface_hub import hf_hub_download
+    for name, system in experiment.systems.items():
+        if system.model not in models:
+            continue
+        from huggingface_hub import hf_hub_download
 
-            name, revision = split_revision(system.model)
-            try:
-                config = read_config(Path(hf_hub_download(name, "config.json", revision=revision)).parent)
-            except ValueError as error:
-                yield str(error)
-                continue
-            shape = extension_problems(config, extension.target_context, system.training)
-            for problem in [*shape, *scaling_problems(config, extension)]:
-                yield f"systems.{system_name}: {system.model}: {problem}"
+        repository_name, revision = split_revision(system.model)
+        try:
+            config = read_config(Path(hf_hub_download(repository_name, "config.json", revision=revision)).parent)
+        except ValueError as error:
+            yield str(error)
+            continue
+        for problem in fit_problems(config, system):
+            yield f"{experiment.key_of(name)}: {system.model}: {problem}"
 
 
 def strings_in(value: Any) -> Iterator[str]:

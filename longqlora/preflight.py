@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from longqlora.config.completed import Experiment
+from longqlora.config.completed import Experiment, System
 from longqlora.config.paths import is_local, is_made_here
 from longqlora.config.systems import extension_of
 from longqlora.data.file_formats import file_format
@@ -50,16 +50,9 @@ def check_inputs(experiment: Experiment) -> Iterator[str]:
             yield from (f"{key}: {problem}" for problem in tokenizer_problems(experiment, path))
     for name, system in experiment.systems.items():
         config = model_config(experiment, system.model)
-        extension = extension_of(system)
-        if config and extension and system.model not in broken:
-            shape = extension_problems(config, extension.target_context, system.training)
-            for problem in [*shape, *scaling_problems(config, extension)]:
-                yield f"systems.{name}: {system.model}: {problem}"
         if config and system.model not in broken:
-            original = original_of(Path(system.model))
-            trained = system.training is not None
-            for problem in quantization_problems(config, trained=trained, precision=system.precision, original=original):
-                yield f"systems.{name}: {system.model}: {problem}"
+            for problem in fit_problems(config, system, original_of(Path(system.model))):
+                yield f"{experiment.key_of(name)}: {system.model}: {problem}"
     yield from check_vocabularies(experiment)
     config = model_config(experiment, experiment.base_model)
     if config and config.get("vocab_size"):
@@ -148,6 +141,22 @@ def check_retrieval_lengths(experiment: Experiment) -> Iterator[str]:
 
 
 # --- models ----------------------------------------------------------------------------------------------------------------
+
+
+def fit_problems(config: dict, system: System, original: str | None = None) -> Iterator[str]:
+    """Yield why a model cannot be extended, trained or evaluated as a system asks.
+
+    Args:
+        config: its ``config.json``.
+        system: as configured.
+        original: hub id of the model that it was made from, if known.
+    """
+    extension = extension_of(system)
+    if extension:
+        yield from extension_problems(config, extension.target_context, system.training)
+        yield from scaling_problems(config, extension)
+    trained = system.training is not None
+    yield from quantization_problems(config, trained=trained, precision=system.precision, original=original)
 
 
 def first_keys(experiment: Experiment, what: str) -> dict[str, str]:

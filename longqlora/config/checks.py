@@ -21,7 +21,7 @@ def check_values(config: Configuration, experiment: Experiment) -> Iterator[str]
     datasets = experiment.evaluation.datasets
     yield from check_distinct("evaluation.datasets", "label", [dataset.label for dataset in datasets.values()])
     yield from check_distinct("systems", "label", [experiment.systems[name].label for name in experiment.listed])
-    for name in experiment.listed:
+    for name in config.systems:
         yield from check_system(name, config, experiment)
     for name, system in experiment.systems.items():
         if system.training is not None:

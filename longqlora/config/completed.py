@@ -65,6 +65,7 @@ class Experiment(Section):
         systems: those that the configuration lists and the cells of the ablations, by name.
         listed: names of the systems that the configuration lists.
         rows: names of those that are rows of the table.
+        untrained: names of those that ``untrained_rows`` stands for.
         retrieval_lengths: context lengths in tokens.
         filler: name of the evaluation set that retrieval takes its text from.
 
@@ -84,6 +85,7 @@ class Experiment(Section):
     systems: dict[str, System]
     listed: list[str]
     rows: list[str]
+    untrained: list[str]
     evaluation: EvaluationSettings
     retrieval: RetrievalSettings
     retrieval_lengths: list[int]
@@ -96,6 +98,10 @@ class Experiment(Section):
     def results(self) -> str:
         """Folder of everything that the experiment makes."""
         return f"results/{self.name}"
+
+    def key_of(self, system: str) -> str:
+        """The key of the configuration that a system is from."""
+        return "untrained_rows" if system in self.untrained else f"systems.{system}"
 
     @property
     def base_row(self) -> str | None:

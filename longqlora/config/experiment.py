@@ -10,7 +10,7 @@ from longqlora.config.checks import check_values
 from longqlora.config.completed import Experiment
 from longqlora.config.paths import expand
 from longqlora.config.settings import Configuration, CorpusSettings, PretrainingSettings, RetrievalSettings, SftSettings
-from longqlora.config.systems import UNTRAINED, base_tokenizer, complete_system, with_untrained_rows, without_slash
+from longqlora.config.systems import base_tokenizer, complete_system, with_untrained_rows, without_slash
 from longqlora.config.validation import ConfigError, follows_from, validate
 
 
@@ -27,30 +27,17 @@ def load_experiment(config: object, *further_checks: Callable[[Experiment], Iter
     valid, problems, removed = validate(config)
     if valid is None:
         raise ConfigError(problems)
-    written, valid = valid, with_untrained_rows(valid)
     experiment = complete(valid)
     for check in (lambda experiment: check_values(valid, experiment), *further_checks):
-        lines = (name_written_key(line, written) for line in check(experiment))
-        problems += [line for line in lines if not any(follows_from(line, key) for key in removed)]
+        problems += [line for line in check(experiment) if not any(follows_from(line, key) for key in removed)]
     if problems:
         raise ConfigError(problems)
     return experiment
 
 
-def name_written_key(line: str, config: Configuration) -> str:
-    """A mistake that names the key ``untrained_rows`` in place of a row that follows from it.
-
-    Args:
-        line: about the mistake; it begins with its key.
-        config: as it was written.
-    """
-    key, _, rest = line.partition(": ")
-    system = key.removeprefix(f"systems.{UNTRAINED}")
-    return f"untrained_rows: {rest}" if system != key and f"{UNTRAINED}{system}" not in config.systems else line
-
-
 def complete(config: Configuration) -> Experiment:
     """Fill in what a configuration leaves open, expand wildcards, and add the cells of the ablations to the systems."""
+    written, config = config, with_untrained_rows(config)
     listed = {name: complete_system(name, config) for name in config.systems}
     systems, ablations = add_ablations(listed, config.ablations)
     evaluation, retrieval = config.evaluation, config.retrieval
@@ -66,6 +53,7 @@ def complete(config: Configuration) -> Experiment:
         systems=systems,
         listed=list(listed),
         rows=[name for name in listed if config.systems[name].table_row],
+        untrained=[name for name in listed if name not in written.systems],
         evaluation=evaluation.model_copy(update={"datasets": datasets}),
         retrieval=RetrievalSettings(
             tasks=retrieval.tasks, depths=retrieval.depths, samples=retrieval.samples, seed=config.seed

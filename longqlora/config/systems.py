@@ -15,7 +15,6 @@ from longqlora.config.settings import (
     TrainingSettings,
 )
 
-UNTRAINED = "untrained-"  # before the scaling, in the names of the rows that untrained_rows adds
 UNTRAINED_LABELS: dict[RopeScaling, str] = {"linear": "linear", "dynamic": "dynamic NTK", "ntk": "NTK", "yarn": "YaRN"}
 LONGLORA_STRIDE = 256  # tokens, as published
 DEFAULT_GROUP_RATIO = TrainingSettings().group_ratio
@@ -27,7 +26,7 @@ def with_untrained_rows(config: Configuration) -> Configuration:
     if config.untrained_rows is None:
         return config
     added = {
-        f"{UNTRAINED}{scaling}": SystemSection(
+        f"untrained-{scaling}": SystemSection(
             label=f"{label} to {config.untrained_rows}, untrained", target_context=config.untrained_rows, rope_scaling=scaling
         )
         for scaling, label in UNTRAINED_LABELS.items()

@@ -52,7 +52,7 @@ def extend_context(config, extension: RopeExtension):
     if whole_factor == 1:
         return config
     if own["rope_scaling"] not in ("none", scaling):
-        raise ValueError(scaled_already(own["rope_scaling"], scaling))
+        raise ValueError(scaled_already(own["rope_scaling"]))
     factor = extension.factor or own["rope_factor"] * target_context / context
     if scaling == "linear" and not extension.factor:
         factor = own["rope_factor"] * whole_factor  # only Position Interpolation was published with whole factors
@@ -89,10 +89,10 @@ def enlarge_theta(config, extension: RopeExtension, factor: float) -> dict:
     return rope | {"rope_theta": extension.theta or rope["rope_theta"] * factor ** (width / (width - 2))}
 
 
-def scaled_already(own: str, asked: str) -> str:
-    """The message that a model's positions are scaled in one way, and it was asked for another."""
-    further = f"; rope_scaling: {own} extends it further" if own in get_args(RopeScaling) else ""
-    return f"positions are scaled already ({own}), which excludes {asked}; start from the unscaled model{further}"
+def scaled_already(own: str) -> str:
+    """The message that a model's positions are scaled, and it was asked for another scaling."""
+    further = f"only rope_scaling: {own} extends it further" if own in get_args(RopeScaling) else "it cannot be extended"
+    return f"positions are scaled already ({own}): {further}; for another scaling, start from the unscaled model"
 
 
 def scaling_problems(model: dict, extension: RopeExtension) -> Iterator[str]:
@@ -110,7 +110,9 @@ def scaling_problems(model: dict, extension: RopeExtension) -> Iterator[str]:
     if own and target_context < own:
         yield f"target_context {target_context} is below the model's own context of {own} tokens"
     elif target_context != own and kind not in ("default", extension.scaling):
-        yield scaled_already(kind, extension.scaling)
+        yield scaled_already(kind)
+    elif target_context == own and (extension.factor or extension.theta):
+        yield f"target_context {target_context} is the model's own context: rope_factor and rope_theta have no effect"
     theta = model.get("rope_theta") or (rope.get("rope_theta") if isinstance(rope, dict) else None)
     if extension.theta and theta and extension.theta <= theta:
         yield f"rope_theta {extension.theta:g} is not above the model's own rope_theta, {theta:g}"

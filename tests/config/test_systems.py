@@ -1,5 +1,8 @@
 """Systems with everything filled in, and what each is evaluated as."""
 
+import json
+import shutil
+
 import pytest
 
 from longqlora.config.experiment import load_experiment
@@ -50,6 +53,20 @@ def test_untrained_rows_stand_before_the_trained_ones_and_are_the_base_by_each_s
         model = evaluated_model(experiment, f"untrained-{scaling}")
         assert model.path == experiment.base_model
         assert model.extension == RopeExtension(scaling=scaling, target_context=512)
+
+
+def test_a_scaled_model_has_no_untrained_rows_which_is_told_once(demo, tmp_path):
+    folder = shutil.copytree("demo/model", tmp_path / "scaled")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] |= {"rope_type": "llama3", "factor": 2.0, "original_max_position_embeddings": 64}
+    (folder / "config.json").write_text(json.dumps(config))
+    demo |= {"base_model": {"path": str(folder)}, "untrained_rows": 512, "systems": {"base": {}}}
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(demo, check_inputs)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(
+        f"untrained_rows: {folder}: positions are scaled already (llama3): only rope_scaling: llama3 extends"
+    )
 
 
 def test_a_mistake_in_untrained_rows_names_this_key_once(demo):

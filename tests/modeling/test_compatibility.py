@@ -39,7 +39,7 @@ def test_a_sound_system_has_no_problem(family, settings):
         ({"model_type": "mistral", "sliding_window": 200}, {}, r"shifted_sparse at 256 tokens: .* sliding window of 200"),
         ({}, {"target_modules": ["q_proj", "c_attn"]}, r"target_modules: 'c_attn' matches no layer of a llama model; it has"),
         ({"tie_word_embeddings": True}, {"modules_to_save": ["lm_head"]}, r"'lm_head' shares its weight with 'embed_tokens'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 1.5}}, {}, r"are scaled already \(yarn\), which excludes linear"),
+        ({"rope_scaling": {"type": "yarn", "factor": 1.5}}, {}, r"scaled already \(yarn\): only rope_scaling: yarn extends"),
         ({}, {"modules_to_save": ["wte"]}, r"modules_to_save: 'wte' matches no layer of a llama model; it has embed_tokens"),
     ],
 )  # fmt: skip
@@ -62,6 +62,12 @@ def test_a_theta_that_is_not_larger_than_the_models_own_is_told(model):
         "rope_theta 500000 is not above the model's own rope_theta, 1e+06"
     ]
     assert list(scaling_problems(MODEL | model, extension.model_copy(update={"theta": 4e6}))) == []
+
+
+@pytest.mark.parametrize("given", [{"factor": 4.0}, {"scaling": "theta", "theta": 1e6}])
+def test_a_factor_or_theta_without_a_longer_context_is_told(given):
+    (found,) = scaling_problems(MODEL, RopeExtension(target_context=128, **given))
+    assert found == "target_context 128 is the model's own context: rope_factor and rope_theta have no effect"
 
 
 def test_a_dynamic_model_reaches_its_context_times_the_factor():

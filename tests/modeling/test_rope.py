@@ -277,7 +277,7 @@ def test_a_further_extension_by_yarn_computes_the_scaling_of_the_attention_anew(
 
 @pytest.mark.parametrize("asked", ["linear", "dynamic", "llama3", "ntk", "theta"])
 def test_a_scaled_model_is_not_extended_by_another_scaling(asked):
-    message = f"scaled already .yarn., which excludes {asked}; start from the unscaled model; rope_scaling: yarn extends it"
+    message = "positions are scaled already .yarn.: only rope_scaling: yarn extends it further; for another scaling, start from"
     with pytest.raises(ValueError, match=message):
         extend_context(scaled_llama(YARN, 32768), extension_by(asked, 262144))
 
@@ -290,5 +290,5 @@ def test_a_model_of_an_unknown_scaling_is_not_extended():
             "original_max_position_embeddings": 2048,
         },
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"scaled already .longrope., which excludes yarn; start from the unscaled model$"):
+    with pytest.raises(ValueError, match=r"scaled already .longrope.: it cannot be extended; for another scaling, start from"):
         extend_context(longrope, RopeExtension(scaling="yarn", target_context=8192))
