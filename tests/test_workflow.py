@@ -612,20 +612,11 @@ def test_a_driver_needs_snakemake_and_the_checks_alone(root, tmp_path):
     for name in PROJECT:
         copy = shutil.copytree if (root / name).is_dir() else shutil.copy
         copy(root / name, tmp_path / name)
-    for name in ("corpus/a.jsonl", "books/a.txt", "proofs/a.txt"):
+    for name in ("corpus/a.jsonl", "books/a.txt", "proofs/a.txt", "stories/train.jsonl", "stories/held-out.txt"):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name).write_text("x")
-    for name in ("model.safetensors", "tokenizer.json"):
-        (tmp_path / "data/models/tinystories-656k").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "data/models/tinystories-656k" / name).write_text("x")
-    made = {
-        "model_type": "llama",
-        "hidden_size": 128,
-        "num_attention_heads": 8,
-        "max_position_embeddings": 512,
-        "vocab_size": 2048,
-    }
-    (tmp_path / "data/models/tinystories-656k/config.json").write_text(json.dumps(made))
+    for name in ("tinystories-656k", "my-model"):
+        shutil.copytree(root / "demo/model", tmp_path / "data/models" / name)
     configs = [[str(path)] for path in sorted((tmp_path / "config").glob("*.yaml")) if path.stem != "ablations"]
     configs.append([str(tmp_path / "config/config.yaml"), str(tmp_path / "config/ablations.yaml")])
     assert len(configs) >= 8
