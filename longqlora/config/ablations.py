@@ -16,6 +16,8 @@ def with_changes(system: System, changes: dict) -> System:
     if "steps" in training:
         training["epochs"] = None
     own = {axis: value for axis, value in changes.items() if axis not in TRAINING_AXES}
+    if own.get("rope_scaling") not in (None, "theta"):
+        own["rope_theta"] = None  # only theta has one: with ntk, it would replace the computed one
     merged = system.training.method == "full"
     return system.model_copy(update={**own, "training": system.training.model_copy(update=training), "merged": merged})
 

@@ -52,6 +52,16 @@ def test_a_cell_is_the_varied_system_in_all_that_is_not_varied(load):
     assert cell.model_dump(exclude=same) == row.model_dump(exclude=same)
 
 
+def test_only_the_cell_with_theta_keeps_the_rope_theta_of_the_varied_system(load):
+    theta = {"target_context": 256, "rope_scaling": "theta", "rope_theta": 50000.0, "training": {}}
+    computed = {"target_context": 256, "rope_scaling": "ntk", "training": {}}
+    systems = {"theta": theta, "computed": computed}
+    experiment = load(systems, a=grid("theta", rope_scaling=["theta", "ntk", "yarn"]))
+    cells = {experiment.systems[name].rope_scaling: experiment.systems[name] for name in experiment.ablations["a"].rows}
+    assert {scaling: cell.rope_theta for scaling, cell in cells.items()} == {"theta": 50000.0, "ntk": None, "yarn": None}
+    assert cells["ntk"].weights_of == "computed"
+
+
 def test_cells_are_no_rows_of_the_table_and_their_names_are_legal(load):
     experiment = load(a=grid(rank=[4], evaluation_attention=["full", "shifted_sparse"]), b=grid(rope_scaling=["llama3"]))
     assert not set(added(experiment)) & set(experiment.rows)
