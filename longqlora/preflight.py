@@ -8,6 +8,7 @@ import glob
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from longqlora.config.completed import Experiment, System
 from longqlora.config.paths import is_local, is_made_here
@@ -32,8 +33,9 @@ from longqlora.modeling.rope import scaling_problems
 
 SIZES = (
     "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "vocab_size",
-    "sliding_window",
+    "sliding_window", "original_max_position_embeddings",
 )  # fmt: skip
+ROPE_NUMBERS = ("factor", "rope_theta", "original_max_position_embeddings")
 
 
 def check_inputs(experiment: Experiment) -> Iterator[str]:
@@ -251,7 +253,7 @@ def read_config(folder: Path) -> dict:
     """The ``config.json`` of a model.
 
     Raises:
-        ValueError: if it is not a JSON object, or a size in it is not a whole number.
+        ValueError: if it is not a JSON object, or a size or a value of RoPE in it is not a number.
     """
     file = folder / "config.json"
     try:
@@ -263,7 +265,19 @@ def read_config(folder: Path) -> dict:
     for key in SIZES:
         if not isinstance(config.get(key) or 0, int):
             raise ValueError(f"{file}: {key} is {config[key]!r}, expected a whole number")
+    for key, value in rope_numbers(config):
+        if not isinstance(value or 0, int | float):
+            raise ValueError(f"{file}: {key} is {value!r}, expected a number")
     return config
+
+
+def rope_numbers(config: dict) -> Iterator[tuple[str, Any]]:
+    """Yield key and value of what should be a number in the rotary position embeddings of a ``config.json``."""
+    yield "rope_theta", config.get("rope_theta")
+    for section in ("rope_parameters", "rope_scaling"):
+        rope = config.get(section)
+        if isinstance(rope, dict):
+            yield from ((f"{section}.{key}", rope.get(key)) for key in ROPE_NUMBERS)
 
 
 def check_vocabularies(experiment: Experiment) -> Iterator[str]:

@@ -239,6 +239,14 @@ def test_a_folder_without_weights_or_with_a_broken_configuration_is_told(tmp_pat
     (folder / "config.json").write_text('{"hidden_size": "64"}')
     with pytest.raises(ConfigError, match=r"^base_model\.path: .*config\.json: hidden_size is '64', expected a whole number"):
         check(demo)
+    for value, key in (
+        ({"rope_scaling": {"type": "linear", "factor": "2.0"}}, r"rope_scaling\.factor is '2\.0'"),
+        ({"rope_parameters": {"original_max_position_embeddings": "64"}}, r"rope_parameters\.original_\w+ is '64'"),
+        ({"rope_theta": "10000"}, "rope_theta is '10000'"),
+    ):
+        (folder / "config.json").write_text(json.dumps(value))
+        with pytest.raises(ConfigError, match=rf"^base_model\.path: .*config\.json: {key}, expected a number"):
+            check(demo)
     local_model(tmp_path / "sharded")
     (tmp_path / "sharded/model.safetensors").rename(tmp_path / "sharded/model.safetensors.index.json")
     demo["base_model"]["path"] = str(tmp_path / "sharded")
