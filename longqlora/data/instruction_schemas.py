@@ -134,7 +134,7 @@ def read_message(message: dict) -> Message:
 
 
 def system_message(record: dict) -> str:
-    """Text of the field ``system`` or ``system_prompt``; empty if there is none.
+    """Text of the field ``system`` or ``system_prompt``; empty if there is none, or nothing but whitespace.
 
     Raises:
         ValueError: if it is not a text.
@@ -142,7 +142,7 @@ def system_message(record: dict) -> str:
     system = record.get("system") or record.get("system_prompt") or ""
     if not isinstance(system, str):
         raise ValueError("the system message is not a text")
-    return system
+    return system if system.strip() else ""
 
 
 def read_chat(messages: list[dict], record: dict) -> Conversation | None:
@@ -155,7 +155,8 @@ def read_chat(messages: list[dict], record: dict) -> Conversation | None:
         ValueError: if a system message is not the first message, or an answer follows another.
     """
     chat = [read_message(message) for message in messages]
-    system = (chat.pop(0).text if chat and chat[0].role == "system" else "") or system_message(record)
+    system = chat.pop(0).text if chat and chat[0].role == "system" else ""
+    system = system if system.strip() else system_message(record)
     while chat and chat[0].role == "assistant":
         chat.pop(0)
     runs = [(role, list(run)) for role, run in groupby(chat, key=attrgetter("role"))]

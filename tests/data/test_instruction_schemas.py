@@ -269,6 +269,14 @@ def test_the_system_message_may_be_a_field(tmp_path, field):
     assert unused == {field: 1}
 
 
+@pytest.mark.parametrize("blank", ["", "  ", "\n"])
+def test_a_blank_system_message_is_none(blank):
+    assert SCHEMAS["alpaca"]({**RECORDS["alpaca"], "system": blank}).system == ""
+    record = sharegpt("system", "human", "gpt", system="Be brief.")
+    record["conversations"][0]["value"] = blank
+    assert SCHEMAS["sharegpt"](record).system == "Be brief."
+
+
 def test_answers_before_the_first_question_are_left_out():
     assert SCHEMAS["sharegpt"](sharegpt("gpt", "human", "gpt")).turns == [("human 1", "gpt 2")]
 
