@@ -17,7 +17,7 @@ DIFFERENCES = [
 
 
 def differences(cells: pandas.DataFrame, windows: list[str]) -> pandas.DataFrame:
-    """Paired differences between all systems that were measured on the same windows.
+    """Paired differences between all systems that were measured on the same windows of the same tokens.
 
     Args:
         cells: see :func:`longqlora.reporting.records.read_records`.
@@ -33,6 +33,8 @@ def differences(cells: pandas.DataFrame, windows: list[str]) -> pandas.DataFrame
         records = group.to_dict("records")
         losses = [pandas.read_parquet(windows[index]) for index in group.index]
         for one, other in combinations(range(len(records)), 2):
+            if records[one]["has_own_tokenizer"] != records[other]["has_own_tokenizer"]:
+                continue  # other tokens, even if there happen to be as many windows
             estimate = paired_difference(losses[one], losses[other], protocol_of(records[one]))
             if estimate is None or (interval := estimate.interval()) is None:
                 continue
