@@ -105,12 +105,15 @@ class Experiment(Section):
 
     @property
     def base_row(self) -> str | None:
-        """Name of the row that is the base model as it is; None if there is none."""
-        for name in self.rows:
-            system = self.systems[name]
-            if system.model == self.base_model and not (system.target_context or system.training or system.weights_of):
-                return name
-        return None
+        """Name of the row that is the base model as it is, preferably in the experiment's precision; None if there is none."""
+        found = [
+            name
+            for name, system in self.systems.items()
+            if name in self.rows
+            and (system.model, system.evaluation_attention) == (self.base_model, "full")
+            and not (system.target_context or system.training or system.weights_of)
+        ]
+        return min(found, key=lambda name: self.systems[name].precision != self.evaluation.precision, default=None)
 
     @property
     def pretrained(self) -> str:

@@ -55,6 +55,14 @@ def test_untrained_rows_stand_before_the_trained_ones_and_are_the_base_by_each_s
         assert model.extension == RopeExtension(scaling=scaling, target_context=512)
 
 
+def test_the_base_row_is_evaluated_as_usual_if_there_are_several(demo):
+    others = {"sparse": {"evaluation_attention": "shifted_sparse"}, "small": {"precision": "nf4"}}
+    demo["systems"] = others | demo["systems"]
+    assert load_experiment(demo).base_row == "base"
+    del demo["systems"]["base"]
+    assert load_experiment(demo).base_row == "small"
+
+
 def test_a_scaled_model_has_no_untrained_rows_which_is_told_once(demo, tmp_path):
     folder = shutil.copytree("demo/model", tmp_path / "scaled")
     config = json.loads((folder / "config.json").read_text())
