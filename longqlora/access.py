@@ -69,8 +69,10 @@ def unfit_models(experiment: Experiment, models: set[str]) -> Iterator[str]:
     Raises:
         ImportError: see :func:`access_problems`.
     """
+    keys = {path: key for key, path in first_keys(experiment, "model").items()}
+    damaged: set[str] = set()
     for name, system in experiment.systems.items():
-        if system.model not in models:
+        if system.model not in models - damaged:
             continue
         from huggingface_hub import hf_hub_download
 
@@ -78,7 +80,8 @@ def unfit_models(experiment: Experiment, models: set[str]) -> Iterator[str]:
         try:
             config = read_config(Path(hf_hub_download(repository_name, "config.json", revision=revision)).parent)
         except ValueError as error:
-            yield str(error)
+            damaged.add(system.model)
+            yield f"{keys[system.model]}: {error}"
             continue
         for problem in fit_problems(config, system):
             yield f"{experiment.key_of(name)}: {system.model}: {problem}"

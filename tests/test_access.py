@@ -192,3 +192,9 @@ def test_a_data_set_of_many_files_is_looked_up_once(find, hub):
     assert find(corpus=[f"hf://datasets/owner/texts/{name}" for name in names]) == []
     asked = [request for request in hub.requests if "/api/datasets" in request]
     assert len(asked) <= REQUESTS  # those that begin before the first answer
+
+
+def test_a_damaged_configuration_is_told_once_with_its_key(find, hub):
+    hub.add("models/owner/name", MODEL | {"config.json": b"{"})
+    (problem,) = find(model="owner/name")
+    assert re.match(r"base_model\.path: .*/config\.json: not valid JSON", problem)
