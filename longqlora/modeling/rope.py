@@ -105,6 +105,7 @@ def scaling_problems(model: dict, extension: RopeExtension) -> Iterator[str]:
     own, target_context = context_in(model), extension.target_context
     rope = model.get("rope_parameters") or model.get("rope_scaling") or {}
     kind = str(rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope)
+    rope = rope if isinstance(rope, dict) else {}
     if own and kind == "dynamic":
         own = round(own * (rope.get("factor") or 1))
     if own and target_context < own:
@@ -113,7 +114,9 @@ def scaling_problems(model: dict, extension: RopeExtension) -> Iterator[str]:
         yield scaled_already(kind)
     elif target_context == own and (extension.factor or extension.theta):
         yield f"target_context {target_context} is the model's own context: rope_factor and rope_theta have no effect"
-    theta = model.get("rope_theta") or (rope.get("rope_theta") if isinstance(rope, dict) else None)
+    elif extension.factor and kind == extension.scaling and extension.factor <= (rope.get("factor") or 1):
+        yield f"rope_factor {extension.factor:g} is not above the model's own factor, {rope['factor']:g}, which it replaces"
+    theta = model.get("rope_theta") or rope.get("rope_theta")
     if extension.theta and theta and extension.theta <= theta:
         yield f"rope_theta {extension.theta:g} is not above the model's own rope_theta, {theta:g}"
 

@@ -70,6 +70,15 @@ def test_a_factor_or_theta_without_a_longer_context_is_told(given):
     assert found == "target_context 128 is the model's own context: rope_factor and rope_theta have no effect"
 
 
+@pytest.mark.parametrize("scaling", ["linear", "dynamic", "yarn"])
+def test_a_factor_that_does_not_exceed_that_of_a_scaled_model_is_told(scaling):
+    scaled = MODEL | {"rope_scaling": {"type": scaling, "factor": 4.0}}
+    extension = RopeExtension(scaling=scaling, target_context=1024, factor=2.0)
+    message = "rope_factor 2 is not above the model's own factor, 4, which it replaces"
+    assert list(scaling_problems(scaled, extension)) == [message]
+    assert list(scaling_problems(scaled, extension.model_copy(update={"factor": 8.0}))) == []
+
+
 def test_a_dynamic_model_reaches_its_context_times_the_factor():
     extension = RopeExtension(scaling="dynamic", target_context=200)
     dynamic = MODEL | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}
