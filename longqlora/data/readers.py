@@ -419,7 +419,9 @@ def read_documents(
             on_malformed(Malformed(path, line, f"NUL character in the text, at character {text.index(chr(0))}"))
         else:
             kept = {field: get(record) for field, get in metadata.items()} if metadata else {}
-            yield Document(text, str(source_of(record) or name or path), kept, path, line)
+            source = source_of(record)
+            source = name or path if source in (None, "", [], {}) else source  # 0 is the name of a subset too
+            yield Document(text, str(source), kept, path, line)
 
 
 def write_parquet(path: str, schema: pyarrow.Schema, rows: Iterable[dict], rows_per_group: int = ROWS_PER_GROUP) -> None:

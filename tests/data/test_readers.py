@@ -99,6 +99,11 @@ def test_a_document_that_names_no_source_gets_the_given_one_or_its_file(tmp_path
     assert [document.source for document in read_documents(path)] == [path, "C4", path, path]
 
 
+def test_a_source_may_be_the_number_0(tmp_path):
+    path = write(tmp_path, "x.jsonl", json_lines([{"text": "a", "cluster": 0}, {"text": "b", "cluster": 1}]))
+    assert [document.source for document in read_documents(path, Fields(source="cluster"))] == ["0", "1"]
+
+
 @pytest.mark.parametrize("form", [json.dumps, str])
 def test_fields_may_be_nested_in_an_object_that_is_stored_as_text(tmp_path, form):
     """As JSON or as Python's repr: ``meta`` of RedPajama, in the files that the library datasets makes."""
