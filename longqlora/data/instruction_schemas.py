@@ -332,7 +332,8 @@ def describes(name: str, record: dict) -> bool:
         conversation = SCHEMAS[name](record)
     except SCHEMA_ERRORS:
         return False
-    return conversation is not None and bool(conversation.turns)
+    texts = [text for turn in conversation.turns for text in turn] if conversation else []
+    return bool(texts) and all(isinstance(text, str) for text in texts)
 
 
 def schema_error_message(name: str, record: dict, error: Exception, others: list[str]) -> str:

@@ -358,6 +358,14 @@ def test_an_odd_record_is_malformed_wherever_it_is(tmp_path, reason, place):
     assert reason in example
 
 
+def test_a_schema_that_would_leave_the_odd_field_out_does_not_fit(tmp_path):
+    path = write_lines(tmp_path / "x.jsonl", {**RECORDS["alpaca"], "input": 5}, RECORDS["alpaca"])
+    counter = RecordCounter()
+    assert len(list(read_conversations(path, "alpaca", counter.add_malformed))) == 1
+    assert "TypeError" in counter.examples[0]
+    assert "it fits no schema" in counter.examples[0]
+
+
 def test_a_later_record_of_another_schema_is_malformed(tmp_path):
     path = write_lines(tmp_path / "x.jsonl", RECORDS["sharegpt"], RECORDS["alpaca"], RECORDS["sharegpt"])
     counter = RecordCounter()
