@@ -131,6 +131,11 @@ def test_the_papers_run_has_the_published_hyper_parameters(root):
             {"attention": "full", "full_attention_share": 0.2},
             r"full_attention_share: has no effect with attention: full",
         ),
+        (
+            "training",
+            {"steps": 40, "full_attention_share": 0.01},
+            r"training\.full_attention_share: 0\.01 of 40 steps is less than one step",
+        ),
         ("training", {"offload_activations": True}, r"offload_activations: needs activation_checkpointing: true"),
         (
             "sft",
