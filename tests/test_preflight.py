@@ -248,10 +248,12 @@ def test_a_folder_without_weights_or_with_a_broken_configuration_is_told(tmp_pat
         with pytest.raises(ConfigError, match=rf"^base_model\.path: .*config\.json: {key}, expected a number"):
             check(demo)
     local_model(tmp_path / "sharded")
-    (tmp_path / "sharded/model.safetensors").rename(tmp_path / "sharded/model.safetensors.index.json")
+    index = (tmp_path / "sharded/model.safetensors").rename(tmp_path / "sharded/model.safetensors.index.json")
     demo["base_model"]["path"] = str(tmp_path / "sharded")
-    with pytest.raises(ConfigError, match=r"^base_model\.path: .*index\.json: is not an index of weights"):
-        check(demo)
+    for content in (index.read_bytes(), b'{"weight_map": {"a": null}}'):
+        index.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"^base_model\.path: .*index\.json: is not an index of weights"):
+            check(demo)
 
 
 def test_files_of_a_model_that_are_damaged_or_missing_are_told(tmp_path, demo):

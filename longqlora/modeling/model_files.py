@@ -5,6 +5,7 @@ Standard library only, because the workflow looks at them whenever it starts, to
 
 import json
 import re
+from operator import index
 from pathlib import Path
 
 WEIGHTS = (
@@ -37,9 +38,9 @@ def weight_files(folder: Path) -> list[Path]:
             return [file]
         try:
             shards = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
+            missing = [shard for shard in shards if not (folder / shard).is_file()]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{file}: is not an index of weights (JSON with a weight_map)") from None
-        missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing:
             raise ValueError(f"{file}: names {len(shards)} files, but {', '.join(missing[:3])} is missing")
         return [folder / shard for shard in shards]
@@ -56,7 +57,7 @@ def check_safetensors(file: Path) -> None:
         length = int.from_bytes(stored.read(8), "little")
         header = stored.read(length) if length <= MAX_HEADER_BYTES else b""
     try:
-        ends = [tensor["data_offsets"][1] for name, tensor in json.loads(header).items() if name != "__metadata__"]
+        ends = [index(tensor["data_offsets"][1]) for name, tensor in json.loads(header).items() if name != "__metadata__"]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         hint = "is a pointer of Git LFS: fetch it with git lfs pull" if is_lfs_pointer(file) else "is damaged: get it again"
         raise ValueError(f"{file}: has no header of safetensors; it {hint}") from None
@@ -82,7 +83,8 @@ def largest_text_token(file: Path) -> int:
         content = json.loads(file.read_text(encoding="utf-8"))
         vocabulary = content["model"]["vocab"]  # ids by token; for Unigram a list
         ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else range(len(vocabulary))
-        return max([*ids, *(token["id"] for token in content.get("added_tokens") or [] if not token["special"])])
+        added = [token["id"] for token in content.get("added_tokens") or [] if not token["special"]]
+        return max(map(index, [*ids, *added]))
     except (ValueError, KeyError, TypeError, AttributeError):
         hint = "a pointer of Git LFS: fetch it with git lfs pull" if is_lfs_pointer(file) else "damaged: get it again"
         raise ValueError(f"{file}: is not a tokenizer (JSON with a model and its vocab); it is {hint}") from None

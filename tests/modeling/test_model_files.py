@@ -75,6 +75,7 @@ def test_a_damaged_file_of_weights_is_told_by_its_header(model_folder):
         (whole + b"x", r"bytes, but its header describes"),
         (whole[:100], r"has no header of safetensors; it is damaged: get it again"),
         (b"", r"has no header of safetensors"),
+        (b"\x23" + bytes(7) + b'{"a": {"data_offsets": ["0", "4"]}} ', r"has no header of safetensors"),
         (b"<!doctype html><html>an error page of a server</html>", r"has no header of safetensors"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", r"it is a pointer of Git LFS: .* git lfs pull"),
     ):
@@ -94,7 +95,14 @@ def test_the_largest_token_of_a_text_is_that_of_the_tokenizer_without_its_specia
         assert largest_text_token(file) == largest
     file.write_text(json.dumps({"model": {"type": "Unigram", "vocab": [["a", -1.0], ["b", -2.0]]}}))
     assert largest_text_token(file) == 1
-    for content in ("", "{", "[]", '{"model": {}}', "version https://git-lfs.github.com/spec/v1"):
+    for content in (
+        "",
+        "{",
+        "[]",
+        '{"model": {}}',
+        '{"model": {"vocab": {"a": "0"}}}',
+        "version https://git-lfs.github.com/spec/v1",
+    ):
         file.write_text(content)
         with pytest.raises(ValueError, match=r"tokenizer\.json: is not a tokenizer"):
             largest_text_token(file)
