@@ -18,13 +18,14 @@ def is_made_here(path: str) -> bool:
 
 
 def expand(pattern: str) -> list[str]:
-    """The local files that a pattern matches, sorted; addresses and outputs of the workflow stay as they are.
+    """The local files that a pattern matches, sorted; addresses and outputs of the workflow stay as they are. As in an address,
+    ``**`` stands for folders at any depth, or none.
 
     This happens once, when the configuration is read. Jobs get names of files, in which brackets, ``?`` and ``*`` mean nothing.
     """
     if not is_local(pattern) or is_made_here(pattern):
         return [pattern]
-    return sorted(glob.glob(with_names_escaped(pattern))) or [pattern]
+    return sorted(glob.glob(with_names_escaped(pattern), recursive=True)) or [pattern]
 
 
 def with_names_escaped(pattern: str) -> str:

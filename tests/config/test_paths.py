@@ -33,6 +33,8 @@ def test_a_file_that_exists_is_itself(folder, name):
         ("d[12]/*.txt", ["d1/x.txt"]),
         ("d[1]/s*/y*.txt", ["d[1]/sub/y2.txt", "d[1]/sub/y[2].txt"]),
         ("./d[1]/sub/y[0-9].txt", ["./d[1]/sub/y2.txt"]),
+        ("**/[xy]*.txt", ["d1/x.txt", "d[1]/sub/y2.txt", "d[1]/sub/y[2].txt", "d[1]/x.txt"]),
+        ("d[1]/**/*.txt", ["d[1]/sub/y2.txt", "d[1]/sub/y[2].txt", "d[1]/x.txt"]),
         ("nowhere/a[1].txt", ["nowhere/a[1].txt"]),
         ("results/a*.txt", ["results/a*.txt"]),
         ("memory://a*.txt", ["memory://a*.txt"]),
