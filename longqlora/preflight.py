@@ -29,7 +29,7 @@ from longqlora.modeling.model_files import (
     tokenizer_files,
     weight_files,
 )
-from longqlora.modeling.rope import scaling_problems
+from longqlora.modeling.rope import context_in, scaling_problems
 
 SIZES = (
     "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "vocab_size",
@@ -55,6 +55,8 @@ def check_inputs(experiment: Experiment) -> Iterator[str]:
         if config and system.model not in broken:
             for problem in fit_problems(config, system, original_of(Path(system.model))):
                 yield f"{experiment.key_of(name)}: {system.model}: {problem}"
+            if name in experiment.untrained and system.target_context == context_in(config):
+                yield f"untrained_rows: {system.target_context} is the base model's own context, which needs no extension"
     yield from check_vocabularies(experiment)
     config = model_config(experiment, experiment.base_model)
     if config and config.get("vocab_size"):

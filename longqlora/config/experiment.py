@@ -10,7 +10,7 @@ from longqlora.config.checks import check_values
 from longqlora.config.completed import Experiment
 from longqlora.config.paths import expand
 from longqlora.config.settings import Configuration, CorpusSettings, PretrainingSettings, RetrievalSettings, SftSettings
-from longqlora.config.systems import base_tokenizer, complete_system, with_untrained_rows, without_slash
+from longqlora.config.systems import base_tokenizer, complete_system, one_name, with_untrained_rows
 from longqlora.config.validation import ConfigError, follows_from, validate
 
 
@@ -46,7 +46,7 @@ def complete(config: Configuration) -> Experiment:
     }
     return Experiment(
         name=config.experiment,
-        base_model=without_slash(config.base_model.path),
+        base_model=one_name(config.base_model.path),
         tokenizer=base_tokenizer(config),
         corpus=complete_corpus(config.corpus) if config.corpus else None,
         sft=complete_sft(config.sft) if config.sft else None,

@@ -1,5 +1,7 @@
 """Systems with everything filled in, and what each of them is evaluated as."""
 
+from os.path import normpath
+
 from longqlora.config.completed import Experiment, System
 from longqlora.config.settings import (
     DEFAULT_ROPE_SCALING,
@@ -45,8 +47,8 @@ def complete_system(name: str, config: Configuration) -> System:
     training, progress = complete_training(row, config.training)
     return System(
         label=row.label or name,
-        model=without_slash(model or config.base_model.path),
-        tokenizer=without_slash(row.tokenizer or row.model or owner.tokenizer or owner.model or base_tokenizer(config)),
+        model=one_name(model or config.base_model.path),
+        tokenizer=one_name(row.tokenizer or row.model or owner.tokenizer or owner.model or base_tokenizer(config)),
         target_context=row.target_context or owner.target_context,
         rope_scaling=row.rope_scaling or owner.rope_scaling or DEFAULT_ROPE_SCALING,
         rope_factor=row.rope_factor or owner.rope_factor,
@@ -60,14 +62,14 @@ def complete_system(name: str, config: Configuration) -> System:
     )
 
 
-def without_slash(folder: str) -> str:
-    """A folder without a slash at its end, so that one folder has one name."""
-    return folder.rstrip("/") or folder
+def one_name(folder: str) -> str:
+    """A folder in one spelling, without ``./`` and a slash at its end; a hub id stays as it is."""
+    return normpath(folder)
 
 
 def base_tokenizer(config: Configuration) -> str:
     """Folder or hub id of the base model's tokenizer."""
-    return without_slash(config.base_model.tokenizer or config.base_model.path)
+    return one_name(config.base_model.tokenizer or config.base_model.path)
 
 
 def complete_training(row: SystemSection, common: TrainingSection) -> tuple[TrainingSettings | None, ProgressSettings | None]:
@@ -79,6 +81,8 @@ def complete_training(row: SystemSection, common: TrainingSection) -> tuple[Trai
         if length in own and other not in own:
             own[other] = None
     settings = common.model_copy(update=own)
+    if settings.attention == "full" and common.attention != "full" and "full_attention_share" not in own:
+        settings = settings.model_copy(update={"full_attention_share": 0.0})  # the others' share is not meant for this one
     if settings.method == "full":  # no adapter: its settings are not used, and must not retrain the system
         settings = settings.model_copy(update={name: TrainingSection.model_fields[name].default for name in ADAPTER_SETTINGS})
     return (

@@ -77,6 +77,23 @@ def test_a_scaled_model_has_no_untrained_rows_which_is_told_once(demo, tmp_path)
     )
 
 
+def test_untrained_rows_at_the_models_own_context_are_refused(demo):
+    demo["untrained_rows"] = 128
+    message = "untrained_rows: 128 is the base model's own context, which needs no extension"
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        load_experiment(demo, check_inputs)
+
+
+def test_a_share_of_full_attention_for_all_systems_leaves_those_with_full_attention_as_they_are(demo):
+    demo["training"]["full_attention_share"] = 0.2
+    systems = load_experiment(demo).systems
+    assert systems["longqlora"].training.full_attention_share == 0.2
+    assert systems["longqlora-full-attention"].training.full_attention_share == 0
+    demo["training"]["attention"] = "full"
+    with pytest.raises(ConfigError, match=r"systems\.longqlora\.training\.full_attention_share: has no effect with attention"):
+        load_experiment(demo)
+
+
 def test_a_mistake_in_untrained_rows_names_this_key_once(demo):
     demo["untrained_rows"] = 100
     with pytest.raises(ConfigError) as caught:
@@ -132,10 +149,11 @@ def test_the_weights_of_another_system_are_evaluated_in_another_way(evaluated):
     assert model == on_the_base(adapter="results/demo/adapters/longqlora", precision="int8")
 
 
-def test_a_folder_is_the_same_with_a_slash_at_its_end(demo):
+@pytest.mark.parametrize("folder", ["demo/model/", "./demo/model", "demo//model", "demo/../demo/model"])
+def test_a_folder_is_the_same_in_every_spelling(demo, folder):
     before = load_experiment(demo)
-    demo["base_model"] = {key: f"{path}/" for key, path in demo["base_model"].items()}
-    demo["systems"]["base"] |= {"model": "demo/model/", "tokenizer": "demo/model/"}
+    demo["base_model"] = {"path": folder}
+    demo["systems"]["base"] |= {"model": folder, "tokenizer": folder}
     assert load_experiment(demo) == before
 
 
