@@ -286,7 +286,7 @@ def check_vocabularies(experiment: Experiment) -> Iterator[str]:
     """Yield which local tokenizers are damaged, or have more tokens than the model that reads them has embeddings."""
     facts, pairs = FileFacts(), {(experiment.tokenizer, experiment.base_model): "base_model"}
     for name, system in experiment.systems.items():
-        pairs.setdefault((system.tokenizer, system.model), f"systems.{name}")
+        pairs.setdefault((system.tokenizer, system.model), experiment.key_of(name))
     for (tokenizer, model), key in pairs.items():
         config, file = model_config(experiment, model), Path(tokenizer) / "tokenizer.json"
         if not (is_users_folder(tokenizer) and file.is_file()):

@@ -376,8 +376,8 @@ def read_conversations(
     """
     of_schema = False
     for line, fields in read_records(path, on_malformed, digest):
-        record = Record(normalized_record(fields))
         try:
+            record = Record(normalized_record(fields))
             conversation = SCHEMAS[schema_name](record)
         except SCHEMA_ERRORS as error:
             others = [other for other in SCHEMAS if describes(other, fields)]

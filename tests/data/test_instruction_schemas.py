@@ -443,6 +443,15 @@ def test_an_empty_question_or_answer_is_malformed(tmp_path, texts):
     assert counter.examples == [f"{path}, line 2: schema 'input_output' found an empty question or answer"]
 
 
+def test_a_record_nested_too_deep_to_be_normalized_is_malformed(tmp_path):
+    usable = {"instruction": "a", "output": "b"}
+    deep = json.loads("[" * 300 + "]" * 300)
+    (tmp_path / "x.jsonl").write_text(json.dumps(usable) + "\n" + json.dumps(usable | {"extra": deep}) + "\n")
+    malformed: list = []
+    assert len(list(read_conversations(str(tmp_path / "x.jsonl"), "alpaca", malformed.append))) == 1
+    assert [record.line for record in malformed] == [2]
+
+
 def test_a_nul_character_is_malformed(tmp_path):
     path = write_lines(tmp_path / "x.jsonl", {"input": "?", "output": "a\0b"}, {"input": "?\0", "output": "a"})
     counter = RecordCounter()
