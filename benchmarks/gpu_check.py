@@ -66,6 +66,7 @@ CASES = {  # the most important first
     "numerics": Case(45, "gpu_cases.compare_with_float64"),
     "end_to_end": Case(110, "gpu_trainings.end_to_end", SMALL),
     "13b_12288": steps(75, "ours", "13b", 12288, traced="current"),
+    "variants": Case(90, "gpu_trainings.train_variants", SMALL),
     "7b_8192_trainer": Case(90, "gpu_trainings.train_7b", {"shape": "7b", "tokens": 8192, "paged": True}, "current"),
     "7b_32768": steps(80, "ours", "7b", 32768, repetitions=1, traced="current"),
     "7b_32768_full": steps(90, "ours_full", "7b", 32768, repetitions=1, traced="current"),
@@ -77,7 +78,6 @@ CASES = {  # the most important first
     "7b_8192_float16": steps(60, "ours", "7b", 8192, dtype="float16", traced="current"),
     "7b_8192_offloaded": steps(60, "ours", "7b", 8192, offload=True, traced="offloaded"),
     "13b_12288_offloaded": steps(75, "ours", "13b", 12288, repetitions=1, offload=True, traced="offloaded"),
-    "variants": Case(90, "gpu_trainings.train_variants", SMALL),
     "7b_8192_documents": steps(60, "ours", "7b", 8192, documents=10),
 }
 TOY = {"shape": "toy", "tokens": 512, "width": 64, "rank": 8, "repetitions": 1}

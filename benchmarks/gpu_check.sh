@@ -25,7 +25,8 @@ for name in ("linear_cross_entropy.py", "linear_cross_entropy_options.py"):
 PYTHON
   local package version platforms=()
   for tag in manylinux_2_28 manylinux_2_24 manylinux_2_17 manylinux2014; do platforms+=(--platform "${tag}_x86_64"); done
-  for package in transformers peft bitsandbytes orjson backports.zstd xxhash; do
+  for package in transformers tokenizers huggingface_hub httpx2 httpcore2 truststore peft bitsandbytes orjson backports.zstd \
+    xxhash pydantic pydantic_core annotated_types typing_inspection typing_extensions; do
     version=$(python -c "from importlib.metadata import version; print(version('$package'))")
     python -m pip download --quiet --no-deps --only-binary=:all: --python-version "${PYTHON:-3.12}" --implementation cp \
       "${platforms[@]}" --dest .whl "$package==$version"
