@@ -30,6 +30,7 @@ from longqlora.modeling.model_files import (
     weight_files,
 )
 from longqlora.modeling.rope import context_in, scaling_problems
+from longqlora.modeling.scaling_choice import choice_problems
 
 SIZES = (
     "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "vocab_size",
@@ -158,7 +159,10 @@ def fit_problems(config: dict, system: System, original: str | None = None) -> I
     extension = extension_of(system)
     if extension:
         yield from extension_problems(config, extension.target_context, system.training)
-        yield from scaling_problems(config, extension)
+        if extension.scaling == "best":
+            yield from choice_problems(config, extension.target_context)
+        else:
+            yield from scaling_problems(config, extension)
     trained = system.training is not None
     yield from quantization_problems(config, trained=trained, precision=system.precision, original=original)
 

@@ -98,6 +98,8 @@ def check_ablations(config: Configuration, experiment: Experiment) -> Iterator[s
             yield f"ablations.{name}.grid.rank: {ablation.system!r} trains all weights and has no rank"
         if "theta" in (ablation.grid.rope_scaling or ()) and experiment.systems[ablation.system].rope_theta is None:
             yield f"ablations.{name}.grid.rope_scaling: theta needs systems.{ablation.system}.rope_theta"
+        if "best" in (ablation.grid.rope_scaling or ()) and experiment.systems[ablation.system].rope_factor:
+            yield f"ablations.{name}.grid.rope_scaling: best goes without systems.{ablation.system}.rope_factor"
         if not experiment.ablations[name].axes:
             yield f"ablations.{name}.grid: names no setting (legal: {', '.join(type(ablation.grid).model_fields)})"
 
@@ -110,6 +112,8 @@ def check_system(name: str, config: Configuration, experiment: Experiment) -> It
     if row.training is None and not row.table_row:
         yield f"systems.{name}.table_row: false needs 'training': of a system that is not trained, nothing else would be made"
     yield from check_scaling(name, row, system)
+    if row.rope_scaling == "best":
+        yield from check_choice(name, system, experiment)
     if row.tokenizer is not None and row.model is None and row.weights_of is None:
         yield f"systems.{name}.tokenizer: goes with model; the tokenizer of the base model is base_model.tokenizer"
     trained = experiment.systems[row.weights_of or name].training if (row.weights_of or name) in experiment.systems else None
@@ -140,6 +144,17 @@ def check_scaling(name: str, row: SystemSection, system: System) -> Iterator[str
             yield f"systems.{name}.rope_factor: has no effect with rope_scaling: theta, which has rope_theta"
     elif system.rope_theta is not None:
         yield f"systems.{name}.rope_theta: works only with rope_scaling: theta, found rope_scaling: {system.rope_scaling}"
+
+
+def check_choice(name: str, system: System, experiment: Experiment) -> Iterator[str]:
+    """Yield what is wrong with a listed system whose scaling is chosen (``rope_scaling: best``)."""
+    key = f"systems.{name}"
+    if system.model != experiment.base_model:
+        yield f"{key}.rope_scaling: best works only for the base_model, found model: {system.model}"
+    elif system.training is None and experiment.corpus is None:
+        yield f"{key}.rope_scaling: best is chosen on training texts; add the section corpus:"
+    if system.rope_factor is not None:
+        yield f"{key}.rope_factor: has no effect with rope_scaling: best, whose factor follows from target_context"
 
 
 def check_length(name: str, config: Configuration, system: System) -> Iterator[str]:

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Device = Literal["cpu", "cuda"]
 Precision = Literal["auto", "float32", "bfloat16", "float16", "int8", "nf4"]
-RopeScaling = Literal["linear", "dynamic", "yarn", "llama3", "ntk", "theta"]
+RopeScaling = Literal["linear", "dynamic", "yarn", "llama3", "ntk", "theta", "best"]
 Attention = Literal["shifted_sparse", "full"]
 Method = Literal["qlora", "lora", "full"]
 TrainingData = Literal["corpus", "sft"]
@@ -314,7 +314,8 @@ class SystemSection(Section):
         default=None,
         description="How positions are scaled: linear (Position Interpolation, the default), dynamic (NTK-aware, by the length "
         "of the sequence), yarn (YaRN), llama3 (as in Llama 3.1), ntk (NTK-aware, by a larger rope_theta that follows from the "
-        "factor), theta (the rope_theta that is given). If a model is scaled already, only its own scaling extends it.",
+        "factor), theta (the rope_theta that is given), best (of linear, ntk, yarn and llama3, the one with the lowest loss "
+        "before training, on the training data). If a model is scaled already, only its own scaling extends it.",
     )
     rope_factor: float | None = Field(
         default=None,
@@ -473,7 +474,7 @@ class RopeExtension(Section):
     """How a model's context is extended.
 
     Attributes:
-        scaling: how positions are scaled.
+        scaling: how positions are scaled; ``best`` is replaced by the chosen scaling before a model is loaded.
         target_context: context length to reach, in tokens.
         factor: of the scaling; None: target_context divided by the model's own context.
         theta: the new rope_theta of the scaling ``theta``.

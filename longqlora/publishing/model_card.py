@@ -39,9 +39,11 @@ def describe(card: dict) -> str:
     )
     if share := settings["full_attention_share"]:
         attention += f", and full attention in the last {share:.0%} of its steps"
+    choice = card.get("scaling_choice")
+    chosen = f" (chosen as the best of {len(choice['scalings'])} before training)" if choice else ""
     return (
         f"`{card['base_model']}` with its context extended to {card['target_context']} tokens: rope scaling "
-        f"`{card['rope_scaling']}`, {how}, {attention}. At inference it is an ordinary model with full attention."
+        f"`{card['rope_scaling']}`{chosen}, {how}, {attention}. At inference it is an ordinary model with full attention."
     )
 
 

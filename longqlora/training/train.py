@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch.utils.tensorboard import SummaryWriter
 from transformers import GenerationConfig, PrinterCallback, set_seed
 
-from longqlora.config.settings import Device, Method, Precision, ProgressSettings, RopeExtension, TrainingSettings
+from longqlora.config.settings import Device, ProgressSettings, RopeExtension, TrainingSettings
 from longqlora.data.hub import is_hub_id, pinned_model, split_revision
 from longqlora.data.packing import largest_id, load_training_data
 from longqlora.data.token_files import check_token
@@ -27,6 +27,7 @@ from longqlora.jobs.digests import FileFacts, digest_of_file
 from longqlora.jobs.machine import machine, versions
 from longqlora.jobs.memory import memory_explained, peak_memory
 from longqlora.modeling.attention import register_shifted_sparse_attention
+from longqlora.modeling.base_precision import BASE_PRECISION
 from longqlora.modeling.chunked_loss import use_chunked_loss
 from longqlora.modeling.compatibility import extension_problems, quantization_problems
 from longqlora.modeling.devices import compute_dtype, dtype_name, find_device, keep_freed_memory
@@ -40,8 +41,6 @@ from longqlora.training.trainer import FULL, FullAttentionAtTheEnd, ResumableTra
 
 log = logging.getLogger(__name__)
 
-BASE_PRECISION: dict[Method, Precision] = {"qlora": "nf4", "lora": "auto", "full": "float32"}
-"""Precision of the base's weights, by method. Trained weights are float32, under autocast."""
 DEEPSPEED_MISSING = (
     "training.zero_stage {stage} needs DeepSpeed, which is not installed: pip install deepspeed ninja (with conda, add both to "
     "the pip section of environment.yml), or zero_stage: 0"

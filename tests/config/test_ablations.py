@@ -172,6 +172,14 @@ def test_a_grid_that_cannot_run_is_told_before_any_job_starts(load, axes, messag
         load(a=grid(**axes))
 
 
+def test_a_grid_may_have_the_best_scaling_of_a_system_without_a_factor_of_its_own(load):
+    experiment = load(a=grid(rope_scaling=["linear", "best"]))
+    assert [experiment.systems[name].rope_scaling for name in experiment.ablations["a"].rows] == ["linear", "best"]
+    row = {"target_context": 256, "rope_factor": 3.0, "training": {}}
+    with pytest.raises(ConfigError, match=r"ablations\.a\.grid\.rope_scaling: best goes without systems\.x\.rope_factor"):
+        load({"x": row}, a=grid("x", rope_scaling=["best"]))
+
+
 def test_a_system_is_not_overwritten_by_a_cell_of_its_name(load):
     """A row that is called as a cell would be, with other settings."""
     row = {"target_context": 256, "training": {"rank": 2}}

@@ -96,6 +96,17 @@ def test_the_papers_run_has_the_published_hyper_parameters(root):
             r"^systems\.x\.rope_factor: has no effect with rope_scaling: theta",
         ),
         ("systems", {"x": {"rope_scaling": "yarn"}}, r"^systems\.x\.rope_scaling: has no effect without target_context"),
+        ("systems", {"x": {"rope_scaling": "best"}}, r"^systems\.x\.rope_scaling: has no effect without target_context"),
+        (
+            "systems",
+            {"x": {"target_context": 256, "rope_scaling": "best", "rope_factor": 2.0}},
+            r"^systems\.x\.rope_factor: has no effect with rope_scaling: best, whose factor follows from target_context$",
+        ),
+        (
+            "systems",
+            {"x": {"target_context": 256, "rope_scaling": "best", "model": "owner/name"}},
+            r"^systems\.x\.rope_scaling: best works only for the base_model, found model: owner/name$",
+        ),
         (
             "systems",
             {"x": {"tokenizer": "a/b"}},

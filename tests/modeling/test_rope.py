@@ -13,7 +13,7 @@ from longqlora.config.settings import RopeExtension, RopeScaling
 from longqlora.modeling.loading import load_config, load_model
 from longqlora.modeling.rope import context_in, context_of, extend_context, interpolation_factor, rope_of
 
-SCALINGS = get_args(RopeScaling)
+SCALINGS = [scaling for scaling in get_args(RopeScaling) if scaling != "best"]
 STORED = {"ntk": "default", "theta": "default"}  # models with a larger rope_theta are ordinary ones
 THETA, WIDTH, ORIGINAL, TARGET = 500000.0, 128, 64, 160  # of a head with many frequencies; the factor is no whole number
 FREQUENCIES = THETA ** -(torch.arange(0, WIDTH, 2, dtype=torch.float64) / WIDTH)

@@ -9,6 +9,7 @@ from longqlora.config.systems import evaluated_model, extension_of, protocol_at,
 from longqlora.config.validation import ConfigError, duplicate_keys
 from longqlora.jobs.code import Code
 from longqlora.jobs.digests import FileFacts
+from longqlora.modeling.base_precision import BASE_PRECISION
 from longqlora.modeling.model_files import model_files, tokenizer_files
 from longqlora.preflight import check_inputs, is_users_folder
 
@@ -124,6 +125,26 @@ def made_folders(wildcards):
     """The folders of the model and adapter that a system is evaluated with, if the workflow makes them."""
     model = model_of(wildcards)
     return [path for path in (model["path"], model["adapter"]) if path and is_made_here(path)]
+
+
+def scaling_record(name):
+    """The record of the choice for a system with ``rope_scaling: best``; None for any other."""
+    system = SYSTEMS[SYSTEMS[name].weights_of or name]
+    if system.target_context is None or system.rope_scaling != "best":
+        return None
+    data = system.training.data if system.training else "corpus"
+    precision = BASE_PRECISION[system.training.method] if system.training else system.precision
+    return f"{RESULTS}/scalings/{system.target_context}-{data}-{precision}.json"
+
+
+def scaling_of(wildcards):
+    """The record of the choice of a system's scaling, if there is one."""
+    return scaling_record(wildcards.system) or []
+
+
+def scaling_of_evaluated(wildcards):
+    """The same for an evaluation; the configuration of merged weights has the scaling already."""
+    return scaling_of(wildcards) if model_of(wildcards)["extension"] else []
 
 
 def contents_of_evaluated(wildcards):

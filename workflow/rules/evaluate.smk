@@ -7,6 +7,7 @@ rule evaluate_perplexity:
         tokens=evaluation_files("tokens"),
         descriptions=evaluation_files("description"),
         model=made_folders,
+        scaling=scaling_of_evaluated,
     output:
         records=expand(f"{RESULTS}/perplexity/{{{{system}}}}/{{dataset}}/{{{{length}}}}.json", dataset=DATASETS),
         windows=expand(f"{RESULTS}/perplexity/{{{{system}}}}/{{dataset}}/{{{{length}}}}.parquet", dataset=DATASETS),
@@ -41,6 +42,7 @@ rule evaluate_retrieval:
         tokens=evaluation_files("tokens", [EXPERIMENT.filler]),
         description=evaluation_files("description", [EXPERIMENT.filler]),
         model=made_folders,
+        scaling=scaling_of_evaluated,
         tokenizer=lambda wildcards: made_model(SYSTEMS[wildcards.system].tokenizer),
     output:
         record=f"{RESULTS}/retrieval/{{system}}/{{length}}.json",
@@ -85,6 +87,7 @@ if CHAT:
             records=rules.build_sft_set.output.records,
             base_model=made_model(BASE_MODEL),
             model=made_folders,
+            scaling=scaling_of,
             tokenizer=made_model(TOKENIZER),
         output:
             record=f"{RESULTS}/answers/{{system}}.json",

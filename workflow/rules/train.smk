@@ -3,10 +3,40 @@
 CORES_PER_PROCESS = 4 if GPUS else 1  # --set-threads train_adapter=8 gives other numbers
 
 
+rule choose_scaling:
+    input:
+        data=lambda wildcards: getattr(rules, f"tokenize_{wildcards.data}").output.tokens,
+        base_model=made_model(BASE_MODEL),
+    output:
+        record=f"{RESULTS}/scalings/{{target}}-{{data}}-{{precision}}.json",
+    log:
+        f"{RESULTS}/logs/choose_scaling/{{target}}-{{data}}-{{precision}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/choose_scaling/{{target}}-{{data}}-{{precision}}.tsv"
+    wildcard_constraints:
+        target=r"\d+",
+        data="corpus|sft",
+        precision="[a-z0-9]+",
+    conda:
+        "../../environment.yml"
+    resources:
+        gpu=GPUS,
+    params:
+        *code_of("choose_scaling"),
+        base_model=base_model,
+        base_model_contents=contents_of_model(BASE_MODEL),
+        device=EXPERIMENT.device,
+    message:
+        "choose the scaling to {wildcards.target} tokens"
+    script:
+        "../scripts/choose_scaling.py"
+
+
 rule train_adapter:
     input:
         data=training_data,
         base_model=made_model(BASE_MODEL),
+        scaling=scaling_of,
     output:
         trained=directory(f"{RESULTS}/adapters/{{system}}"),
         events=directory(f"{RESULTS}/tensorboard/{{system}}"),

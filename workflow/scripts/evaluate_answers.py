@@ -12,11 +12,13 @@ from longqlora.config.settings import EvaluatedModel
 from longqlora.evaluation.answers import evaluate_answers
 from longqlora.jobs.digests import stamp
 from longqlora.jobs.gpus import reserve_gpus
+from longqlora.modeling.scaling_choice import model_as_chosen, read_choice
 
 with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, 1):
+    choice = read_choice(snakemake.input.scaling)
     result = evaluate_answers(
-        untrained=EvaluatedModel(**snakemake.params.untrained),
-        trained=EvaluatedModel(**snakemake.params.model),
+        untrained=model_as_chosen(EvaluatedModel(**snakemake.params.untrained), choice),
+        trained=model_as_chosen(EvaluatedModel(**snakemake.params.model), choice),
         tokenizer=snakemake.params.tokenizer,
         records=snakemake.input.records,
         held_out=snakemake.params.held_out,

@@ -14,6 +14,7 @@ from longqlora.evaluation.perplexity import evaluate_perplexity
 from longqlora.jobs.digests import stamp
 from longqlora.jobs.gpus import reserve_gpus
 from longqlora.jobs.launch import launch
+from longqlora.modeling.scaling_choice import model_as_chosen, read_choice
 
 with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, snakemake.params.num_processes):
     datasets = snakemake.params.datasets
@@ -22,7 +23,7 @@ with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, snakemake.
         num_processes=snakemake.params.num_processes,
         threads=snakemake.threads,
         system=snakemake.wildcards.system,
-        model=EvaluatedModel(**snakemake.params.model),
+        model=model_as_chosen(EvaluatedModel(**snakemake.params.model), read_choice(snakemake.input.scaling)),
         tokens=dict(zip(datasets, snakemake.input.tokens, strict=True)),
         protocol=Protocol(**snakemake.params.protocol),
         device=snakemake.params.device,

@@ -13,11 +13,12 @@ from longqlora.config.settings import EvaluatedModel, RetrievalSettings
 from longqlora.evaluation.retrieval import evaluate_retrieval
 from longqlora.jobs.digests import stamp
 from longqlora.jobs.gpus import reserve_gpus
+from longqlora.modeling.scaling_choice import model_as_chosen, read_choice
 
 with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, 1):
     length = int(snakemake.wildcards.length)
     result = evaluate_retrieval(
-        model=EvaluatedModel(**snakemake.params.model),
+        model=model_as_chosen(EvaluatedModel(**snakemake.params.model), read_choice(snakemake.input.scaling)),
         tokenizer=snakemake.params.tokenizer,
         filler=snakemake.input.tokens[0],
         length=length,

@@ -14,12 +14,14 @@ from longqlora.jobs.log import importing, job_log
 from longqlora.config.settings import ProgressSettings, RopeExtension, TrainingSettings
 from longqlora.jobs.gpus import reserve_gpus
 from longqlora.jobs.launch import launch
+from longqlora.modeling.scaling_choice import as_chosen, read_choice
 
 settings = TrainingSettings(**snakemake.params.settings)
 with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, settings.num_processes):
     with importing():  # bitsandbytes too, which starts CUDA: reserve GPUs first
         from longqlora.training.train import TrainingFiles, train
 
+    choice = read_choice(snakemake.input.scaling)
     card = launch(
         train,
         num_processes=settings.num_processes,
@@ -32,11 +34,11 @@ with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, settings.n
             tensorboard_dir=snakemake.output.events,
             checkpoint_dir=snakemake.params.checkpoint_dir,
         ),
-        extension=RopeExtension(**snakemake.params.extension),
+        extension=as_chosen(RopeExtension(**snakemake.params.extension), choice),
         settings=settings,
         progress=ProgressSettings(**snakemake.params.progress),
         device=snakemake.params.device,
         **snakemake.params.seed,
     )
-    Path(snakemake.output.card).write_text(json.dumps(card, indent=2), encoding="utf-8")
+    Path(snakemake.output.card).write_text(json.dumps(card | {"scaling_choice": choice}, indent=2), encoding="utf-8")
     shutil.rmtree(snakemake.params.checkpoint_dir)
