@@ -116,6 +116,19 @@ class Experiment(Section):
         return min(found, key=lambda name: self.systems[name].precision != self.evaluation.precision, default=None)
 
     @property
+    def extended_rows(self) -> dict[int, dict[str, list[str]]]:
+        """Names of the ``trained`` and the ``untrained`` rows that extend the base model, by target context, where there are
+        both; without those in another precision or with another attention than usual."""
+        found: dict[int, dict[str, list[str]]] = {}
+        for name in self.rows:
+            system = self.systems[name]
+            how = (system.model, system.evaluation_attention, system.precision)
+            if system.target_context and how == (self.base_model, "full", self.evaluation.precision):
+                rows = found.setdefault(system.target_context, {"trained": [], "untrained": []})
+                rows["trained" if system.training or system.weights_of else "untrained"].append(name)
+        return {target: rows for target, rows in found.items() if all(rows.values())}
+
+    @property
     def pretrained(self) -> str:
         """Folder of a base model that the experiment trains from scratch."""
         return f"{self.results}/pretrained"

@@ -4,7 +4,7 @@ import pandas
 
 from longqlora.evaluation.statistics import CONFIDENCE
 from longqlora.reporting.comparisons import LOW_PERPLEXITY, POOR_RETRIEVAL, low_perplexity_poor_retrieval
-from longqlora.reporting.notation import LATEX, Notation, escape_latex
+from longqlora.reporting.notation import LATEX, Notation, escape_latex, format_perplexity
 
 PROTOCOLS = {
     "exact": "every token of a document but its first is scored once, in windows inside the document",
@@ -13,16 +13,26 @@ PROTOCOLS = {
 }
 
 
-def caption_of(cells: pandas.DataFrame, retrieval: pandas.DataFrame, prices: pandas.DataFrame, notation: Notation) -> str:
+def caption_of(
+    cells: pandas.DataFrame,
+    retrieval: pandas.DataFrame,
+    prices: pandas.DataFrame,
+    gains: pandas.DataFrame,
+    choices: list[tuple[list[str], dict]],
+    notation: Notation,
+) -> str:
     """The sentences below a table.
 
     Args:
         cells: records of perplexity, see :func:`longqlora.reporting.records.read_records`.
         retrieval: records of retrieval; may be empty.
         prices: see :func:`longqlora.reporting.comparisons.price_at_short_lengths`; may be empty.
+        gains: see :func:`longqlora.reporting.comparisons.gains_from_training`; may be empty.
+        choices: labels of rows with ``rope_scaling: best``, and the record of their choice; may be empty.
         notation: marks of the format.
     """
-    sentences = describe_numbers(cells, notation) + describe_retrieval(cells, retrieval, notation)
+    sentences = describe_gains(gains, notation) + describe_numbers(cells, notation)
+    sentences += describe_retrieval(cells, retrieval, notation) + describe_choices(choices, notation)
     plain = escape_latex if notation is LATEX else str
     for base, length in prices[["base", "eval_length"]].drop_duplicates().itertuples(index=False):
         sentences.append(
@@ -65,5 +75,39 @@ def describe_retrieval(cells: pandas.DataFrame, retrieval: pandas.DataFrame, not
         sentences.append(
             f"{notation.warning.strip()} low perplexity (at most {LOW_PERPLEXITY:g} times the best of the column), but a "
             f"retrieval accuracy below {100 * POOR_RETRIEVAL:.0f}{notation.percent}."
+        )
+    return sentences
+
+
+def describe_gains(gains: pandas.DataFrame, notation: Notation) -> list[str]:
+    """Sentences about what training added over the best row that is extended without it."""
+    plain, sentences = escape_latex if notation is LATEX else str, []
+    for gain in gains.to_dict("records"):
+        percents = [f"{100 * value:.1f}" for value in (abs(gain["change"]), gain["standard_error"])]
+        change = notation.plus_minus.join(percents) + notation.percent
+        trained = f"{plain(gain['trained'])}: {format_perplexity(gain['trained_perplexity'])}"
+        untrained = f"{plain(gain['untrained'])}: {format_perplexity(gain['untrained_perplexity'])}"
+        if gain["significant"]:
+            found = f"is {change} {'lower' if gain['change'] < 0 else 'higher'} than"
+        else:
+            sign = "+" if gain["change"] >= 0 else notation.minus
+            found = f"is not significantly different ({sign}{change}) from"
+        sentences.append(
+            f"What training added at {gain['eval_length']} tokens on {plain(gain['dataset_label'])}: of the rows extended to "
+            f"{gain['target_context']} tokens, the perplexity of the best trained one ({trained}) {found} that of the best "
+            f"untrained one ({untrained})."
+        )
+    return sentences
+
+
+def describe_choices(choices: list[tuple[list[str], dict]], notation: Notation) -> list[str]:
+    """Sentences about the scalings that were chosen for rows with ``rope_scaling: best``."""
+    plain, sentences = escape_latex if notation is LATEX else str, []
+    for labels, choice in choices:
+        losses = sorted((loss["mean_nll"], scaling) for scaling, loss in choice["scalings"].items())
+        measured = ", ".join(f"{scaling} {loss:.2f}" for loss, scaling in losses)
+        sentences.append(
+            f"RoPE scaling of {plain(', '.join(labels))}: {choice['chosen']}, the best of {len(losses)} before training, by "
+            f"the loss in precision {choice['precision']} on {choice['tokens']} tokens of training data ({measured})."
         )
     return sentences

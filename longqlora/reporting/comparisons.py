@@ -1,6 +1,7 @@
 """Comparisons between systems: differences with confidence intervals, and the marks that they set in a table."""
 
 import math
+from collections.abc import Iterator
 from itertools import combinations
 
 import pandas
@@ -11,6 +12,10 @@ from longqlora.evaluation.statistics import paired_difference
 LOW_PERPLEXITY = 1.1  # a perplexity is low if it is at most this many times the best of its column
 POOR_RETRIEVAL = 0.5  # retrieval is poor if its accuracy is below this
 COLUMN = ["dataset_label", "eval_length"]  # what identifies a column of the table
+GAINS = [
+    "target_context", *COLUMN, "trained", "untrained", "trained_perplexity", "untrained_perplexity", "change", "standard_error",
+    "significant",
+]  # fmt: skip
 DIFFERENCES = [
     *COLUMN, "system", "other", "difference", "standard_error", "low", "high", "perplexity_ratio", "significant",
 ]  # fmt: skip
@@ -111,6 +116,47 @@ def price_at_short_lengths(cells: pandas.DataFrame, pairs: pandas.DataFrame, bas
                 place = (pair["dataset_label"], pair["eval_length"])
                 rows.append((pair[one], base, *place, ratio - 1, ratio * pair["standard_error"]))
     return pandas.DataFrame(rows, columns=["label", "base", *COLUMN, "change", "standard_error"])
+
+
+def gains_from_training(
+    cells: pandas.DataFrame, pairs: pandas.DataFrame, extended: dict[int, dict[str, list[str]]]
+) -> pandas.DataFrame:
+    """How the perplexity of the best trained row differs from that of the best untrained row that extends the base model to the
+    same context, at the longest measured length within it.
+
+    Args:
+        cells: see :func:`longqlora.reporting.records.read_records`.
+        pairs: see :func:`differences`.
+        extended: labels of the ``trained`` and the ``untrained`` rows, by target context.
+
+    Returns:
+        One row per target context and evaluation set: target_context, dataset_label, eval_length; trained and untrained, the
+        labels of the two rows, with trained_perplexity and untrained_perplexity; change (ratio of the perplexities, minus 1),
+        its standard_error, and significant.
+    """
+    rows = []
+    for target, labels in extended.items():
+        for dataset, group in cells[cells["eval_length"] <= target].groupby("dataset_label", sort=False):
+            length = group["eval_length"].max()
+            column = group[group["eval_length"] == length]
+            trained, untrained = (
+                min(column[column["label"].isin(labels[kind])].to_dict("records"), key=lambda cell: cell["perplexity"])
+                for kind in ("trained", "untrained")
+            )
+            same_column = pairs[(pairs["dataset_label"] == dataset) & (pairs["eval_length"] == length)]
+            for change in changes(same_column, trained["label"], untrained["label"]):
+                perplexities = (trained["perplexity"], untrained["perplexity"])
+                rows.append((target, dataset, length, trained["label"], untrained["label"], *perplexities, *change))
+    return pandas.DataFrame(rows, columns=GAINS)
+
+
+def changes(pairs: pandas.DataFrame, label: str, other: str) -> Iterator[tuple[float, float, bool]]:
+    """Yield how the perplexity of a row differs from that of another one, in each column where both are compared: the change
+    (ratio of the perplexities, minus 1), its standard error, and whether it is significant."""
+    for pair in pairs.to_dict("records"):
+        if (pair["system"], pair["other"]) in ((label, other), (other, label)):
+            ratio = math.exp(pair["difference"] if pair["system"] == label else -pair["difference"])
+            yield ratio - 1, ratio * pair["standard_error"], pair["significant"]
 
 
 def comparable(cells: pandas.DataFrame) -> pandas.DataFrame:

@@ -4,7 +4,8 @@ Bold marks the best system of a column and every system that is not significantl
 the same windows.
 """
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas
@@ -12,6 +13,7 @@ import pandas
 from longqlora.reporting.captions import caption_of
 from longqlora.reporting.comparisons import (
     differences,
+    gains_from_training,
     low_perplexity_poor_retrieval,
     price_at_short_lengths,
     statistically_best,
@@ -30,6 +32,9 @@ class Results:
         published: see :func:`longqlora.reporting.records.published_records`; may be empty.
         pairs: see :func:`longqlora.reporting.comparisons.differences`.
         base: label of the base model as it is; None if no row has it.
+        extended: labels of the trained and the untrained rows, see
+            :func:`longqlora.reporting.comparisons.gains_from_training`.
+        choices: labels of rows with ``rope_scaling: best``, and the record of their choice.
     """
 
     measured: pandas.DataFrame
@@ -37,6 +42,8 @@ class Results:
     published: pandas.DataFrame
     pairs: pandas.DataFrame
     base: str | None = None
+    extended: dict[int, dict[str, list[str]]] = field(default_factory=dict)
+    choices: list[tuple[list[str], dict]] = field(default_factory=list)
 
     @property
     def cells(self) -> pandas.DataFrame:
@@ -48,9 +55,26 @@ class Results:
         """See :func:`longqlora.reporting.comparisons.price_at_short_lengths`; may be empty."""
         return price_at_short_lengths(self.measured, self.pairs, self.base)
 
+    @property
+    def gains(self) -> pandas.DataFrame:
+        """See :func:`longqlora.reporting.comparisons.gains_from_training`; may be empty."""
+        return gains_from_training(self.measured, self.pairs, self.extended)
+
+    def caption(self, notation: Notation) -> str:
+        """See :func:`longqlora.reporting.captions.caption_of`."""
+        return caption_of(self.measured, self.retrieval, self.prices, self.gains, self.choices, notation)
+
 
 def read_results(
-    *, records: list[str], windows: list[str], retrieval: list[str], labels: Labels, published: list[dict], base: str | None
+    *,
+    records: list[str],
+    windows: list[str],
+    retrieval: list[str],
+    choices: dict[str, list[str]],
+    labels: Labels,
+    published: list[dict],
+    base: str | None,
+    extended: dict[int, dict[str, list[str]]],
 ) -> Results:
     """Read all that the table of an experiment shows.
 
@@ -58,17 +82,27 @@ def read_results(
         records: JSON records of perplexity.
         windows: Parquet file with the losses of the windows of each record.
         retrieval: JSON records of retrieval; may be empty.
+        choices: names of the systems with ``rope_scaling: best``, by the JSON record of their choice.
         labels: names of systems and evaluation sets in the table.
         published: rows from the literature, see :func:`longqlora.reporting.records.published_records`.
         base: name of the system that is the base model as it is; None if there is none.
+        extended: names of the trained and the untrained systems that extend the base, by target context.
     """
-    measured = read_records(records, labels)
+    measured, label_of = read_records(records, labels), labels["system"]
     return Results(
         measured=measured,
         retrieval=read_records(retrieval, labels),
         published=published_records(published),
         pairs=differences(measured, windows),
-        base=labels["system"][base] if base else None,
+        base=label_of[base] if base else None,
+        extended={
+            target: {kind: [label_of[name] for name in names] for kind, names in rows.items()}
+            for target, rows in extended.items()
+        },
+        choices=[
+            ([label_of[name] for name in names], json.loads(Path(path).read_text(encoding="utf-8")))
+            for path, names in choices.items()
+        ],
     )
 
 
@@ -139,8 +173,7 @@ def write_markdown(path: str, results: Results, title: str | None = None) -> Non
         part = table[dataset]
         alignment = ["left"] + ["right"] * part.shape[1]
         parts.append(f"**{dataset}**\n\n" + part.to_markdown(colalign=alignment, disable_numparse=True))
-    caption = caption_of(results.measured, results.retrieval, results.prices, MARKDOWN)
-    Path(path).write_text("\n\n".join([*parts, caption]) + "\n", encoding="utf-8")
+    Path(path).write_text("\n\n".join([*parts, results.caption(MARKDOWN)]) + "\n", encoding="utf-8")
 
 
 def write_latex(path: str, results: Results, reference: str, title: str | None = None) -> None:
@@ -154,7 +187,7 @@ def write_latex(path: str, results: Results, reference: str, title: str | None =
     """
     table = layout(results, LATEX).rename(index=escape_latex, columns=escape_latex)
     table = table.replace({">1000": "$>$1000"}, regex=True)
-    caption = caption_of(results.measured, results.retrieval, results.prices, LATEX)
+    caption = results.caption(LATEX)
     text = table.to_latex(
         escape=False,
         caption=f"{escape_latex(title)}. {caption}" if title else caption,

@@ -102,6 +102,41 @@ def test_a_mistake_in_untrained_rows_names_this_key_once(demo):
     assert str(caught.value) == message
 
 
+def test_the_best_scaling_is_chosen_on_texts_of_the_corpus_if_nothing_is_trained(demo):
+    demo["systems"] = {"x": {"target_context": 256, "rope_scaling": "best"}}
+    assert load_experiment(demo, check_inputs).systems["x"].rope_scaling == "best"
+    del demo["corpus"]
+    with pytest.raises(
+        ConfigError, match=r"^systems\.x\.rope_scaling: best is chosen on training texts; add the section corpus:$"
+    ):
+        load_experiment(demo)
+
+
+def test_the_best_scaling_needs_a_context_to_extend(demo):
+    demo["systems"]["x"] = {"target_context": 128, "rope_scaling": "best"}
+    with pytest.raises(
+        ConfigError, match=r"^systems\.x: demo/model: target_context 128 is the model's own context: rope_scaling"
+    ):
+        load_experiment(demo, check_inputs)
+
+
+def test_trained_and_untrained_rows_of_the_base_at_the_same_context_can_be_compared(demo):
+    extra = {
+        "untrained-512": {"target_context": 512},
+        "unmerged": {"weights_of": "longqlora", "merged": False},
+        "sparse": {"weights_of": "longqlora", "evaluation_attention": "shifted_sparse"},
+        "4-bit": {"target_context": 256, "precision": "nf4"},
+        "other": {"model": "owner/name", "target_context": 512},
+        "to-1024": {"target_context": 1024, "training": {}},
+    }
+    demo["systems"] |= extra
+    trained = ["longlora-lora", "longlora-full", "longqlora", "longqlora-full-attention", "unmerged"]
+    assert load_experiment(demo).extended_rows == {
+        256: {"trained": trained, "untrained": ["interpolated", "dynamic"]},
+        512: {"trained": ["longqlora-512"], "untrained": ["untrained-512"]},
+    }
+
+
 @pytest.fixture
 def evaluated(demo):
     """Add a system to the demo and return what it is evaluated as."""

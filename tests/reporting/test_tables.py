@@ -23,15 +23,17 @@ def retrieval(tmp_path) -> list[str]:
 
 @pytest.fixture
 def render(tmp_path):
-    def run(records, retrieval=(), published=(), base=None) -> dict[str, Path]:
+    def run(records, retrieval=(), published=(), base=None, extended=(), choices=()) -> dict[str, Path]:
         paths = {name: tmp_path / f"t.{name}" for name in ("csv", "markdown", "latex", "differences_csv")}
         results = read_results(
             records=records,
             windows=windows_of(records),
             retrieval=list(retrieval),
+            choices=dict(choices),
             labels=LABELS,
             published=list(published),
             base=base,
+            extended=dict(extended),
         )
         render_table(results, **{name: str(path) for name, path in paths.items()})
         return paths
@@ -63,6 +65,43 @@ def test_every_cell_is_in_its_row_and_column_with_its_standard_error(records, re
         "chat_model": ["12.00 ± 0.12", "11.00 ± 0.11", "10.00 ± 0.10"],
     }
     assert render(records)["markdown"].read_text().count("**Proof-pile**") == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "trained", "untrained", "found"),
+    [
+        (
+            256,
+            "long",
+            "chat_model",
+            "(Long & 100 %: 7.90) is 21.0 ± 0.0 % lower than that of the best untrained one (chat_model: 10.00)",
+        ),
+        (128, "long", "base", "(Long & 100 %: 8.50) is 6.3 ± 0.0 % higher than that of the best untrained one (base: 8.00)"),
+        (64, "long", "base", "(Long & 100 %: 9.02) is not significantly different (+0.2 ± 2.2 %) from that of the best"),
+    ],
+)
+def test_the_caption_says_what_training_added(records, render, target, trained, untrained, found):
+    paths = render(records, extended={target: {"trained": [trained], "untrained": [untrained]}})
+    begin = (
+        f"What training added at {target} tokens on PG19: of the rows extended to {target} tokens, the perplexity of the best"
+    )
+    assert caption(paths["markdown"]).startswith(begin)
+    assert found in caption(paths["markdown"])
+    assert caption(paths["markdown"]).count("What training added") == 2  # for each evaluation set
+    assert r"best trained one (Long \& 100 \%: " in paths["latex"].read_text()
+    assert "What training added" not in caption(render(records)["markdown"])
+
+
+def test_the_caption_says_which_scaling_was_chosen(records, render, tmp_path):
+    losses = {"linear": {"mean_nll": 4.0}, "yarn": {"mean_nll": 3.5}}
+    choice = {"chosen": "yarn", "tokens": 16384, "precision": "nf4", "scalings": losses}
+    (tmp_path / "choice.json").write_text(json.dumps(choice))
+    paths = render(records, choices={str(tmp_path / "choice.json"): ["long", "chat_model"]})
+    assert (
+        "RoPE scaling of Long & 100 %, chat_model: yarn, the best of 2 before training, by the loss in precision nf4 on 16384 "
+        "tokens of training data (yarn 3.50, linear 4.00)."
+    ) in caption(paths["markdown"])
+    assert r"RoPE scaling of Long \& 100 \%, chat\_model: yarn" in paths["latex"].read_text()
 
 
 def test_the_price_at_short_lengths_is_the_paired_change_of_the_perplexity_in_the_bases_context(records, render):

@@ -1,11 +1,18 @@
 # Tables and plots of the records; no model is needed.
 
 
+CHOSEN = {  # rows with rope_scaling: best, by the record of their choice
+    record: [name for name in TABLE_SYSTEMS if scaling_record(name) == record]
+    for record in filter(None, map(scaling_record, TABLE_SYSTEMS))
+}
+
+
 rule render_table:
     input:
         records=rules.evaluate.input.perplexity,
         windows=window_losses(rules.evaluate.input.perplexity),
         retrieval=rules.evaluate.input.retrieval,
+        scalings=list(CHOSEN),
     output:
         csv=f"{RESULTS}/tables/perplexity.csv",
         markdown=f"{RESULTS}/tables/perplexity.md",
@@ -22,6 +29,8 @@ rule render_table:
         labels=labels_of(TABLE_SYSTEMS),
         published=[row.model_dump() for row in EXPERIMENT.published],
         base=EXPERIMENT.base_row,
+        extended=EXPERIMENT.extended_rows,
+        chosen=list(CHOSEN.values()),
     message:
         "table of perplexity and retrieval"
     script:

@@ -1,7 +1,8 @@
 """Render the table of perplexity and retrieval.
 
-Reads the records of all cells (JSON), the losses of their windows (Parquet) and the records of retrieval (JSON); writes CSV,
-Markdown and LaTeX, and the differences between all pairs of systems with their confidence intervals (CSV).
+Reads the records of all cells (JSON), the losses of their windows (Parquet), the records of retrieval and those of chosen RoPE
+scalings (JSON); writes CSV, Markdown and LaTeX, and the differences between all pairs of systems with their confidence
+intervals (CSV).
 """
 
 from longqlora.jobs.log import job_log
@@ -13,9 +14,11 @@ with job_log(snakemake.log[0]):
         records=snakemake.input.records,
         windows=snakemake.input.windows,
         retrieval=snakemake.input.retrieval,
+        choices=dict(zip(snakemake.input.scalings, snakemake.params.chosen, strict=True)),
         labels=snakemake.params.labels,
         published=snakemake.params.published,
         base=snakemake.params.base,
+        extended=snakemake.params.extended,
     )
     render_table(
         results,
