@@ -58,6 +58,7 @@ def check_inputs(experiment: Experiment) -> Iterator[str]:
                 yield f"{experiment.key_of(name)}: {system.model}: {problem}"
             if name in experiment.untrained and system.target_context == context_in(config):
                 yield f"untrained_rows: {system.target_context} is the base model's own context, which needs no extension"
+    yield from check_long_context(experiment)
     yield from check_vocabularies(experiment)
     config = model_config(experiment, experiment.base_model)
     if config and config.get("vocab_size"):
@@ -143,6 +144,23 @@ def check_retrieval_lengths(experiment: Experiment) -> Iterator[str]:
     for length in experiment.retrieval_lengths:
         if "induction" in experiment.retrieval.tasks and length < needed:
             yield f"retrieval.lengths: {length} is too short for the task induction, which needs at least {needed}"
+
+
+def check_long_context(experiment: Experiment) -> Iterator[str]:
+    """Yield that the system that chooses the key tokens cannot read the longest evaluated length."""
+    key_tokens, longest = experiment.evaluation.key_tokens, max(experiment.evaluation.lengths)
+    system = experiment.systems.get(key_tokens.system) if key_tokens else None
+    config = model_config(experiment, system.model) if system else None
+    if key_tokens is None or system is None or not config:
+        return
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    scaling = system.rope_scaling if system.target_context else rope.get("rope_type", rope.get("type"))
+    context = system.target_context or context_in(config)
+    if context and context < longest and scaling != "dynamic":  # a dynamic scaling adapts to any length
+        yield (
+            f"evaluation.key_tokens.system: {key_tokens.system!r} has a context of {context} tokens, less than the longest of "
+            f"evaluation.lengths, {longest}"
+        )
 
 
 # --- models ----------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ def check_values(config: Configuration, experiment: Experiment) -> Iterator[str]
         experiment: made from it.
     """
     yield from check_evaluation(experiment)
+    yield from check_key_tokens(experiment)
     yield from check_ablations(config, experiment)
     yield from check_pretraining(experiment)
     datasets = experiment.evaluation.datasets
@@ -85,6 +86,29 @@ def check_evaluation(experiment: Experiment) -> Iterator[str]:
             yield f"retrieval.lengths: {length} is not in evaluation.lengths ({', '.join(map(str, evaluation.lengths))})"
 
 
+def check_key_tokens(experiment: Experiment) -> Iterator[str]:
+    """Yield what is wrong with how the key tokens of LongPPL are found."""
+    evaluation, key_tokens, key = experiment.evaluation, experiment.evaluation.key_tokens, "evaluation.key_tokens"
+    if key_tokens is None:
+        return
+    if evaluation.protocol != "exact":
+        yield f"{key}: needs evaluation.protocol: exact, which scores every token once, found {evaluation.protocol}"
+    if key_tokens.short_context >= max(evaluation.lengths):
+        yield (
+            f"{key}.short_context: {key_tokens.short_context} is not below the longest of evaluation.lengths, "
+            f"{max(evaluation.lengths)}"
+        )
+    same = [name for name in experiment.listed if experiment.systems[name].tokenizer == experiment.tokenizer]
+    if key_tokens.system not in experiment.listed:
+        yield f"{key}.system: {key_tokens.system!r} is not a system (legal: {', '.join(same)})"
+    elif key_tokens.system not in same:
+        tokenizer = experiment.systems[key_tokens.system].tokenizer
+        yield (
+            f"{key}.system: {key_tokens.system!r} has the tokenizer {tokenizer} instead of the base model's "
+            f"(legal: {', '.join(same)}); if the two are equal, set its tokenizer to {experiment.tokenizer}"
+        )
+
+
 def check_ablations(config: Configuration, experiment: Experiment) -> Iterator[str]:
     """Yield which ablations do not vary a trained system, or vary nothing."""
     trained = [name for name in experiment.listed if experiment.systems[name].training]
@@ -109,7 +133,8 @@ def check_system(name: str, config: Configuration, experiment: Experiment) -> It
     row, system = config.systems[name], experiment.systems[name]
     if row.training is not None and system.model != experiment.base_model:
         yield f"systems.{name}.model: {system.model} is evaluated as it is; only the base_model is trained"
-    if row.training is None and not row.table_row:
+    key_tokens = experiment.evaluation.key_tokens
+    if row.training is None and not row.table_row and not (key_tokens and key_tokens.system == name):
         yield f"systems.{name}.table_row: false needs 'training': of a system that is not trained, nothing else would be made"
     yield from check_scaling(name, row, system)
     if row.rope_scaling == "best":

@@ -345,7 +345,7 @@ class SystemSection(Section):
     table_row: bool = Field(
         default=True,
         description="Measure perplexity and retrieval, as a row of their tables and plots; false is for a trained system, such "
-        "as a chat model.",
+        "as a chat model, or the system of evaluation.key_tokens.",
     )
 
 
@@ -355,6 +355,21 @@ class EvaluationDataset(Section):
     label: Text = Field(description="Name in tables and plots.")
     paths: Paths = Field(
         description="One .bin file of token ids, or texts: local files or addresses that fsspec opens (wildcards allowed)."
+    )
+
+
+class KeyTokensSection(Section):
+    """The tokens that a long context helps to predict; their perplexity is LongPPL."""
+
+    system: Text = Field(
+        description="Name of the system that chooses the key tokens for all systems; best a strong model that is no row of the "
+        "table itself."
+    )
+    short_context: int = Field(
+        default=1024,
+        ge=4,
+        description="Tokens of the short context: a key token is predicted much better from the longest of evaluation.lengths "
+        "than from its last tokens.",
     )
 
 
@@ -376,6 +391,10 @@ class EvaluationSettings(Section):
         description="Precision of the weights: nf4 (4 bit), int8, a float type, or auto (16 bit on a GPU, float32 on a CPU).",
     )
     num_processes: Count = Field(default=1, description="Processes that share the windows of a cell, one per GPU.")
+    key_tokens: KeyTokensSection | None = Field(
+        default=None,
+        description="Measure LongPPL, the perplexity of the tokens that need a long context; needs protocol: exact.",
+    )
     datasets: dict[Name, EvaluationDataset] = Field(min_length=1, description="Evaluation sets by name.")
 
 

@@ -82,6 +82,16 @@ def sampling_units(windows: pandas.DataFrame, protocol: Protocol) -> tuple[numpy
     return windows["nll"].to_numpy(), windows["num_scored"].to_numpy(), "windows"
 
 
+def on_key_tokens(windows: pandas.DataFrame) -> pandas.DataFrame:
+    """Windows with the loss of their key tokens in place of the loss of all their tokens.
+
+    Args:
+        windows: one row per window, with num_key_tokens and key_nll, see
+            :func:`longqlora.evaluation.perplexity.score_windows`.
+    """
+    return windows.assign(num_scored=windows["num_key_tokens"], nll=windows["key_nll"])
+
+
 def num_overlapping_windows(protocol: Protocol) -> int:
     """Number of preceding windows that each window shares scored tokens with; 0 if every token is scored at most once."""
     return math.ceil(protocol.window / protocol.stride) - 1 if protocol.name == "longlora" else 0

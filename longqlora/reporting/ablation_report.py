@@ -5,7 +5,7 @@ import pandas
 from longqlora.config.settings import Ablation
 from longqlora.reporting.comparisons import differences
 from longqlora.reporting.plots import draw_panels
-from longqlora.reporting.records import Labels, published_records, read_records
+from longqlora.reporting.records import Labels, longppl_of, published_records, read_records
 from longqlora.reporting.tables import Results, write_latex, write_markdown
 
 AXES = {
@@ -46,7 +46,8 @@ def render_ablation(cells: pandas.DataFrame, windows: list[str], title: str, *, 
         title: title of the table.
         csv, markdown, latex: files to write.
     """
-    results = Results(cells, pandas.DataFrame(), published_records([]), differences(cells, windows))
+    key_pairs = differences(longppl_of(cells), windows, of_key_tokens=True)
+    results = Results(cells, pandas.DataFrame(), published_records([]), differences(cells, windows), key_pairs=key_pairs)
     cells.drop(columns="loss_by_position").to_csv(csv, index=False)
     write_markdown(markdown, results, title)
     write_latex(latex, results, "tab:ablation", title)

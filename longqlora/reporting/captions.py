@@ -34,6 +34,7 @@ def caption_of(
     sentences = describe_gains(gains, notation) + describe_numbers(cells, notation)
     sentences += describe_retrieval(cells, retrieval, notation) + describe_choices(choices, notation)
     plain = escape_latex if notation is LATEX else str
+    sentences += [plain(sentence) for sentence in describe_longppl(cells)]
     for base, length in prices[["base", "eval_length"]].drop_duplicates().itertuples(index=False):
         sentences.append(
             f"Change at {length}: of the perplexity compared with {plain(base)}, at the longest length measured within its "
@@ -43,6 +44,8 @@ def caption_of(
     if len(others):
         named = plain(", ".join(others))
         sentences.append(f"Perplexity per token of its own tokenizer, not comparable with the other rows: {named}.")
+        if "longppl" in cells:
+            sentences[-1] += " They have no LongPPL, because the key tokens are of the base model's tokenizer."
     sentences += [f"Warning: {plain(warning)}" for warning in cells["dataset_warning"].dropna().unique()]
     return " ".join(sentences)
 
@@ -111,3 +114,17 @@ def describe_choices(choices: list[tuple[list[str], dict]], notation: Notation) 
             f"the loss in precision {choice['precision']} on {choice['tokens']} tokens of training data ({measured})."
         )
     return sentences
+
+
+def describe_longppl(cells: pandas.DataFrame) -> list[str]:
+    """Sentences about LongPPL: on which tokens it is measured, and who chose them."""
+    if "longppl" not in cells:
+        return []
+    cells = cells[cells["num_key_tokens"].notna() & (cells["eval_length"] == cells["eval_length"].max())]
+    evaluator, length = cells[["evaluator_label", "eval_length"]].iloc[0]
+    counts = cells.drop_duplicates("dataset_label")[["num_key_tokens", "num_scored", "dataset_label"]]
+    named = ", ".join(f"{key:.0f} of {scored} in {dataset}" for key, scored, dataset in counts.itertuples(index=False))
+    return [
+        f"LongPPL at {length}: the perplexity of the tokens that a long context helps to predict ({named}), as chosen by "
+        f"{evaluator}, which the choice favors."
+    ]

@@ -7,7 +7,7 @@ from itertools import combinations
 import pandas
 
 from longqlora.config.settings import Protocol
-from longqlora.evaluation.statistics import paired_difference
+from longqlora.evaluation.statistics import on_key_tokens, paired_difference
 
 LOW_PERPLEXITY = 1.1  # a perplexity is low if it is at most this many times the best of its column
 POOR_RETRIEVAL = 0.5  # retrieval is poor if its accuracy is below this
@@ -21,12 +21,13 @@ DIFFERENCES = [
 ]  # fmt: skip
 
 
-def differences(cells: pandas.DataFrame, windows: list[str]) -> pandas.DataFrame:
+def differences(cells: pandas.DataFrame, windows: list[str], of_key_tokens: bool = False) -> pandas.DataFrame:
     """Paired differences between all systems that were measured on the same windows of the same tokens.
 
     Args:
         cells: see :func:`longqlora.reporting.records.read_records`.
-        windows: Parquet file with the losses of each cell's windows, in the order of the cells.
+        windows: Parquet file with the losses of each cell's windows, by the index of the cells.
+        of_key_tokens: compare the losses of the key tokens instead of those of all tokens.
 
     Returns:
         One row per pair of systems in a column of the table: difference of their mean losses (nats, below 0 if ``system`` is
@@ -37,6 +38,7 @@ def differences(cells: pandas.DataFrame, windows: list[str]) -> pandas.DataFrame
     for (dataset, length), group in cells.groupby(COLUMN, sort=False):
         records = group.to_dict("records")
         losses = [pandas.read_parquet(windows[index]) for index in group.index]
+        losses = [on_key_tokens(loss) for loss in losses] if of_key_tokens else losses
         for one, other in combinations(range(len(records)), 2):
             if records[one]["has_own_tokenizer"] != records[other]["has_own_tokenizer"]:
                 continue  # other tokens, even if there happen to be as many windows

@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from longqlora.reporting.figures import panels_for
 from longqlora.reporting.notation import format_perplexity
-from longqlora.reporting.records import Labels, published_records, read_records
+from longqlora.reporting.records import Labels, longppl_of, published_records, read_records
 
 CLIPPING_RATIO = 2  # values above this many times the best one may lie outside the panel
 SMALLEST_RANGE = 1.5  # height of a panel relative to its lowest value, at least: small differences should look small
@@ -113,7 +113,7 @@ def panels_with_legend(outputs: list[str], num_panels: int, num_labels: int) -> 
 
 
 def plot_perplexity(records: list[str], labels: Labels, published: list[dict], outputs: list[str]) -> None:
-    """Draw perplexity against context length, one panel per evaluation set.
+    """Draw perplexity against context length, one panel per evaluation set, and one more for its LongPPL if that is measured.
 
     Args:
         records: JSON records of perplexity.
@@ -121,7 +121,10 @@ def plot_perplexity(records: list[str], labels: Labels, published: list[dict], o
         published: rows from the literature, drawn dashed, see :func:`longqlora.reporting.records.published_records`.
         outputs: image files to write, in the format of their suffix.
     """
-    cells = pandas.concat([read_records(records, labels), published_records(published)], ignore_index=True)
+    measured = read_records(records, labels)
+    longppl = longppl_of(measured)
+    longppl = longppl.assign(dataset_label=longppl["dataset_label"] + ", LongPPL")
+    cells = pandas.concat([measured, published_records(published), longppl], ignore_index=True)
     draw_panels(cells, outputs, "eval_length", "context length (tokens)")
 
 

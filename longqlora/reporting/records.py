@@ -25,9 +25,25 @@ def read_records(paths: list[str], labels: Labels) -> pandas.DataFrame:
 
 
 def labels_of(record: dict, labels: Labels) -> dict[str, str]:
-    """``label``, and ``dataset_label`` if the record has an evaluation set."""
-    system = {"label": labels["system"][record["system"]]}
-    return system | ({"dataset_label": labels["dataset"][record["dataset"]]} if "dataset" in record else {})
+    """``label``; ``dataset_label`` if the record has an evaluation set; ``evaluator_label`` if it has a LongPPL."""
+    found = {"label": labels["system"][record["system"]]}
+    if "dataset" in record:
+        found["dataset_label"] = labels["dataset"][record["dataset"]]
+    if record.get("evaluator"):
+        found["evaluator_label"] = labels["system"][record["evaluator"]]
+    return found
+
+
+def longppl_of(cells: pandas.DataFrame) -> pandas.DataFrame:
+    """The cells that have a LongPPL, with it in place of the perplexity; the index stays.
+
+    Args:
+        cells: records of perplexity, see :func:`read_records`.
+    """
+    if "longppl" not in cells:
+        return cells.iloc[:0]
+    found = cells.dropna(subset="longppl")
+    return found.assign(perplexity=found["longppl"].astype(float), standard_error=found["key_standard_error"].astype(float))
 
 
 def published_records(published: list[dict]) -> pandas.DataFrame:

@@ -12,6 +12,7 @@ import pandas
 
 from longqlora.reporting.captions import caption_of
 from longqlora.reporting.comparisons import (
+    DIFFERENCES,
     differences,
     gains_from_training,
     low_perplexity_poor_retrieval,
@@ -19,7 +20,7 @@ from longqlora.reporting.comparisons import (
     statistically_best,
 )
 from longqlora.reporting.notation import LATEX, MARKDOWN, Notation, escape_latex, format_perplexity
-from longqlora.reporting.records import Labels, published_records, read_records
+from longqlora.reporting.records import Labels, longppl_of, published_records, read_records
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Results:
         extended: labels of the trained and the untrained rows, see
             :func:`longqlora.reporting.comparisons.gains_from_training`.
         choices: labels of rows with ``rope_scaling: best``, and the record of their choice.
+        key_pairs: ``pairs`` of the losses of the key tokens; empty if there is no LongPPL.
     """
 
     measured: pandas.DataFrame
@@ -44,6 +46,13 @@ class Results:
     base: str | None = None
     extended: dict[int, dict[str, list[str]]] = field(default_factory=dict)
     choices: list[tuple[list[str], dict]] = field(default_factory=list)
+    key_pairs: pandas.DataFrame = field(default_factory=lambda: pandas.DataFrame(columns=DIFFERENCES))
+
+    @property
+    def longppl(self) -> pandas.DataFrame:
+        """The measured cells of the longest length, with their LongPPL in place of the perplexity; may be empty."""
+        cells = longppl_of(self.measured)
+        return cells[cells["eval_length"] == cells["eval_length"].max()]
 
     @property
     def cells(self) -> pandas.DataFrame:
@@ -103,6 +112,7 @@ def read_results(
             ([label_of[name] for name in names], json.loads(Path(path).read_text(encoding="utf-8")))
             for path, names in choices.items()
         ],
+        key_pairs=differences(longppl_of(measured), windows, of_key_tokens=True),
     )
 
 
@@ -125,7 +135,8 @@ def format_price(price: dict | None, notation: Notation) -> str:
 
 def layout(results: Results, notation: Notation) -> pandas.DataFrame:
     """The table as text: systems as rows, (evaluation set, context length) as columns, each followed by the retrieval accuracy
-    if it was measured at that length. The last column of an evaluation set is the change from the base model at a short length.
+    if it was measured at that length. The last columns of an evaluation set are the LongPPL at the longest length, and the
+    change from the base model at a short length.
     """
     cells = results.cells
     best = statistically_best(results.measured, results.pairs)
@@ -133,6 +144,8 @@ def layout(results: Results, notation: Notation) -> pandas.DataFrame:
     accuracies = {(cell["label"], cell["eval_length"]): cell["accuracy"] for cell in results.retrieval.to_dict("records")}
     retrieval_lengths = {length for _, length in accuracies}
     by_place = {(cell["label"], cell["dataset_label"], cell["eval_length"]): cell for cell in cells.to_dict("records")}
+    longppl, best_longppl = results.longppl, statistically_best(results.longppl, results.key_pairs)
+    by_row = {(cell["label"], cell["dataset_label"]): cell for cell in longppl.to_dict("records")}
     prices, short = {}, None
     for price in results.prices.to_dict("records"):
         prices[price["label"], price["dataset_label"]], short = price, price["eval_length"]
@@ -147,6 +160,9 @@ def layout(results: Results, notation: Notation) -> pandas.DataFrame:
                     accuracy = accuracies.get((label, length))
                     text = "–" if accuracy is None else f"{100 * accuracy:.0f}{notation.percent}"
                     row[dataset, f"retrieval at {length}"] = text + (notation.warning if place in warned else "")
+            if by_row:
+                place, cell = (label, dataset, longppl["eval_length"].iloc[0]), by_row.get((label, dataset))
+                row[dataset, f"LongPPL at {place[2]}"] = format_cell(cell, notation, place in best_longppl) if cell else "–"
             if prices:
                 row[dataset, f"change at {short}"] = format_price(prices.get((label, dataset)), notation)
         rows[label] = row
@@ -199,8 +215,10 @@ def write_latex(path: str, results: Results, reference: str, title: str | None =
 
 
 def render_table(results: Results, *, csv: str, markdown: str, latex: str, differences_csv: str) -> None:
-    """Write the table of an experiment as CSV, Markdown and LaTeX, and the paired differences as CSV."""
-    results.pairs.to_csv(differences_csv, index=False)
+    """Write the table of an experiment as CSV, Markdown and LaTeX, and the paired differences (of all tokens and
+    of the key tokens) as CSV."""
+    pairs = {"all": results.pairs, "key": results.key_pairs}
+    pandas.concat([part.assign(tokens=tokens) for tokens, part in pairs.items()]).to_csv(differences_csv, index=False)
     write_csv(csv, results)
     write_markdown(markdown, results)
     write_latex(latex, results, "tab:perplexity")

@@ -33,6 +33,7 @@ FULL_FINETUNED = [name for name in TRAINED if SYSTEMS[name].training.method == "
 ADAPTED = [name for name in TRAINED if name not in FULL_FINETUNED]
 DATASETS = EXPERIMENT.evaluation.datasets
 LENGTHS = EXPERIMENT.evaluation.lengths
+KEY_TOKENS = EXPERIMENT.evaluation.key_tokens  # None if LongPPL is not measured
 CORPUS, SFT = EXPERIMENT.corpus, EXPERIMENT.sft  # None if the experiment does not have it
 CHAT = [name for name in LISTED_TRAINED if SYSTEMS[name].training.data == "sft" and SFT.held_out]  # compared by their answers
 GPUS = int(EXPERIMENT.device == "cuda")  # needed by a job that runs a model; the profile says how many the machine has
@@ -172,10 +173,21 @@ def evaluation_files(output, datasets=DATASETS):
     return files
 
 
+def evaluator_of(wildcards):
+    """Name of the system that chooses the key tokens on which a system's LongPPL is measured; None: it is not measured."""
+    return KEY_TOKENS.system if KEY_TOKENS and not has_own_tokenizer(wildcards) else None
+
+
+def key_tokens_of(wildcards):
+    """The files with the key tokens of the evaluation sets, if a system's LongPPL is measured."""
+    name = evaluator_of(wildcards)
+    return expand(rules.find_key_tokens.output.key_tokens, system=name) if name else []
+
+
 def labels_of(systems):
     """Labels of systems and evaluation sets in tables and plots, by their names."""
     return {
-        "system": {name: SYSTEMS[name].label for name in systems},
+        "system": {name: SYSTEMS[name].label for name in [*systems, *([KEY_TOKENS.system] if KEY_TOKENS else [])]},
         "dataset": {name: dataset.label for name, dataset in DATASETS.items()},
     }
 

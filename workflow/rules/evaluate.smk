@@ -2,10 +2,44 @@
 # by {system}. One job measures all evaluation sets, because loading a model takes longer than a small set.
 
 
+if KEY_TOKENS:
+
+    rule find_key_tokens:
+        input:
+            tokens=evaluation_files("tokens"),
+            descriptions=evaluation_files("description"),
+            model=made_folders,
+        output:
+            key_tokens=expand(f"{RESULTS}/tokens/key/{{{{system}}}}/{{dataset}}.parquet", dataset=DATASETS),
+        log:
+            f"{RESULTS}/logs/find_key_tokens/{{system}}.log",
+        benchmark:
+            f"{RESULTS}/benchmarks/find_key_tokens/{{system}}.tsv"
+        wildcard_constraints:
+            system=one_of([KEY_TOKENS.system]),
+        conda:
+            "../../environment.yml"
+        resources:
+            gpu=GPUS,
+        params:
+            *code_of("find_key_tokens"),
+            model=model_of,
+            model_contents=contents_of_evaluated,
+            protocol=protocol_at(EXPERIMENT.evaluation, max(LENGTHS)).model_dump(),
+            short_context=KEY_TOKENS.short_context,
+            device=EXPERIMENT.device,
+            datasets=lambda wildcards, input: list(DATASETS),
+        message:
+            "key tokens of the evaluation sets, by {wildcards.system}"
+        script:
+            "../scripts/find_key_tokens.py"
+
+
 rule evaluate_perplexity:
     input:
         tokens=evaluation_files("tokens"),
         descriptions=evaluation_files("description"),
+        key_tokens=key_tokens_of,
         model=made_folders,
         scaling=scaling_of_evaluated,
     output:
@@ -26,6 +60,7 @@ rule evaluate_perplexity:
         model=model_of,
         model_contents=contents_of_evaluated,
         has_own_tokenizer=has_own_tokenizer,
+        evaluator=evaluator_of,
         protocol=lambda wildcards: protocol_at(EXPERIMENT.evaluation, int(wildcards.length)).model_dump(),
         device=EXPERIMENT.device,
         # Snakemake does not compare params that are functions of the input: one changes no result, the other is in the outputs

@@ -1,7 +1,7 @@
 """Measure the perplexity of a system at one context length, on every evaluation set.
 
-Reads a model and token streams; writes one result (JSON) and the losses of the windows (Parquet) for each evaluation set. Fails
-if a stream was made with another tokenizer, or a loss is not a number.
+Reads a model, token streams and, for LongPPL, key tokens; writes one result (JSON) and the losses of the windows (Parquet) for
+each evaluation set. Fails if a stream was made with another tokenizer, or a loss is not a number.
 """
 
 import json
@@ -28,6 +28,7 @@ with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, snakemake.
         protocol=Protocol(**snakemake.params.protocol),
         device=snakemake.params.device,
         windows=dict(zip(datasets, snakemake.output.windows, strict=True)),
+        key_tokens=dict(zip(datasets, snakemake.input.key_tokens, strict=False)),  # there are none if LongPPL is not measured
     )
     for dataset, path in zip(datasets, snakemake.output.records, strict=True):
         cell = {
@@ -35,6 +36,7 @@ with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, snakemake.
             "dataset": dataset,
             "eval_length": int(snakemake.wildcards.length),
             "has_own_tokenizer": snakemake.params.has_own_tokenizer,
+            "evaluator": snakemake.params.evaluator,
         }
         record = cell | results[dataset] | stamp(snakemake.params)
         Path(path).write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
