@@ -482,6 +482,19 @@ def test_another_rope_scaling_retrains_that_system_only(project, config_file):
     }  # fmt: skip
 
 
+def test_a_scaling_is_chosen_once_for_all_systems_that_share_target_data_and_precision(project, config_file):
+    best = {"label": "best", "target_context": 256, "rope_scaling": "best", "training": {}}
+    systems = {"best": best, "narrow": best | {"label": "narrow", "training": {"rank": 2}}}
+    edit(config_file, lambda config: config["systems"].update(systems))
+    assert planned(project)["choose_scaling"] == 1
+    run = snakemake(project, "results/demo/scalings/256-corpus-nf4.json")
+    assert run.returncode == 0, run.stdout + run.stderr
+    edit(config_file, lambda config: config["training"].update(steps=3))
+    assert "choose_scaling" not in planned(project)
+    edit(config_file, lambda config: config["systems"]["best"].update(target_context=512))
+    assert planned(project)["choose_scaling"] == 1
+
+
 def test_a_published_model_is_a_row_of_its_own_with_its_own_tokenizer(project, config_file):
     published = {"label": "published", "model": "owner/model"}
     edit(config_file, lambda config: config["systems"].update(published=published))
