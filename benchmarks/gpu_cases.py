@@ -301,12 +301,13 @@ def generate(device: str, shape: str, tokens: int, new_tokens: int = 16) -> Iter
     where = find_device(device)
     model = prepare_case(CASES["forward"], shape, "nf4", tokens, where)
     held_memory(where)
-    ids = torch.randint(training_cases.SHAPES[shape]["vocab_size"], (tokens - 2 * new_tokens,)).tolist()
-    tokenizer = SimpleNamespace(eos_token_id=None, batch_decode=lambda rows, **options: [""] * len(rows))
+    vocab_size = training_cases.SHAPES[shape]["vocab_size"]
+    ids = torch.randint(vocab_size, (tokens - 2 * new_tokens,)).tolist()
+    tokenizer = SimpleNamespace(batch_decode=lambda rows, **options: [""] * len(rows))
     seconds = []
     for new in (1, 1, 1 + new_tokens):
         started = time.perf_counter()
-        answer(model, tokenizer, [Prompt(ids, ["nothing"])], new)
+        answer(model, tokenizer, [Prompt(ids, ["nothing"])], new, stop=[vocab_size])  # no token, so no answer ends early
         seconds.append(time.perf_counter() - started)
     yield {
         "prefill_s": round(seconds[1], 3),

@@ -229,7 +229,8 @@ def evaluations(trainings: Trainings) -> dict[str, Callable[[], float]]:
 
     def accuracy(task: str) -> float:
         return evaluate_retrieval(
-            model=models["merged, nf4"], tokenizer=trainings.base, filler=evaluation_set, length=trainings.tokens,
+            model=models["merged, nf4"], untrained=trainings.base, tokenizer=trainings.base, is_trained_to_answer=False,
+            filler=evaluation_set, length=trainings.tokens,
             settings=RetrievalSettings(tasks=[task], depths=[0.5], samples=2, seed=1), device=trainings.device,
         )["accuracy"]  # fmt: skip
 

@@ -56,7 +56,11 @@ def complete(config: Configuration) -> Experiment:
         untrained=[name for name in listed if name not in written.systems],
         evaluation=evaluation.model_copy(update={"datasets": datasets}),
         retrieval=RetrievalSettings(
-            tasks=retrieval.tasks, depths=retrieval.depths, samples=retrieval.samples, seed=config.seed
+            tasks=retrieval.tasks,
+            depths=retrieval.depths,
+            samples=retrieval.samples,
+            chat_template=retrieval.chat_template,
+            seed=config.seed,
         ),
         retrieval_lengths=retrieval.lengths or evaluation.lengths,
         filler=retrieval.filler or next(iter(datasets)),

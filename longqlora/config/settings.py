@@ -416,6 +416,11 @@ class RetrievalSection(Section):
     filler: Text | None = Field(
         default=None, description="Name of the evaluation set that the surrounding text comes from; by default the first."
     )
+    chat_template: bool = Field(
+        default=True,
+        description="Ask a model through the chat template of its tokenizer, if it has one; false asks every model in plain "
+        "text. The task induction has no question.",
+    )
 
 
 class AblationGrid(Section):
@@ -523,13 +528,14 @@ class RetrievalSettings(Section):
     """The questions of one retrieval cell.
 
     Attributes:
-        tasks, depths, samples: see :class:`RetrievalSection`.
+        tasks, depths, samples, chat_template: see :class:`RetrievalSection`.
         seed: of the experiment.
     """
 
     tasks: list[RetrievalTask]
     depths: list[float]
     samples: int
+    chat_template: bool = True
     seed: int
 
 

@@ -165,3 +165,31 @@ def tokenize_conversation(
         is_learned = number < len(learned) and end > learned[number][0]
         labels.append(token if is_learned else IGNORED)
     return ids, labels
+
+
+def tokenize_question(tokenizer, before: str, after: str, answer_prefix: str) -> tuple[list[int], list[int]]:
+    """Encode a question with the chat template, and the begin of its answer, which a model continues. Special tokens that are
+    spelled out in either are encoded as text.
+
+    Args:
+        tokenizer: of transformers, with a chat template.
+        before, after: parts of the question; between them lies a text whose token ids are known.
+        answer_prefix: how the answer begins.
+
+    Returns:
+        The token ids before that text, and those after it.
+
+    Raises:
+        ValueError: if the template does not write all parts.
+    """
+    control, between = control_tokens(tokenizer), "\ufdd1"  # no character, and so in no text
+    question, answer = (replace_all(text, control.in_message) for text in (before + between + after, answer_prefix))
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    head, found, rest = tokenizer.apply_chat_template(messages, tokenize=False).partition(between)
+    tail, begun, _ = rest.rpartition(answer)
+    if not (found and begun):
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path} does not write a question and the begin of its answer; "
+            "retrieval.chat_template: false asks in plain text"
+        )
+    return control.encode(head)[0], control.encode(tail + begun)[0]

@@ -15,7 +15,7 @@ prompt of a cell has the same number of tokens. A prompt is a list of token ids.
 import hashlib
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ WORDS = (
 PASSAGE_TOKENS = 28  # length of the repeated passage of induction
 UNSCORED_TOKENS = 4  # first tokens of the repetition, from which a model recognizes the passage that follows
 NUM_CANDIDATES = 8  # passages of induction, one of which is repeated
-SLACK_TOKENS = 8  # tokens that an answer may have besides the numbers it is asked for
+SLACK_TOKENS = 8  # tokens that an answer may have besides each number it is asked for: chat models write numbered lists
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,14 @@ class Needles:
         instruction: comes before the filler.
         hidden: needles to insert into the filler; the first one is asked for.
         question: comes after the filler.
+        answer_prefix: how the answer begins; the model continues it.
         answers: numbers that a correct answer contains.
     """
 
     instruction: str
     hidden: list[str]
     question: str
+    answer_prefix: str
     answers: list[str]
 
 
@@ -67,7 +69,8 @@ def draw_needles(task: str, rng: random.Random) -> Needles:
             "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you about "
             "the important information there.\n",
             [f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n"],
-            "\nWhat is the pass key? The pass key is",
+            "\nWhat is the pass key?",
+            "The pass key is",
             [key],
         )
     words = rng.sample(WORDS, NUM_NEEDLES if task == "multi_key" else 1)
@@ -78,15 +81,25 @@ def draw_needles(task: str, rng: random.Random) -> Needles:
         f"\nOne of the special magic numbers for {word} is: {value}.\n" for word, value in zip(words, values, strict=True)
     ]
     asked, several = words[0], task == "multi_value"
-    subject, verb = ("numbers", "are") if several else ("number", "is")
+    subject, verb, every = ("numbers", "are", "all ") if several else ("number", "is", "")
     return Needles(
         f"Some special magic numbers are hidden within the following text. Make sure to memorize them. I will quiz you about "
         f"the {subject} afterwards.\n",
         hidden,
-        f"\nWhat {verb} the special magic {subject} for {asked} mentioned in the provided text? The special magic {subject} "
-        f"for {asked} mentioned in the provided text {verb}",
+        f"\nWhat {verb} {every}the special magic {subject} for {asked} mentioned in the provided text?",
+        f"The special magic {subject} for {asked} mentioned in the provided text {verb}",
         values if several else values[:1],
     )
+
+
+def plain_frame(tokenizer, needles: Needles) -> tuple[list[int], list[int]]:
+    """The token ids before and after the filler in a plain prompt, which any model can continue."""
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    instruction, question = (
+        tokenizer(text, add_special_tokens=False)["input_ids"]
+        for text in (needles.instruction, f"{needles.question} {needles.answer_prefix}")
+    )
+    return begin + instruction, question
 
 
 def cut_filler(tokens: "numpy.ndarray", length: int, rng: random.Random) -> list[int]:
@@ -117,7 +130,15 @@ def cell_rng(seed: int, task: str, length: int, depth: float) -> random.Random:
 
 
 def make_prompts(
-    task: str, *, length: int, depth: float, samples: int, filler: "numpy.ndarray", tokenizer, seed: int
+    task: str,
+    *,
+    length: int,
+    depth: float,
+    samples: int,
+    filler: "numpy.ndarray",
+    tokenizer,
+    seed: int,
+    frame: Callable[..., tuple[list[int], list[int]]] = plain_frame,
 ) -> tuple[list[Prompt], int]:
     """Prompts of a passkey or needle cell.
 
@@ -129,6 +150,7 @@ def make_prompts(
         filler: ``[num_tokens]``, token ids of an evaluation set.
         tokenizer: tokenizer of the model.
         seed: seed of the experiment.
+        frame: from the tokenizer and the texts of a question to the token ids before and after the filler.
 
     Returns:
         The prompts, and the largest number of tokens of an answer.
@@ -142,11 +164,10 @@ def make_prompts(
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    max_new_tokens = SLACK_TOKENS + max(len(encode(" " + ", ".join(texts.answers))) for texts in needles)
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    max_new_tokens = max(SLACK_TOKENS * len(texts.answers) + len(encode(" " + ", ".join(texts.answers))) for texts in needles)
     prompts = []
     for texts in needles:
-        head, tail = begin + encode(texts.instruction), encode(texts.question)
+        head, tail = frame(tokenizer, texts)
         hidden = [encode(text) for text in texts.hidden]
         needed = max_new_tokens + len(head) + len(tail) + sum(map(len, hidden))
         num_filler = filler_length(length, needed, task)

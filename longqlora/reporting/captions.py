@@ -5,6 +5,7 @@ import pandas
 from longqlora.evaluation.statistics import CONFIDENCE
 from longqlora.reporting.comparisons import LOW_PERPLEXITY, POOR_RETRIEVAL, low_perplexity_poor_retrieval
 from longqlora.reporting.notation import LATEX, Notation, escape_latex, format_perplexity
+from longqlora.reporting.records import chat_sentences
 
 PROTOCOLS = {
     "exact": "every token of a document but its first is scored once, in windows inside the document",
@@ -31,10 +32,10 @@ def caption_of(
         choices: labels of rows with ``rope_scaling: best``, and the record of their choice; may be empty.
         notation: marks of the format.
     """
+    plain = escape_latex if notation is LATEX else str
     sentences = describe_gains(gains, notation) + describe_numbers(cells, notation)
     sentences += describe_retrieval(cells, retrieval, notation) + describe_choices(choices, notation)
-    plain = escape_latex if notation is LATEX else str
-    sentences += [plain(sentence) for sentence in describe_longppl(cells)]
+    sentences += [plain(sentence) for sentence in (*chat_sentences(retrieval), *describe_longppl(cells))]
     for base, length in prices[["base", "eval_length"]].drop_duplicates().itertuples(index=False):
         sentences.append(
             f"Change at {length}: of the perplexity compared with {plain(base)}, at the longest length measured within its "

@@ -46,6 +46,16 @@ def longppl_of(cells: pandas.DataFrame) -> pandas.DataFrame:
     return found.assign(perplexity=found["longppl"].astype(float), standard_error=found["key_standard_error"].astype(float))
 
 
+def chat_sentences(retrieval: pandas.DataFrame) -> list[str]:
+    """A sentence that names the systems whose retrieval questions were written with a chat template; none if there are none.
+
+    Args:
+        retrieval: rows with label and chat_template; may be empty.
+    """
+    labels = () if retrieval.empty else retrieval.loc[retrieval["chat_template"].astype(bool), "label"].unique()
+    return [f"Questions in the chat template of the model: {', '.join(labels)}."] if len(labels) else []
+
+
 def published_records(published: list[dict]) -> pandas.DataFrame:
     """Perplexities from the literature in the shape of :func:`read_records`.
 

@@ -6,7 +6,7 @@ from textwrap import wrap
 import pandas
 
 from longqlora.reporting.figures import panels_for
-from longqlora.reporting.records import Labels, read_records
+from longqlora.reporting.records import Labels, chat_sentences, read_records
 
 
 def read_retrieval(paths: list[str], labels: Labels) -> pandas.DataFrame:
@@ -17,13 +17,14 @@ def read_retrieval(paths: list[str], labels: Labels) -> pandas.DataFrame:
         labels: names of the systems in tables and plots.
 
     Returns:
-        One row per record, task and depth: label, eval_length, rope_scaling, rope_factor, target_context, task, depth,
-        accuracy, samples.
+        One row per record, task and depth: label, eval_length, rope_scaling, rope_factor, target_context, chat_template, task,
+        depth, accuracy, samples.
     """
-    shared = ("label", "eval_length", "rope_scaling", "rope_factor", "target_context")
+    shared = ("label", "eval_length", "rope_scaling", "rope_factor", "target_context", "chat_template")
+    measured = ("task", "depth", "accuracy", "samples")
     return pandas.DataFrame(
         [
-            {key: record[key] for key in shared} | cell
+            {key: record[key] for key in shared} | {key: cell[key] for key in measured}
             for record in read_records(paths, labels).to_dict("records")
             for cell in record["cells"]
         ]
@@ -47,6 +48,7 @@ def render_retrieval(cells: pandas.DataFrame, *, csv: str, markdown: str) -> Non
         text = table.to_markdown(colalign=["left"] + ["right"] * table.shape[1], disable_numparse=True)
         counted = f"mean over {questions} questions at {rows['depth'].nunique()} depths"
         parts.append(f"**{str(task).replace('_', ' ')}**, {counted}\n\n{text}")
+    parts += chat_sentences(cells)
     Path(markdown).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 

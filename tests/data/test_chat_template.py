@@ -12,6 +12,7 @@ from longqlora.data.chat_template import (
     end_of_answer,
     plain_template,
     tokenize_conversation,
+    tokenize_question,
     with_chat_template,
 )
 from longqlora.data.instruction_schemas import Conversation
@@ -259,3 +260,23 @@ def test_the_end_of_an_answer_is_the_token_that_the_template_writes_after_it(tok
     chat = tokenizers["another template"]
     other = PreTrainedTokenizerFast(tokenizer_object=chat.backend_tokenizer, eos_token="</s>", chat_template=template)
     assert end_of_answer(other) == (chat.convert_tokens_to_ids(end) if end else None)
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, CHATML])
+def test_a_question_around_a_text_is_written_as_transformers_writes_it(tokenizer, template):
+    chat = with_or_without_bos(tokenizer, True)
+    chat.chat_template = template
+    before, after = tokenize_question(chat, "Read </s> this:\n", "\nWhat is it?", "It is")
+    messages = [
+        {"role": "user", "content": "Read </s> this:\nTEXT\nWhat is it?"}, {"role": "assistant", "content": "It is"},
+    ]  # fmt: skip
+    expected = chat.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    assert f"{chat.decode(before)}TEXT{chat.decode(after)}" == expected
+    assert chat.eos_token_id not in before  # it is part of the question
+
+
+def test_a_template_that_leaves_out_the_answer_is_refused(tokenizer):
+    chat = with_or_without_bos(tokenizer, True)
+    chat.chat_template = "{{ messages[0]['content'] }}"
+    with pytest.raises(ValueError, match=r"does not write a question and the begin of its answer; retrieval\.chat_template"):
+        tokenize_question(chat, "Read this: ", " What is it?", "It is")

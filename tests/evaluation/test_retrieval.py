@@ -3,14 +3,15 @@ import re
 import numpy
 import pytest
 import torch
-from conftest import evaluated_model, save_base
-from transformers import MptConfig, MptForCausalLM
+from conftest import CHATML, evaluated_model, save_base
+from transformers import AutoTokenizer, GenerationConfig, MptConfig, MptForCausalLM
 
 from longqlora.config.settings import RetrievalSettings
+from longqlora.data.chat_template import VICUNA_SYSTEM
 from longqlora.data.token_files import tokenize_documents
 from longqlora.evaluation import retrieval
 from longqlora.evaluation.evaluated_model import load_evaluated_model
-from longqlora.evaluation.retrieval import answer, evaluate_retrieval, score_repetitions
+from longqlora.evaluation.retrieval import answer, evaluate_retrieval, measure_cell, score_repetitions
 from longqlora.evaluation.retrieval_tasks import NUM_CANDIDATES, PASSAGE_TOKENS, UNSCORED_TOKENS, Prompt, make_prompts
 from longqlora.evaluation.token_losses import NonFiniteLogits
 
@@ -23,6 +24,8 @@ class Reader:
     def __init__(self, model, tokenizer, share: float = 1):
         self.model, self.tokenizer, self.share = model, tokenizer, share
         self.config, self.get_input_embeddings, self.batches = model.config, model.get_input_embeddings, []
+        self.prompts: list[list[int]] = []
+        self.stop: list[int] = []
 
     def continue_prompt(self, ids: list[int]) -> list[int]:
         text = self.tokenizer.decode(ids)
@@ -36,6 +39,8 @@ class Reader:
     def generate(self, ids, attention_mask, generation_config):
         assert attention_mask.shape == ids.shape
         self.batches.append(len(ids))
+        self.prompts += ids.tolist()
+        self.stop = generation_config.eos_token_id
         rows = [self.continue_prompt(row) for row in ids.tolist()]
         longest = max(map(len, rows))
         assert longest <= generation_config.max_new_tokens
@@ -50,11 +55,13 @@ def base(tmp_path_factory, tokenizer) -> str:
 
 @pytest.fixture
 def ask(base, corpus):
-    def run(model=None, filler=corpus, length=600, **settings):
+    def run(model=None, filler=corpus, length=600, tokenizer=base, untrained=base, is_trained_to_answer=False, **settings):
         usual = {"tasks": list(TASKS), "depths": [0.0, 1.0], "samples": 3, "seed": 1}
         return evaluate_retrieval(
             model=model or evaluated_model(base),
-            tokenizer=base,
+            untrained=untrained,
+            tokenizer=tokenizer,
+            is_trained_to_answer=is_trained_to_answer,
             filler=filler,
             length=length,
             settings=RetrievalSettings(**{**usual, **settings}),
@@ -66,13 +73,17 @@ def ask(base, corpus):
 
 @pytest.fixture
 def reading(monkeypatch, tokenizer):
-    """Replace every model that is loaded by a Reader."""
+    """Replace every model that is loaded by a Reader; the list of them."""
 
-    def replace(**options):
+    def replace(**options) -> list[Reader]:
+        readers: list[Reader] = []
+
         def load(*given):
-            return Reader(load_evaluated_model(*given), tokenizer, **options)
+            readers.append(Reader(load_evaluated_model(*given), tokenizer, **options))
+            return readers[-1]
 
         monkeypatch.setattr(retrieval, "load_evaluated_model", load)
+        return readers
 
     return replace
 
@@ -83,6 +94,66 @@ def test_a_model_that_reads_the_prompt_finds_everything(ask, reading):
     assert [(cell["task"], cell["depth"]) for cell in record["cells"]] == [(task, depth) for task in TASKS for depth in (0, 1)]
     assert {cell["accuracy"] for cell in record["cells"]} == {record["accuracy"]} == {1.0}
     assert {cell["samples"] for cell in record["cells"]} == {3}
+
+
+@pytest.fixture
+def chat_tokenizer(base, tmp_path):
+    """The tokenizer of a chat model, whose turns end with another token than texts."""
+    chat = AutoTokenizer.from_pretrained(base)
+    chat.chat_template = CHATML
+    chat.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    chat.save_pretrained(tmp_path / "chat")
+    return chat
+
+
+def test_a_chat_model_is_asked_in_its_chat_template(ask, reading, chat_tokenizer, corpus, tmp_path):
+    readers = reading()
+    record = ask(tasks=["passkey"], depths=[1.0], tokenizer=str(tmp_path / "chat"))
+    assert (record["chat_template"], record["accuracy"]) == (True, 1)
+    end = chat_tokenizer.eos_token_id
+    assert end in numpy.fromfile(corpus, "<u2")
+    start, turn_end = chat_tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    for ids in readers[0].prompts:
+        text = chat_tokenizer.decode(ids)
+        assert text.startswith("<|im_start|>user\nThere is an important info hidden")
+        assert text.endswith("\nWhat is the pass key?<|im_end|>\n<|im_start|>assistant\nThe pass key is")
+        assert [token for token in ids if token in (start, turn_end, end)] == [start, turn_end, start]
+        assert len(ids) == len(readers[0].prompts[0]) < 600
+    plain = ask(tasks=["passkey"], depths=[1.0], tokenizer=str(tmp_path / "chat"), chat_template=False)
+    assert (plain["chat_template"], plain["accuracy"]) == (False, 1)
+    assert chat_tokenizer.decode(readers[1].prompts[0]).endswith("What is the pass key? The pass key is")
+    assert len(readers[1].prompts[0]) == len(readers[0].prompts[0])
+
+
+def test_a_model_that_is_trained_to_answer_is_asked_in_the_template_of_its_training(ask, reading, base):
+    readers = reading()
+    assert ask(tasks=["multi_value"], is_trained_to_answer=True)["chat_template"] is True
+    text = AutoTokenizer.from_pretrained(base).decode(readers[0].prompts[0])
+    assert text.startswith(f"<s>{VICUNA_SYSTEM} USER: Some special magic numbers are hidden")
+    assert re.search(r"mentioned in the provided text\? ASSISTANT: The special magic numbers for \w+ mentioned .* are$", text)
+    assert ask(tasks=["multi_value"])["chat_template"] is False  # the base has no template
+
+
+def test_induction_asks_nothing_and_so_needs_no_template(ask):
+    record = ask(tasks=["induction"], length=64, samples=1, depths=[0.0], is_trained_to_answer=True)
+    assert record["chat_template"] is False
+    assert "answers" not in record["cells"][0]
+
+
+def test_answers_end_where_the_model_does(ask, reading, chat_tokenizer, base, tmp_path):
+    readers = reading()
+    model = save_base(tmp_path / "model", chat_tokenizer, vocab_size=len(chat_tokenizer))
+    ends = chat_tokenizer.convert_tokens_to_ids(["<|im_end|>", "</s>"])
+    GenerationConfig(eos_token_id=ends).save_pretrained(model)
+    ask(model=evaluated_model(model), untrained=model, tokenizer=model, tasks=["passkey"])
+    assert sorted(readers[0].stop) == sorted(ends)
+
+
+def test_the_penalties_of_a_model_for_repeating_do_not_count(ask, base, tmp_path, tokenizer):
+    model = save_base(tmp_path / "model", tokenizer, max_position_embeddings=800)
+    free = ask(model=evaluated_model(model), tasks=["passkey"])
+    GenerationConfig(repetition_penalty=50.0).save_pretrained(model)
+    assert ask(model=evaluated_model(model), tasks=["passkey"])["cells"] == free["cells"]
 
 
 def test_an_answer_with_half_of_several_numbers_scores_one_half(ask, reading):
@@ -104,12 +175,18 @@ def test_a_record_says_how_it_was_measured(ask, base):
 
 
 def test_prompts_are_answered_in_batches_and_each_gets_its_own_score(model, tokenizer, corpus, monkeypatch):
-    monkeypatch.setattr(retrieval, "TOKENS_PER_BATCH", 800)
     filler = numpy.fromfile(corpus, "<u2")
-    prompts, budget = make_prompts("passkey", length=400, depth=0.5, samples=5, filler=filler, tokenizer=tokenizer, seed=1)
-    prompts[3] = Prompt(prompts[3].ids, ["7"])  # which is not in it
+    questions = make_prompts("passkey", length=400, depth=0.5, samples=5, filler=filler, tokenizer=tokenizer, seed=1)
+    questions[0][3] = Prompt(questions[0][3].ids, ["7"])  # which is not in it
     reader = Reader(model, tokenizer)
-    assert answer(reader, tokenizer, prompts, budget) == [1, 1, 1, 0, 1]
+    config = model.config
+    keys_and_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # of a token
+    monkeypatch.setattr(retrieval, "CACHE_BYTES", 2.5 * 400 * 4 * keys_and_values)
+    cell = measure_cell(reader, tokenizer, "passkey", questions, [tokenizer.eos_token_id])
+    assert [one["score"] for one in cell["answers"]] == [1, 1, 1, 0, 1]
+    assert [one["expected"] for one in cell["answers"]] == [prompt.answers for prompt in questions[0]]
+    assert [one["answer"] for one in cell["answers"]][:3] == [prompt.answers[0] for prompt in questions[0][:3]]
+    assert (cell["accuracy"], cell["samples"]) == (0.8, 5)
     assert reader.batches == [2, 2, 1]
 
 
@@ -121,14 +198,30 @@ def greedy(model, ids: list[int], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("attention", ["full", "shifted_sparse"])
-def test_a_model_continues_greedily_with_the_configured_attention(base, tokenizer, attention, monkeypatch):
+def test_a_model_continues_greedily_with_the_configured_attention(base, tokenizer, attention):
     """The answers are what the model says token by token."""
     model = load_evaluated_model(evaluated_model(base, attention=attention), "cpu", 64)
-    texts = []
-    monkeypatch.setattr(retrieval, "score_answer", lambda prompt, text: texts.append(text) or 0)
     prompts = [Prompt(numpy.random.default_rng(seed).integers(3, 512, 60).tolist(), ["1"]) for seed in range(3)]
-    answer(model, tokenizer, prompts, 4)
+    texts = answer(model, tokenizer, prompts, 4, [tokenizer.eos_token_id])
     assert texts == [tokenizer.decode(greedy(model, prompt.ids, 4), skip_special_tokens=True) for prompt in prompts]
+
+
+def test_a_prompt_is_read_once_and_only_its_last_position_has_logits(model, tokenizer):
+    read, scored = [], []
+    model.base_model.register_forward_pre_hook(
+        lambda _, args, given: read.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    model.lm_head.register_forward_pre_hook(lambda _, args: scored.append(args[0].shape[1]))
+    answer(model, tokenizer, [Prompt(list(range(3, 63)), ["1"])] * 2, 4, [512])
+    assert read == [60, 1, 1, 1]
+    assert scored == [1, 1, 1, 1]
+
+
+def test_an_answer_ends_at_any_of_the_stop_tokens(model, tokenizer):
+    ids = list(range(3, 63))
+    said = greedy(model, ids, 4)
+    texts = answer(model, tokenizer, [Prompt(ids, ["1"])], 4, [511, said[1]])
+    assert texts == [tokenizer.decode(said[: said.index(said[1]) + 1], skip_special_tokens=True)]
 
 
 def losses_by_hand(model, text: list[int]) -> float:

@@ -68,12 +68,12 @@ def write_retrieval_cell(folder: Path, label: str, length: int, shares: dict[str
     """Write a record of retrieval; its path."""
     path = folder / f"{label.split()[0]}-{length}.json"
     cells = [
-        {"task": task, "depth": depth, "accuracy": share, "samples": 5}
+        {"task": task, "depth": depth, "accuracy": share, "samples": 5, "answers": [{"answer": "what a model said"}] * 5}
         for task, by_depth in shares.items()
         for depth, share in zip((0, 1), by_depth, strict=True)
     ]
     accuracy = numpy.mean([cell["accuracy"] for cell in cells])
-    stamp = {"rope_scaling": "linear", "rope_factor": 2.0, "target_context": 256}
+    stamp = {"rope_scaling": "linear", "rope_factor": 2.0, "target_context": 256, "chat_template": label != "base"}
     cell = {"system": label.split()[0].lower(), "eval_length": length, "accuracy": accuracy, "cells": cells}
     path.write_text(json.dumps(cell | stamp))
     return str(path)

@@ -18,9 +18,12 @@ def test_the_table_has_a_part_for_each_task(cells, tmp_path):
     assert len(lines) == 4 * 2 * 2
     row = lines.query("label == 'Long & 100 %' and eval_length == 256 and task == 'passkey' and depth == 1")
     assert row["accuracy"].item() == 0.4
+    assert row["chat_template"].item()
+    assert "what a model said" not in (tmp_path / "r.csv").read_text()
     text = (tmp_path / "r.md").read_text()
     assert "**passkey**, mean over 10 questions at 2 depths" in text
     assert "**multi key**, mean over" in text
+    assert text.endswith("\n\nQuestions in the chat template of the model: Long & 100 %, chat_model.\n")
     assert re.search(r"\| Long & 100 % +\| +100 % +\| +60 % +\|", text)
 
 

@@ -174,6 +174,7 @@ def test_a_low_perplexity_with_poor_retrieval_is_marked(records, retrieval, rend
     text = caption(paths["markdown"])
     assert "Retrieval: accuracy, the mean over depths and tasks (multi key, passkey)" in text
     assert "⚠ low perplexity (at most 1.1 times the best of the column), but a retrieval accuracy below 50 %." in text
+    assert "Questions in the chat template of the model: Long & 100 %, chat_model." in text
     cells = pandas.read_csv(paths["csv"])
     assert cells.query("label == 'base' and eval_length == 64")["retrieval_accuracy"].tolist() == [0.95, 0.95]
 
@@ -220,7 +221,7 @@ def test_latex_has_the_same_cells_with_special_characters_escaped(records, retri
         r"33\,\% (!)",
     ]  # fmt: skip
     assert r"$>$1000\textsuperscript{\textdagger}" in text
-    assert r"chat\_model" in text
+    assert r"Questions in the chat template of the model: Long \& 100 \%, chat\_model." in text
     assert not re.search(r"(?<!\\)%", text)
     assert not re.search(r"(?<!\\)_", text.replace(r"\label{tab:perplexity}", ""))
     widths = {len(re.split(r"(?<!\\)&", line)) for line in text.splitlines() if line.endswith(r"\\") and "multicol" not in line}

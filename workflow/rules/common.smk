@@ -153,6 +153,12 @@ def contents_of_evaluated(wildcards):
     return contents_of_model(model_of(wildcards)["path"])
 
 
+def is_trained_to_answer(wildcards):
+    """Whether the weights of a system are trained on instructions."""
+    training = SYSTEMS[SYSTEMS[wildcards.system].weights_of or wildcards.system].training
+    return training is not None and training.data == "sft"
+
+
 def has_own_tokenizer(wildcards):
     """Whether a system is a published model with another tokenizer than the base model."""
     return SYSTEMS[wildcards.system].tokenizer != TOKENIZER

@@ -78,6 +78,7 @@ rule evaluate_retrieval:
         description=evaluation_files("description", [EXPERIMENT.filler]),
         model=made_folders,
         scaling=scaling_of_evaluated,
+        untrained=lambda wildcards: made_model(SYSTEMS[wildcards.system].model),
         tokenizer=lambda wildcards: made_model(SYSTEMS[wildcards.system].tokenizer),
     output:
         record=f"{RESULTS}/retrieval/{{system}}/{{length}}.json",
@@ -94,8 +95,13 @@ rule evaluate_retrieval:
         *code_of("evaluate_retrieval"),
         model=model_of,
         model_contents=contents_of_evaluated,
+        untrained=lookup("{system}/model", within=SYSTEM_VALUES),
+        generation_settings=lambda wildcards: contents_of_generation_settings(SYSTEMS[wildcards.system].model),
         tokenizer=lookup("{system}/tokenizer", within=SYSTEM_VALUES),
-        tokenizer_contents=lambda wildcards: contents_of_tokenizer(SYSTEMS[wildcards.system].tokenizer),
+        tokenizer_contents=lambda wildcards: contents_of_tokenizer(
+            SYSTEMS[wildcards.system].tokenizer, with_chat_template=EXPERIMENT.retrieval.chat_template
+        ),
+        is_trained_to_answer=is_trained_to_answer,
         settings=EXPERIMENT.retrieval.model_dump(),
         device=EXPERIMENT.device,
     message:

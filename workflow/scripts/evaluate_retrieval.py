@@ -19,7 +19,9 @@ with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, 1):
     length = int(snakemake.wildcards.length)
     result = evaluate_retrieval(
         model=model_as_chosen(EvaluatedModel(**snakemake.params.model), read_choice(snakemake.input.scaling)),
+        untrained=snakemake.params.untrained,
         tokenizer=snakemake.params.tokenizer,
+        is_trained_to_answer=snakemake.params.is_trained_to_answer,
         filler=snakemake.input.tokens[0],
         length=length,
         settings=RetrievalSettings(**snakemake.params.settings),
