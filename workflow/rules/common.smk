@@ -36,6 +36,7 @@ LENGTHS = EXPERIMENT.evaluation.lengths
 KEY_TOKENS = EXPERIMENT.evaluation.key_tokens  # None if LongPPL is not measured
 CORPUS, SFT = EXPERIMENT.corpus, EXPERIMENT.sft  # None if the experiment does not have it
 CHAT = [name for name in LISTED_TRAINED if SYSTEMS[name].training.data == "sft" and SFT.held_out]  # compared by their answers
+WRITES_ANSWERS = bool(set(EXPERIMENT.retrieval.tasks) - {"induction"})  # retrieval depends on stop tokens and chat templates
 GPUS = int(EXPERIMENT.device == "cuda")  # needed by a job that runs a model; the profile says how many the machine has
 SYSTEM_VALUES = {name: system.model_dump() for name, system in SYSTEMS.items()}
 

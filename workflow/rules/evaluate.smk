@@ -96,10 +96,12 @@ rule evaluate_retrieval:
         model=model_of,
         model_contents=contents_of_evaluated,
         untrained=lookup("{system}/model", within=SYSTEM_VALUES),
-        generation_settings=lambda wildcards: contents_of_generation_settings(SYSTEMS[wildcards.system].model),
+        generation_settings=lambda wildcards: (
+            contents_of_generation_settings(SYSTEMS[wildcards.system].model) if WRITES_ANSWERS else None
+        ),
         tokenizer=lookup("{system}/tokenizer", within=SYSTEM_VALUES),
         tokenizer_contents=lambda wildcards: contents_of_tokenizer(
-            SYSTEMS[wildcards.system].tokenizer, with_chat_template=EXPERIMENT.retrieval.chat_template
+            SYSTEMS[wildcards.system].tokenizer, with_chat_template=WRITES_ANSWERS and EXPERIMENT.retrieval.chat_template
         ),
         is_trained_to_answer=is_trained_to_answer,
         settings=EXPERIMENT.retrieval.model_dump(),
