@@ -18,7 +18,7 @@ from longqlora.data.hub import is_hub_id
 from longqlora.data.token_descriptions import largest_token
 from longqlora.evaluation.retrieval_tasks import PASSAGE_TOKENS
 from longqlora.jobs.digests import FileFacts
-from longqlora.modeling.compatibility import extension_problems, quantization_problems
+from longqlora.modeling.compatibility import ROPE_FAMILIES, extension_problems, quantization_problems
 from longqlora.modeling.model_files import (
     TOKENIZER_SETTINGS,
     check_safetensors,
@@ -29,7 +29,7 @@ from longqlora.modeling.model_files import (
     tokenizer_files,
     weight_files,
 )
-from longqlora.modeling.rope import context_in, scaling_problems
+from longqlora.modeling.rope import LARGER_THETA, context_in, scaling_problems
 from longqlora.modeling.scaling_choice import choice_problems
 
 SIZES = (
@@ -262,6 +262,10 @@ def model_config(experiment: Experiment, path: str) -> dict | None:
     """The ``config.json`` of a model of this machine, or what the pre-training is going to write; None for one on the hub,
     which its job checks before it loads weights."""
     if is_made_here(path):
+        if trained_on := [name for name, system in experiment.systems.items() if system.base and system.model == path]:
+            base = experiment.systems[str(experiment.systems[trained_on[0]].base)]
+            unknown = {"model_type": ROPE_FAMILIES[0]}  # its job checks a model on the hub
+            return after_training(model_config(experiment, base.model) or unknown, base)
         made = experiment.pretraining
         if made is None or path != experiment.pretrained:
             return None
@@ -271,6 +275,29 @@ def model_config(experiment: Experiment, path: str) -> dict | None:
         return read_config(Path(path))
     except (OSError, ValueError):  # told by model_problems
         return None
+
+
+def after_training(config: dict, system: System) -> dict:
+    """The ``config.json`` of the weights that a training makes, as far as it is checked.
+
+    Args:
+        config: that of the model that is trained.
+        system: that is trained.
+    """
+    extension, context = extension_of(system), context_in(config)
+    if extension is None or extension.target_context == context:
+        return config
+    target = extension.target_context
+    if extension.scaling in LARGER_THETA:
+        return config | {"max_position_embeddings": target} | ({"rope_theta": extension.theta} if extension.theta else {})
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    own = rope.get("factor") or 1.0
+    factor = extension.factor or (own * target / context if context else 1.0)
+    original = context / own if context else target / factor
+    return config | {
+        "max_position_embeddings": original if extension.scaling == "dynamic" else target,
+        "rope_parameters": {"rope_type": extension.scaling, "factor": factor, "original_max_position_embeddings": original},
+    }
 
 
 def read_config(folder: Path) -> dict:
@@ -308,6 +335,8 @@ def check_vocabularies(experiment: Experiment) -> Iterator[str]:
     """Yield which local tokenizers are damaged, or have more tokens than the model that reads them has embeddings."""
     facts, pairs = FileFacts(), {(experiment.tokenizer, experiment.base_model): "base_model"}
     for name, system in experiment.systems.items():
+        if system.base:  # has the embeddings of the model that was trained first
+            continue
         pairs.setdefault((system.tokenizer, system.model), experiment.key_of(name))
     for (tokenizer, model), key in pairs.items():
         config, file = model_config(experiment, model), Path(tokenizer) / "tokenizer.json"

@@ -495,6 +495,19 @@ def test_a_scaling_is_chosen_once_for_all_systems_that_share_target_data_and_pre
     assert planned(project)["choose_scaling"] == 1
 
 
+def test_a_system_that_is_trained_on_another_is_trained_again_with_it(project, config_file):
+    def change(config, **settings):
+        config["systems"]["longqlora"]["training"].update(settings)
+        config["systems"]["tuned"] = {"base": "longqlora", "table_row": False, "training": {"data": "sft"}}
+
+    edit(config_file, change)
+    jobs = planned(project)
+    assert (jobs["train_adapter"], jobs["merge_adapter"], jobs["publish_model"]) == (1, 1, 1)
+    edit(config_file, lambda config: change(config, rank=8))
+    jobs = planned(project)
+    assert (jobs["train_adapter"], jobs["merge_adapter"], jobs["publish_model"]) == (2, 2, 2)
+
+
 def test_a_published_model_is_a_row_of_its_own_with_its_own_tokenizer(project, config_file):
     published = {"label": "published", "model": "owner/model"}
     edit(config_file, lambda config: config["systems"].update(published=published))

@@ -25,7 +25,8 @@ def check_values(config: Configuration, experiment: Experiment) -> Iterator[str]
     for name in config.systems:
         yield from check_system(name, config, experiment)
     for name, system in experiment.systems.items():
-        if system.training is not None:
+        has_wrong_base = name in config.systems and config.systems[name].base is not None and system.base is None
+        if system.training is not None and not has_wrong_base:  # which would give it its context
             yield from check_training(name, system, experiment)
         if system.training is not None and name in config.systems:
             yield from check_length(name, config, system)
@@ -118,6 +119,8 @@ def check_ablations(config: Configuration, experiment: Experiment) -> Iterator[s
             yield f"ablations.{name}.system: {ablation.system!r} is not a trained system (legal: {legal or 'none'})"
             continue
         training = experiment.systems[ablation.system].training
+        if ablation.grid.rope_scaling and experiment.systems[ablation.system].base:
+            yield f"ablations.{name}.grid.rope_scaling: {ablation.system!r} has the scaling of its base; vary that one"
         if ablation.grid.rank and training and training.method == "full":
             yield f"ablations.{name}.grid.rank: {ablation.system!r} trains all weights and has no rank"
         if "theta" in (ablation.grid.rope_scaling or ()) and experiment.systems[ablation.system].rope_theta is None:
@@ -131,13 +134,16 @@ def check_ablations(config: Configuration, experiment: Experiment) -> Iterator[s
 def check_system(name: str, config: Configuration, experiment: Experiment) -> Iterator[str]:
     """Yield what is wrong with a listed system: keys that do not go with each other."""
     row, system = config.systems[name], experiment.systems[name]
-    if row.training is not None and system.model != experiment.base_model:
+    if row.training is not None and row.model is not None and system.model != experiment.base_model:
         yield f"systems.{name}.model: {system.model} is evaluated as it is; only the base_model is trained"
     key_tokens = experiment.evaluation.key_tokens
     if row.training is None and not row.table_row and not (key_tokens and key_tokens.system == name):
         yield f"systems.{name}.table_row: false needs 'training': of a system that is not trained, nothing else would be made"
-    yield from check_scaling(name, row, system)
-    if row.rope_scaling == "best":
+    if row.base is not None:
+        yield from check_base(name, config, experiment)
+    if not continues_its_base(system, experiment):
+        yield from check_scaling(name, row, system)
+    if system.rope_scaling == "best" and row.weights_of is None and not continues_its_base(system, experiment):
         yield from check_choice(name, system, experiment)
     if row.tokenizer is not None and row.model is None and row.weights_of is None:
         yield f"systems.{name}.tokenizer: goes with model; the tokenizer of the base model is base_model.tokenizer"
@@ -151,10 +157,41 @@ def check_system(name: str, config: Configuration, experiment: Experiment) -> It
         legal = ", ".join(other for other in config.systems if config.systems[other].training) or "none"
         yield f"systems.{name}.weights_of: {row.weights_of!r} is not a trained system (legal: {legal})"
         return
-    for key in ("training", "target_context", "rope_scaling", "rope_factor", "rope_theta", "model", "tokenizer"):
+    for key in ("training", "base", "target_context", "rope_scaling", "rope_factor", "rope_theta", "model", "tokenizer"):
         given = getattr(row, key)
         if given is not None and (key == "training" or given != getattr(owner, key)):
             yield f"systems.{name}.{key}: comes from {row.weights_of!r}, whose weights this system has; leave it out"
+
+
+def check_base(name: str, config: Configuration, experiment: Experiment) -> Iterator[str]:
+    """Yield what is wrong with a listed system that is trained on another one."""
+    row, system, key = config.systems[name], experiment.systems[name], f"systems.{name}.base"
+    base = config.systems.get(row.base or "")
+    trained = [other for other in config.systems if config.systems[other].training and other != name]
+    if row.weights_of is not None:  # told with the other keys that come from there
+        return
+    if row.training is None:
+        yield f"{key}: needs 'training'; to evaluate the weights of {row.base!r} in another way, write weights_of: {row.base}"
+    if row.model is not None:
+        yield f"{key}: goes without model: the model of {row.base!r} is trained on"
+    if row.base == name or (base and base.training and system.base is None):
+        yield f"{key}: {row.base!r} is this system itself, or is trained on it"
+    elif base and base.weights_of:
+        yield f"{key}: {row.base!r} has the weights of {base.weights_of!r}; write base: {base.weights_of}"
+    elif base and not base.training:
+        yield f"{key}: {row.base!r} is not trained; leave base out, and give target_context and rope_scaling to this system"
+    elif base is None:
+        yield f"{key}: {row.base!r} is not a trained system (legal: {', '.join(trained) or 'none'})"
+    elif row.rope_scaling and continues_its_base(system, experiment):
+        yield (
+            f"systems.{name}.rope_scaling: has no effect without a target_context above that of {row.base!r}, "
+            f"{system.target_context}, whose scaling this system has; leave it out"
+        )
+
+
+def continues_its_base(system: System, experiment: Experiment) -> bool:
+    """Whether a system has the context of the system that it is trained on, so that nothing is scaled any more."""
+    return system.base is not None and experiment.systems[system.base].target_context == system.target_context
 
 
 def check_scaling(name: str, row: SystemSection, system: System) -> Iterator[str]:

@@ -26,6 +26,7 @@ class System(Section):
     :class:`SystemSection`.
 
     Attributes:
+        model: with ``base``, the folder of that system's merged weights.
         training: None if the system is not trained.
         progress: None if the system is not trained.
     """
@@ -37,6 +38,7 @@ class System(Section):
     rope_scaling: RopeScaling
     rope_factor: float | None
     rope_theta: float | None
+    base: str | None
     weights_of: str | None
     merged: bool
     precision: Precision
@@ -102,6 +104,11 @@ class Experiment(Section):
     def key_of(self, system: str) -> str:
         """The key of the configuration that a system is from."""
         return "untrained_rows" if system in self.untrained else f"systems.{system}"
+
+    def stages_of(self, system: str) -> list[str]:
+        """Names of the systems whose trainings make a system, in their order; the last one is the system itself."""
+        base = self.systems[system].base
+        return [*(self.stages_of(base) if base else []), system]
 
     @property
     def base_row(self) -> str | None:

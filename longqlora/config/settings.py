@@ -329,6 +329,11 @@ class SystemSection(Section):
     training: TrainingSection | None = Field(
         default=None, description="Train this system; the settings given here override the experiment's training settings."
     )
+    base: Text | None = Field(
+        default=None,
+        description="Name of another trained system: this one is trained on its merged model, and has its context and scaling "
+        "unless a larger target_context extends them further.",
+    )
     weights_of: Text | None = Field(
         default=None, description="Name of a trained system whose weights are evaluated in another way; nothing is trained."
     )

@@ -40,19 +40,22 @@ def with_untrained_rows(config: Configuration) -> Configuration:
 
 
 def complete_system(name: str, config: Configuration) -> System:
-    """A listed system, its missing settings filled in from the experiment, or from the system in ``weights_of``."""
+    """A listed system; the experiment, the system in ``weights_of`` and that in ``base`` fill in what it leaves out."""
     row = config.systems[name]
     owner = config.systems.get(row.weights_of or "", SystemSection())
-    model = row.model or owner.model
+    bases = bases_of(row.weights_of or name, config.systems)
+    base_rows = [config.systems[base] for base in bases]
+    model = row.model or owner.model or (weights_folder(config.experiment, bases[0]) if bases else None)
     training, progress = complete_training(row, config.training)
     return System(
-        label=row.label or name,
+        label=label_of(name, config.systems),
         model=one_name(model or config.base_model.path),
         tokenizer=one_name(row.tokenizer or row.model or owner.tokenizer or owner.model or base_tokenizer(config)),
-        target_context=row.target_context or owner.target_context,
-        rope_scaling=row.rope_scaling or owner.rope_scaling or DEFAULT_ROPE_SCALING,
+        target_context=next((each.target_context for each in (row, owner, *base_rows) if each.target_context), None),
+        rope_scaling=next((each.rope_scaling for each in (row, owner, *base_rows) if each.rope_scaling), DEFAULT_ROPE_SCALING),
         rope_factor=row.rope_factor or owner.rope_factor,
         rope_theta=row.rope_theta or owner.rope_theta,
+        base=bases[0] if bases else None,
         weights_of=row.weights_of,
         merged=True if row.merged is None else row.merged,
         precision=row.precision or config.evaluation.precision,
@@ -60,6 +63,27 @@ def complete_system(name: str, config: Configuration) -> System:
         training=training,
         progress=progress,
     )
+
+
+def bases_of(name: str, systems: dict[str, SystemSection]) -> list[str]:
+    """The systems that a listed system is trained on: its base, the base of that one, and so on; none if they form a circle."""
+    found: list[str] = []
+    base = systems[name].base if name in systems else None
+    while base in systems and base not in found and systems[base].training is not None:
+        found.append(base)
+        base = systems[base].base
+    return found if name not in found else []
+
+
+def label_of(name: str, systems: dict[str, SystemSection]) -> str:
+    """A listed system's name in tables and plots: its label, or its own name and what it is trained on."""
+    bases = bases_of(name, systems)
+    return systems[name].label or (f"{name}, trained on {label_of(bases[0], systems)}" if bases else name)
+
+
+def weights_folder(experiment: str, name: str) -> str:
+    """The folder of the weights of a trained system, with its adapter merged into them."""
+    return f"results/{experiment}/weights/{name}"
 
 
 def one_name(folder: str) -> str:
@@ -92,7 +116,8 @@ def complete_training(row: SystemSection, common: TrainingSection) -> tuple[Trai
 
 
 def untrained_model(experiment: Experiment, name: str) -> EvaluatedModel:
-    """A system without its training: the base or its published model, with the system's context extension."""
+    """A system without its training: the model that it is trained on, or its published model, with the system's context
+    extension."""
     system = experiment.systems[name]
     training = experiment.systems[system.weights_of or name].training
     return EvaluatedModel(
@@ -113,7 +138,7 @@ def evaluated_model(experiment: Experiment, name: str) -> EvaluatedModel:
     if training is None:
         return model
     if system.merged or training.method == "full":  # the configuration of the weights has the scaling
-        return model.model_copy(update={"path": f"{experiment.results}/weights/{owner}", "extension": None})
+        return model.model_copy(update={"path": weights_folder(experiment.name, owner), "extension": None})
     return model.model_copy(update={"adapter": f"{experiment.results}/adapters/{owner}"})
 
 

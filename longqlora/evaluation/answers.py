@@ -10,6 +10,7 @@ import torch
 
 from longqlora.config.settings import Device, EvaluatedModel
 from longqlora.data.chat_template import tokenize_conversation, with_chat_template
+from longqlora.data.hub import pinned_model
 from longqlora.data.packing import pad_at_right
 from longqlora.data.readers import read_parquet
 from longqlora.data.token_files import IGNORED, check_token
@@ -76,14 +77,22 @@ def nll_of_answers(model, conversations: list[tuple[list[int], list[int]]]) -> n
 
 
 def evaluate_answers(
-    *, untrained: EvaluatedModel, trained: EvaluatedModel, tokenizer: str, records: str, held_out: int, device: Device
+    *,
+    untrained: EvaluatedModel,
+    trained: EvaluatedModel,
+    base_model: str,
+    tokenizer: str,
+    records: str,
+    held_out: int,
+    device: Device,
 ) -> dict:
     """Measure the loss on the answers of held-out conversations before and after the fine-tuning, and let the fine-tuned model
     answer the last question of the first :data:`NUM_SAMPLES`.
 
     Args:
-        untrained: the system before its fine-tuning: the base model with the system's context extension.
+        untrained: the system before its fine-tuning: the model that is trained, with the system's context extension.
         trained: the system.
+        base_model: directory or hub id of the experiment's base model, whose end tokens end an answer too.
         tokenizer: directory or hub id of the tokenizer of the training data.
         records: Parquet file of the instruction set; its last ``held_out`` records were not trained on.
         held_out: number of these records.
@@ -97,6 +106,7 @@ def evaluate_answers(
         NonFiniteLogits: if a loss is not a number; the message names model and conversation.
     """
     untrained, trained = at_commit(untrained), at_commit(trained)
+    base_model = pinned_model(base_model)
     chat = with_chat_template(load_tokenizer(tokenizer))
     rows = [row for _, row in deque(read_parquet(records), maxlen=held_out)]
     conversations = [tokenize_conversation(chat, row["messages"]) for row in rows]
@@ -111,7 +121,7 @@ def evaluate_answers(
         gc.collect()  # quantized layers of bitsandbytes are in reference cycles
         model = load_evaluated_model(trained, device, window)
         after = nll_of_answers(model, conversations)
-        stop = stop_tokens(untrained.path, chat)  # those of the published model
+        stop = stop_tokens(base_model, chat)  # those of the published model
         samples = [sample_answer(model, chat, row, stop) for row in rows[:NUM_SAMPLES]]
     return {
         "precision": trained.precision,

@@ -1,34 +1,54 @@
 """The model card of a published model: how it was made and trained, and how far its merge is from the trained adapter."""
 
+from dataclasses import dataclass
+
 from huggingface_hub import ModelCard, ModelCardData
 
 from longqlora.data.hub import is_hub_id, split_revision
 
 
-def model_card(label: str, card: dict, report: dict | None = None) -> str:
-    """The README.md of a model folder: Markdown with the metadata that the hub reads.
+@dataclass(frozen=True)
+class Stage:
+    """One of the trainings that made a model; each later one trained the merged model of the one before.
 
-    Args:
+    Attributes:
         label: name of the system.
         card: the training card, see :func:`longqlora.training.train.train`.
         report: of the merge, see :func:`longqlora.publishing.merge_report.merge_adapter`; None if all weights were trained.
     """
+
+    label: str
+    card: dict
+    report: dict | None = None
+
+
+def model_card(stages: list[Stage]) -> str:
+    """The README.md of a model folder: Markdown with the metadata that the hub reads.
+
+    Args:
+        stages: the trainings that made the model, in their order.
+    """
+    card, report, base_model = stages[-1].card, stages[-1].report, stages[0].card["base_model"]
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["long-context", "longqlora"],
-        base_model=split_revision(card["base_model"])[0] if is_hub_id(card["base_model"]) else None,
+        base_model=split_revision(base_model)[0] if is_hub_id(base_model) else None,
     )
-    parts = [f"---\n{metadata}\n---", f"# {label}", describe(card), usage(card), training_table(card)]
+    parts = [f"---\n{metadata}\n---", f"# {stages[-1].label}", describe(stages), usage(stages)]
+    if len(stages) > 1:
+        parts.append(stage_table(stages))
+    parts.append(training_table(card))
     if report:
         parts.append(merge_table(report))
     parts.append("Made with longqlora. The license of the base model applies.")
     return ModelCard("\n\n".join(parts) + "\n").content
 
 
-def describe(card: dict) -> str:
-    """The base model, the context extension and the training method in words."""
-    settings = card["settings"]
+def describe(stages: list[Stage]) -> str:
+    """The base model, the context extension and the training method in words; of several trainings, the last one."""
+    card = stages[-1].card
+    settings, base = card["settings"], f"`{card['base_model']}`" if len(stages) == 1 else f"{stages[-2].label} (see below)"
     how = {
         "qlora": "a LoRA adapter (rank {rank}) trained on its 4-bit (NF4) weights and merged",
         "lora": "a LoRA adapter (rank {rank}) trained on its 16-bit weights and merged",
@@ -42,14 +62,15 @@ def describe(card: dict) -> str:
     choice = card.get("scaling_choice")
     chosen = f" (chosen as the best of {len(choice['scalings'])} before training)" if choice else ""
     return (
-        f"`{card['base_model']}` with its context extended to {card['target_context']} tokens: rope scaling "
+        f"{base} with its context extended to {card['target_context']} tokens: rope scaling "
         f"`{card['rope_scaling']}`{chosen}, {how}, {attention}. At inference it is an ordinary model with full attention."
     )
 
 
-def usage(card: dict) -> str:
+def usage(stages: list[Stage]) -> str:
     """How to load the model."""
-    prompt = " Its prompt is the tokenizer's chat template." if card["settings"]["data"] == "sft" else ""
+    is_chat_model = any(stage.card["settings"]["data"] == "sft" for stage in stages)
+    prompt = " Its prompt is the tokenizer's chat template." if is_chat_model else ""
     return (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("<this folder>")\n'
@@ -58,12 +79,45 @@ def usage(card: dict) -> str:
     )
 
 
+def stage_table(stages: list[Stage]) -> str:
+    """The trainings in their order, with the data, the length and the merge of each."""
+    rows = [
+        f"| {number}. {stage.label} | {data_row(stage.card)} | {stage.card['settings']['method']} | "
+        f"{stage.card['target_context']} | {steps_row(stage.card)} | {merge_row(stage.report)} |"
+        for number, stage in enumerate(stages, start=1)
+    ]
+    return (
+        f"## Stages\n\n`{stages[0].card['base_model']}` was trained in {len(stages)} stages, each on the merged model of the "
+        "one before. Below the table are the details of the last stage.\n\n"
+        "| stage | data | method | context | steps | perplexity of the merge |\n|:---|:---|:---|---:|:---|:---|\n"
+        + "\n".join(rows)
+    )
+
+
+def data_row(card: dict) -> str:
+    """What was trained on."""
+    return f"{card['settings']['data']}, SHA-256 {card['data']['sha256'][:16]}…"
+
+
+def steps_row(card: dict) -> str:
+    """The length of a training."""
+    return f"{card['steps']} of {card['settings']['batch_size']} × {card['settings']['gradient_accumulation']} windows"
+
+
+def merge_row(report: dict | None) -> str:
+    """The merge that was published, compared with the adapter as it was trained."""
+    if report is None:
+        return "– (all weights trained)"
+    trained, merge = next(iter(report["models"].values())), report["models"][report["published"]]
+    return f"{merge['perplexity']:.3f} ({report['published']}), as trained {trained['perplexity']:.3f}"
+
+
 def training_table(card: dict) -> str:
     """Settings and cost of the training."""
     settings, machine = card["settings"], card["machine"]
     rows = {
-        "data": f"{settings['data']}, SHA-256 {card['data']['sha256'][:16]}…",
-        "steps": f"{card['steps']} of {settings['batch_size']} × {settings['gradient_accumulation']} windows",
+        "data": data_row(card),
+        "steps": steps_row(card),
         "tokens": f"{card['tokens']:,}",
         "learning rate": f"{settings['learning_rate']:g}, constant after {settings['warmup_steps']} steps",
         "trained parameters": f"{card['trainable_parameters']:,}",

@@ -14,38 +14,35 @@ from longqlora.data.chat_template import plain_template, with_chat_template
 from longqlora.data.tokenizers import load_tokenizer
 from longqlora.modeling.generation_settings import generation_settings, stop_tokens
 from longqlora.modeling.model_files import weight_files
-from longqlora.publishing.model_card import model_card
+from longqlora.publishing.model_card import Stage, model_card
 
 
-def publish_model(
-    *, weights: str, output: str, base_model: str, tokenizer: str, label: str, card: dict, report: dict | None = None
-) -> None:
+def publish_model(*, weights: str, output: str, base_model: str, tokenizer: str, stages: list[Stage]) -> None:
     """Write the folder of a published model.
 
     Args:
         weights: folder of the trained or merged weights and their configuration.
         output: folder to write to.
-        base_model: directory or hub id of the base, which gives the generation settings.
+        base_model: directory or hub id of the base that was trained first, which gives the generation settings.
         tokenizer: directory or hub id of the tokenizer of the training data.
-        label: name of the system.
-        card: the training card, see :func:`longqlora.training.train.train`.
-        report: of the merge, see :func:`longqlora.publishing.merge_report.merge_adapter`; None if all weights were trained.
+        stages: the trainings that made the model, in their order.
     """
-    folder, target_context = Path(output), card["target_context"]
+    folder, last = Path(output), stages[-1]
+    target_context = last.card["target_context"]
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(Path(weights) / "config.json", folder)
     files = weight_files(Path(weights))
     for file in [*files, *Path(weights).glob("*.safetensors.index.json")]:
         link_or_copy(file, folder / file.name)
     trained_tokenizer = load_tokenizer(tokenizer)
-    if card["settings"]["data"] == "sft":
+    if any(stage.card["settings"]["data"] == "sft" for stage in stages):
         with_chat_template(trained_tokenizer)
     settings = generation_config(base_model, target_context, stop_tokens(base_model, trained_tokenizer))
     settings.to_json_file(folder / "generation_config.json")  # save_pretrained refuses some settings of published models
     save_tokenizer(trained_tokenizer, output, target_context)
-    if report:
-        (folder / "merge_report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
-    (folder / "README.md").write_text(model_card(label, card, report), encoding="utf-8")
+    if last.report:
+        (folder / "merge_report.json").write_text(json.dumps(last.report, indent=2), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(stages), encoding="utf-8")
 
 
 def link_or_copy(source: Path, target: Path) -> None:

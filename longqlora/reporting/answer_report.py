@@ -12,8 +12,8 @@ from longqlora.reporting.notation import LATEX, MARKDOWN, Notation, escape_latex
 SHOWN_CHARACTERS = 600  # of a question in a file of sample answers; the record has the whole question
 CAPTION = (
     "Mean negative log-likelihood (nats per token) of the answers in conversations that were held out of the fine-tuning: "
-    "before it (the base model with the same RoPE scaling) and after it. {plus_minus} is the standard error over "
-    "conversations; the difference is paired by conversation, with its {confidence:.0f}{percent} confidence interval. "
+    "before it (the model that was fine-tuned, with the same RoPE scaling) and after it. {plus_minus} is the standard error "
+    "over conversations; the difference is paired by conversation, with its {confidence:.0f}{percent} confidence interval. "
     "Weights: {precisions}."
 )
 

@@ -156,6 +156,15 @@ def test_a_cell_is_not_varied_again(load):
         load(a=grid(rank=[4]), b=grid("longqlora.rank-4", steps=[5]))
 
 
+def test_the_cells_of_a_system_that_is_trained_on_another_are_too(load):
+    tuned = {"base": "longqlora", "training": {"rank": 2}}
+    experiment = load({"tuned": tuned}, a=grid("tuned", rank=[4]))
+    assert experiment.systems["tuned.rank-4"].model == "results/demo/weights/longqlora"
+    assert experiment.stages_of("tuned.rank-4") == ["longqlora", "tuned.rank-4"]
+    with pytest.raises(ConfigError, match=r"^ablations\.a\.grid\.rope_scaling: 'tuned' has the scaling of its base; vary that"):
+        load({"tuned": tuned}, a=grid("tuned", rope_scaling=["yarn"]))
+
+
 @pytest.mark.parametrize(
     ("axes", "message"),
     [

@@ -184,6 +184,113 @@ def test_the_weights_of_another_system_are_evaluated_in_another_way(evaluated):
     assert model == on_the_base(adapter="results/demo/adapters/longqlora", precision="int8")
 
 
+def chain(demo, **changes) -> dict:
+    """The demo with a system that is trained on its row ``longqlora``."""
+    demo["systems"]["tuned"] = {"base": "longqlora", "training": {"data": "sft", "method": "lora"}} | changes
+    return demo
+
+
+def test_a_system_that_is_trained_on_another_starts_from_its_merged_weights_and_has_its_context(demo):
+    demo["systems"]["longqlora"] |= {"rope_scaling": "yarn", "merged": False}
+    experiment = load_experiment(chain(demo), check_inputs)
+    system = experiment.systems["tuned"]
+    assert (system.model, system.tokenizer) == ("results/demo/weights/longqlora", "demo/model")
+    assert (system.target_context, system.rope_scaling) == (256, "yarn")
+    assert system.label == "tuned, trained on LongQLoRA to 256"
+    assert (system.training.data, system.training.method) == ("sft", "lora")
+    yarn = RopeExtension(scaling="yarn", target_context=256)
+    assert untrained_model(experiment, "tuned") == weights_of("longqlora", extension=yarn)
+    assert evaluated_model(experiment, "tuned") == weights_of("tuned")
+    assert experiment.stages_of("tuned") == ["longqlora", "tuned"]
+    assert experiment.base_row == "base"
+
+
+def test_an_adapter_that_was_trained_on_another_system_is_put_on_the_merged_weights_of_that_one(demo):
+    demo["systems"]["unmerged"] = {"weights_of": "tuned", "merged": False, "label": "unmerged"}
+    experiment = load_experiment(chain(demo), check_inputs)
+    expected = weights_of("longqlora", adapter="results/demo/adapters/tuned", extension=TO_256)
+    assert evaluated_model(experiment, "unmerged") == expected
+
+
+def test_systems_are_trained_on_each_other_in_any_order_and_extended_further(demo):
+    last = {"base": "tuned", "target_context": 512, "label": "last", "training": {"method": "full"}}
+    demo["systems"] = {"last": last} | demo["systems"]
+    demo["systems"]["again"] = {"base": "last", "label": "again", "training": {}}
+    experiment = load_experiment(chain(demo, label="tuned"), check_inputs)
+    assert experiment.stages_of("again") == ["longqlora", "tuned", "last", "again"]
+    assert [experiment.systems[name].target_context for name in experiment.stages_of("again")] == [256, 256, 512, 512]
+    assert experiment.systems["again"].model == "results/demo/weights/last"
+
+
+@pytest.mark.parametrize(("scaling", "further"), [("ntk", "yarn"), ("ntk", "ntk"), ("yarn", "yarn"), ("dynamic", "dynamic")])
+def test_the_scaling_of_a_base_can_be_extended_where_transformers_can(demo, scaling, further):
+    demo["systems"]["longqlora"]["rope_scaling"] = scaling
+    assert load_experiment(chain(demo, target_context=512, rope_scaling=further), check_inputs)
+
+
+def test_a_theta_is_kept_by_what_is_trained_on_it_and_enlarged_for_a_longer_context(demo):
+    demo["systems"]["longqlora"] |= {"rope_scaling": "theta", "rope_theta": 5000.0}
+    assert load_experiment(chain(demo), check_inputs).systems["tuned"].rope_theta is None
+    assert load_experiment(chain(demo, target_context=512, rope_theta=9000.0), check_inputs)
+    with pytest.raises(ConfigError, match=r"^systems\.tuned\.rope_theta: missing; rope_scaling: theta needs it"):
+        load_experiment(chain(demo, target_context=512), check_inputs)
+    with pytest.raises(ConfigError, match=r"rope_theta 4000 is not above the model's own rope_theta, 5000$"):
+        load_experiment(chain(demo, target_context=512, rope_theta=4000.0), check_inputs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base": "nobody"}, r"base: 'nobody' is not a trained system \(legal: longlora-lora, .*, chat, circle\)$"),
+        ({"base": "interpolated"}, r"base: 'interpolated' is not trained; leave base out, and give target_context and rope_sc"),
+        ({"base": "tuned"}, r"base: 'tuned' is this system itself, or is trained on it$"),
+        ({"base": "circle"}, r"base: 'circle' is this system itself, or is trained on it$"),
+        ({"base": "same"}, r"base: 'same' has the weights of 'longqlora'; write base: longqlora$"),
+        ({"model": "demo/model"}, r"base: goes without model: the model of 'longqlora' is trained on$"),
+        ({"weights_of": "chat"}, r"base: comes from 'chat', whose weights this system has; leave it out$"),
+        (
+            {"target_context": 128},
+            r"results/demo/weights/longqlora: target_context 128 is below the model's own context of 256",
+        ),
+        (
+            {"rope_scaling": "yarn"},
+            r"rope_scaling: has no effect without a target_context above that of 'longqlora', 256, whose",
+        ),
+        ({"rope_factor": 4.0}, r"target_context 256 is the model's own context: rope_factor and rope_theta have no effect$"),
+        (
+            {"target_context": 512, "rope_scaling": "yarn"},
+            r"positions are scaled already \(linear\): only rope_scaling: linear",
+        ),
+        (
+            {"target_context": 512, "rope_factor": 2.0},
+            r"rope_factor 2 is not above the model's own factor, 2, which it replaces",
+        ),
+    ],
+)
+def test_a_base_that_makes_no_sense_is_told(demo, changes, message):
+    demo["systems"]["circle"] = {"base": "tuned", "training": {}, "label": "circle"}
+    demo["systems"]["same"] = {"weights_of": "longqlora", "merged": False}
+    with pytest.raises(ConfigError, match=rf"(?m)^systems\.tuned[:.].*{message}"):
+        load_experiment(chain(demo, **changes), check_inputs)
+
+
+def test_a_base_needs_a_training(demo):
+    demo["systems"]["tuned"] = {"base": "longqlora"}
+    message = r"^systems\.tuned\.base: needs 'training'; to evaluate .* write weights_of: longqlora$"
+    with pytest.raises(ConfigError, match=message):
+        load_experiment(demo, check_inputs)
+
+
+def test_a_further_extension_of_a_model_on_the_hub_is_checked_before_its_first_training(demo):
+    demo["base_model"] = {"path": "owner/name"}
+    demo["systems"] = {"longqlora": demo["systems"]["longqlora"]}
+    assert load_experiment(chain(demo, target_context=512), check_inputs)
+    with pytest.raises(ConfigError, match=r"target_context 128 is below the model's own context of 256 tokens"):
+        load_experiment(chain(demo, target_context=128), check_inputs)
+    with pytest.raises(ConfigError, match=r"positions are scaled already \(linear\)"):
+        load_experiment(chain(demo, target_context=512, rope_scaling="yarn"), check_inputs)
+
+
 @pytest.mark.parametrize("folder", ["demo/model/", "./demo/model", "demo//model", "demo/../demo/model"])
 def test_a_folder_is_the_same_in_every_spelling(demo, folder):
     before = load_experiment(demo)

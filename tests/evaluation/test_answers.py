@@ -2,7 +2,7 @@ import numpy
 import pytest
 import torch
 from conftest import evaluated_model, save_base, tiny_llama
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from longqlora.config.settings import RopeExtension
 from longqlora.data.chat_template import tokenize_conversation, with_chat_template
@@ -68,7 +68,8 @@ def evaluate(tmp_path, tokenizer, monkeypatch):
     write_parquet(records, RECORDS, [record(number, 1 + number % 2) for number in range(10)])
 
     def run(held_out: int, **changes) -> dict:
-        given = {"untrained": evaluated_model(base, extension=TO_512), "trained": evaluated_model(trained), "tokenizer": base}
+        models = {"untrained": evaluated_model(base, extension=TO_512), "trained": evaluated_model(trained)}
+        given = models | {"base_model": base, "tokenizer": base}
         return evaluate_answers(**(given | changes), records=records, held_out=held_out, device="cpu")
 
     return run
@@ -100,6 +101,17 @@ def test_before_is_the_base_with_the_positions_of_the_trained_system(evaluate, t
             assert row[name] / row["num_tokens"] == pytest.approx(reference_loss(model, ids, labels), rel=1e-5)
     assert result["conversations"][0]["nll_before"] != pytest.approx(result["conversations"][0]["nll_after"], rel=1e-3)
     assert (result["precision"], result["model"]) == ("float32", str(tmp_path / "trained"))
+
+
+def test_an_answer_ends_where_the_base_model_stops_whatever_was_trained_on_it_in_between(evaluate, tmp_path):
+    first = evaluate(1)["samples"][0]["answer"]
+    chat = AutoTokenizer.from_pretrained(tmp_path / "base")
+    token = chat(first, add_special_tokens=False)["input_ids"][0]
+    chat.add_tokens(chat.convert_ids_to_tokens(token), special_tokens=True)
+    chat.save_pretrained(tmp_path / "chat")
+    GenerationConfig(eos_token_id=[2, token]).save_pretrained(tmp_path / "original")
+    stopped = evaluate(1, base_model=str(tmp_path / "original"), tokenizer=str(tmp_path / "chat"))["samples"][0]["answer"]
+    assert stopped != first
 
 
 def test_a_system_with_s2_attention_is_measured_and_answers(evaluate, tmp_path):

@@ -30,6 +30,7 @@ from longqlora.publishing.merge_report import (
     merge_adapter,
     precision_that_fits,
 )
+from longqlora.publishing.model_card import Stage
 from longqlora.publishing.model_folder import publish_model
 
 CPU = torch.device("cpu")
@@ -54,7 +55,7 @@ def publish(model_folder, corpus, tmp_path):
         weights, output = str(tmp_path / f"{name}-weights"), tmp_path / name
         report = merge(base, f"{output}-adapter", corpus, weights, card, max_perplexity_ratio=2.0)
         places = {"weights": weights, "output": str(output), "base_model": base, "tokenizer": tokenizer or base}
-        publish_model(**places, label="My model", card=card, report=report)
+        publish_model(**places, stages=[Stage("My model", card, report)])
         return report, output
 
     return run

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from conftest import SETTINGS
 
-from longqlora.publishing.model_card import model_card
+from longqlora.publishing.model_card import Stage, model_card
 
 CARD = {
     "base_model": "owner/name", "target_context": 8192, "rope_scaling": "yarn", "settings": SETTINGS.model_dump(),
@@ -22,21 +22,25 @@ REPORT = {
 }
 
 
+def card_of(label: str, card: dict, report: dict | None = None) -> str:
+    return model_card([Stage(label, card, report)])
+
+
 def header(text: str) -> dict:
     return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)[1])
 
 
 def test_the_hub_is_told_the_base_only_if_it_is_there(tmp_path):
-    assert header(model_card("x", CARD))["base_model"] == "owner/name"
-    assert "base_model" not in header(model_card("x", CARD | {"base_model": str(tmp_path)}))
-    pinned = model_card("x", CARD | {"base_model": "owner/name@0123abc"})
+    assert header(card_of("x", CARD))["base_model"] == "owner/name"
+    assert "base_model" not in header(card_of("x", CARD | {"base_model": str(tmp_path)}))
+    pinned = card_of("x", CARD | {"base_model": "owner/name@0123abc"})
     assert header(pinned)["base_model"] == "owner/name"
     assert "`owner/name@0123abc` with its context extended" in pinned
-    assert header(model_card("x", CARD))["library_name"] == "transformers"
+    assert header(card_of("x", CARD))["library_name"] == "transformers"
 
 
 def test_the_card_tells_what_was_done_on_what_and_at_what_cost():
-    text = model_card("My model", CARD, REPORT)
+    text = card_of("My model", CARD, REPORT)
     assert "# My model\n" in text
     for part in (
         "extended to 8192 tokens", "`yarn`", "rank 4", "4-bit", "abababababababab", "1,234,567", "5.250 → 3.125", "3.00 GiB",
@@ -48,7 +52,7 @@ def test_the_card_tells_what_was_done_on_what_and_at_what_cost():
     choice = {"chosen": "yarn", "scalings": dict.fromkeys(["linear", "ntk", "yarn", "llama3"])}
     assert "`yarn` (chosen as the best of 4 before training), a LoRA" in model_card("x", CARD | {"scaling_choice": choice})
     gpu = CARD | {"machine": {"gpu": "H100", "processor": "Abacus", "cores": 2}}
-    assert "H100, 2 cores" in model_card("x", gpu)
+    assert "H100, 2 cores" in card_of("x", gpu)
 
 
 @pytest.mark.parametrize(
@@ -62,16 +66,41 @@ def test_the_card_tells_what_was_done_on_what_and_at_what_cost():
     ],
 )
 def test_the_card_follows_the_settings(settings, present, absent):
-    text = model_card("x", CARD | {"settings": SETTINGS.model_dump() | settings})
+    text = card_of("x", CARD | {"settings": SETTINGS.model_dump() | settings})
     assert present in text
     assert absent not in text
 
 
 def test_the_card_has_what_a_gpus_allocator_reserved_and_the_paged_state():
-    text = model_card("x", CARD | {"peak_reserved_bytes": 4 * 2**30, "paged_optimizer_bytes": 2**30})
+    text = card_of("x", CARD | {"peak_reserved_bytes": 4 * 2**30, "paged_optimizer_bytes": 2**30})
     assert "| peak memory | 3.00 GiB, 4.00 GiB reserved, 1.00 GiB of paged optimizer state in addition |" in text
-    assert "reserved" not in model_card("x", CARD)
+    assert "reserved" not in card_of("x", CARD)
 
 
 def test_a_training_without_a_logged_step_has_a_card():
-    assert "| loss, first and last | – |" in model_card("x", CARD | {"trace": []})
+    assert "| loss, first and last | – |" in card_of("x", CARD | {"trace": []})
+
+
+def test_the_card_of_a_model_that_was_trained_in_stages_has_each_with_its_data_steps_and_merge():
+    weights = {"base_model": "results/x/weights/longer", "target_context": 16384, "data": {"sha256": "cd" * 32}, "steps": 7}
+    settings = SETTINGS.model_dump() | {"data": "sft", "method": "lora"}
+    full = CARD | {"settings": SETTINGS.model_dump() | {"method": "full"}}
+    report = REPORT | {"models": {"adapter, as trained": ROW | {"perplexity": 8.25}} | REPORT["models"]}
+    last = Stage("Chat", CARD | weights | {"settings": settings}, report)
+    text = model_card([Stage("Longer", CARD, report), Stage("Again", full), last])
+    assert header(text)["base_model"] == "owner/name"
+    assert "# Chat\n\nAgain (see below) with its context extended to 16384 tokens" in text
+    assert "`owner/name` was trained in 3 stages" in text
+    batch = f"{SETTINGS.batch_size} × {SETTINGS.gradient_accumulation} windows"
+    merge = "8.500 (merge: 16-bit), as trained 8.250"
+    assert [line for line in text.splitlines() if re.match(r"\| \d\. ", line)] == [
+        f"| 1. Longer | corpus, SHA-256 abababababababab… | qlora | 8192 | 30 of {batch} | {merge} |",
+        f"| 2. Again | corpus, SHA-256 abababababababab… | full | 8192 | 30 of {batch} | – (all weights trained) |",
+        f"| 3. Chat | sft, SHA-256 cdcdcdcdcdcdcdcd… | lora | 16384 | 7 of {batch} | {merge} |",
+    ]
+    assert "## Stages" not in card_of("x", CARD, REPORT)
+
+
+def test_the_card_of_a_chat_model_that_was_trained_further_on_texts_names_its_chat_template():
+    chat = CARD | {"settings": SETTINGS.model_dump() | {"data": "sft"}}
+    assert "Its prompt is the tokenizer's chat template" in model_card([Stage("chat", chat), Stage("further", CARD)])

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from longqlora.data.chat_template import CHAT_TEMPLATE, plain_template, with_chat_template
 from longqlora.data.tokenizers import load_tokenizer
 from longqlora.modeling.generation_settings import stop_tokens
+from longqlora.publishing.model_card import Stage
 from longqlora.publishing.model_folder import generation_config, link_or_copy, publish_model, save_tokenizer
 from longqlora.training.pretraining import train_tokenizer
 
@@ -17,11 +18,13 @@ from longqlora.training.pretraining import train_tokenizer
 def publish(model_folder, corpus, tmp_path):
     """Train all weights for a step and publish them."""
 
-    def run(tokenizer: str = model_folder, name: str = "published", **settings) -> Path:
+    def run(tokenizer: str = model_folder, name: str = "published", earlier: str | None = None, **settings) -> Path:
         card = train_tiny(model_folder, corpus, tmp_path / "weights", method="full", steps=1)
         card["settings"] |= settings
         places = {"weights": str(tmp_path / "weights"), "output": str(tmp_path / name)}
-        publish_model(**places, base_model=model_folder, tokenizer=tokenizer, label="My model", card=card, report=None)
+        before = [Stage("Before", card | {"settings": card["settings"] | {"data": earlier}})] if earlier else []
+        stages = [*before, Stage("My model", card)]
+        publish_model(**places, base_model=model_folder, tokenizer=tokenizer, stages=stages)
         return tmp_path / name
 
     return run
@@ -150,6 +153,10 @@ def test_the_chat_template_goes_with_a_chat_model_alone(publish, tmp_path):
     assert plain.chat_template is None
     prompt = chat.apply_chat_template([{"role": "user", "content": "Hi!"}], tokenize=False, add_generation_prompt=True)
     assert prompt.endswith("to the user's questions. USER: Hi! ASSISTANT:")
+
+
+def test_a_chat_model_that_is_trained_further_on_texts_keeps_the_chat_template(publish):
+    assert (publish(earlier="sft") / "chat_template.jinja").read_text() == plain_template(CHAT_TEMPLATE)
 
 
 def test_templates_by_name_are_published_in_standard_jinja(model_folder, tmp_path):

@@ -108,6 +108,21 @@ def base_tokenizer(wildcards):
     return TOKENIZER
 
 
+def trained_model(wildcards):
+    """Folder or hub id of the model that a system is trained on: the base model, or the merged weights of another system."""
+    return SYSTEMS[wildcards.system].model
+
+
+def contents_of_trained(wildcards):
+    """A digest of the model that a system is trained on, if it is in a folder of the user's."""
+    return contents_of_model(trained_model(wildcards))
+
+
+def made_trained_model(wildcards):
+    """The folder of the model that a system is trained on, if the workflow makes it."""
+    return made_model(trained_model(wildcards))
+
+
 def training_data(wildcards):
     """The tokens that a system is trained on."""
     return getattr(rules, f"tokenize_{SYSTEMS[wildcards.system].training.data}").output.tokens
@@ -132,6 +147,8 @@ def made_folders(wildcards):
 def scaling_record(name):
     """The record of the choice for a system with ``rope_scaling: best``; None for any other."""
     system = SYSTEMS[SYSTEMS[name].weights_of or name]
+    while system.base and SYSTEMS[system.base].target_context == system.target_context:  # has the scaling of its base
+        system = SYSTEMS[system.base]
     if system.target_context is None or system.rope_scaling != "best":
         return None
     data = system.training.data if system.training else "corpus"

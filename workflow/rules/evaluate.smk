@@ -129,6 +129,7 @@ if CHAT:
         input:
             records=rules.build_sft_set.output.records,
             base_model=made_model(BASE_MODEL),
+            untrained=made_trained_model,
             model=made_folders,
             scaling=scaling_of,
             tokenizer=made_model(TOKENIZER),
@@ -147,7 +148,8 @@ if CHAT:
         params:
             *code_of("evaluate_answers"),
             untrained=untrained_model_of,
-            untrained_contents=contents_of_model(BASE_MODEL),
+            untrained_contents=contents_of_trained,
+            base_model=lambda wildcards, input: BASE_MODEL,  # not compared: it is in untrained, or in what that was trained on
             generation_settings=contents_of_generation_settings(BASE_MODEL),  # the tokens at which it stops
             model=model_of,
             tokenizer=base_tokenizer,

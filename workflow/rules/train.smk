@@ -35,7 +35,7 @@ rule choose_scaling:
 rule train_adapter:
     input:
         data=training_data,
-        base_model=made_model(BASE_MODEL),
+        base_model=made_trained_model,
         scaling=scaling_of,
     output:
         trained=directory(f"{RESULTS}/adapters/{{system}}"),
@@ -55,8 +55,8 @@ rule train_adapter:
         gpu=lambda wildcards: GPUS * SYSTEMS[wildcards.system].training.num_processes,
     params:
         *code_of("train"),
-        base_model=base_model,
-        base_model_contents=contents_of_model(BASE_MODEL),
+        base_model=trained_model,
+        base_model_contents=contents_of_trained,
         extension=lambda wildcards: extension_of(SYSTEMS[wildcards.system]).model_dump(),
         settings=lookup("{system}/training", within=SYSTEM_VALUES),
         seed={"seed": EXPERIMENT.seed},
@@ -84,7 +84,7 @@ rule merge_adapter:
         adapter=rules.train_adapter.output.trained,
         card=rules.train_adapter.output.card,
         data=training_data,
-        base_model=made_model(BASE_MODEL),
+        base_model=made_trained_model,
     output:
         weights=directory(f"{RESULTS}/weights/{{system}}"),
         report=f"{RESULTS}/merges/{{system}}.json",
@@ -100,7 +100,7 @@ rule merge_adapter:
         gpu=GPUS,
     params:
         *code_of("merge_adapter"),
-        base_model_contents=contents_of_model(BASE_MODEL),
+        base_model_contents=contents_of_trained,
         settings=EXPERIMENT.merge.model_dump(),
         device=EXPERIMENT.device,
     message:
@@ -109,11 +109,16 @@ rule merge_adapter:
         "../scripts/merge_adapter.py"
 
 
+def files_of_stages(wildcards, folder, names):
+    """The files of a folder on the trainings of a system, those of the systems that it is trained on first."""
+    return [f"{RESULTS}/{folder}/{name}.json" for name in EXPERIMENT.stages_of(wildcards.system) if name in names]
+
+
 rule publish_model:
     input:
         weights=f"{RESULTS}/weights/{{system}}",
-        card=f"{RESULTS}/training/{{system}}.json",
-        report=lambda wildcards: f"{RESULTS}/merges/{wildcards.system}.json" if wildcards.system in ADAPTED else [],
+        cards=lambda wildcards: files_of_stages(wildcards, "training", TRAINED),
+        reports=lambda wildcards: files_of_stages(wildcards, "merges", ADAPTED),
         base_model=made_model(BASE_MODEL),
         tokenizer=made_model(TOKENIZER),
     output:
@@ -132,7 +137,7 @@ rule publish_model:
         generation_settings=contents_of_generation_settings(BASE_MODEL),
         tokenizer=base_tokenizer,
         tokenizer_contents=contents_of_tokenizer(TOKENIZER, with_chat_template=True),
-        label=lookup("{system}/label", within=SYSTEM_VALUES),
+        labels=lambda wildcards: {name: SYSTEMS[name].label for name in EXPERIMENT.stages_of(wildcards.system)},
     message:
         "write the model folder of {wildcards.system}"
     script:

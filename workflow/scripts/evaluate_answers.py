@@ -1,6 +1,6 @@
 """Measure the loss of a fine-tuned system on the answers of held-out conversations, before and after its fine-tuning.
 
-Reads the base model, the system's model, and the instruction set; writes the result (JSON), with sample answers.
+Reads the model that was trained, the system's model, and the instruction set; writes the result (JSON), with sample answers.
 """
 
 import json
@@ -19,6 +19,7 @@ with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, 1):
     result = evaluate_answers(
         untrained=model_as_chosen(EvaluatedModel(**snakemake.params.untrained), choice),
         trained=model_as_chosen(EvaluatedModel(**snakemake.params.model), choice),
+        base_model=snakemake.params.base_model,
         tokenizer=snakemake.params.tokenizer,
         records=snakemake.input.records,
         held_out=snakemake.params.held_out,
