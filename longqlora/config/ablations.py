@@ -29,7 +29,7 @@ def fingerprint(system: System, keys: tuple[str, ...]) -> str:
 
 def training_of(system: System) -> str:
     """The settings that decide a system's weights."""
-    return fingerprint(system, ("model", "target_context", "rope_scaling", "rope_factor", "rope_theta", "training"))
+    return fingerprint(system, ("model", "target_context", "rope_scaling", "rope_factor", "rope_theta", "training", "seed"))
 
 
 def evaluation_of(system: System) -> str:

@@ -23,10 +23,14 @@ def check_values(config: Configuration, experiment: Experiment) -> Iterator[str]
     yield from check_distinct("evaluation.datasets", "label", [dataset.label for dataset in datasets.values()])
     yield from check_distinct("systems", "label", [experiment.systems[name].label for name in experiment.listed])
     for name in config.systems:
+        if experiment.seed_rows.get(name, name) != name:
+            yield f"systems.{name}: is the name of a seed of {experiment.seed_rows[name]!r}; choose another name"
+            continue
         yield from check_system(name, config, experiment)
     for name, system in experiment.systems.items():
         has_wrong_base = name in config.systems and config.systems[name].base is not None and system.base is None
-        if system.training is not None and not has_wrong_base:  # which would give it its context
+        is_repeated = experiment.seed_rows.get(name, name) != name  # by another seed
+        if system.training is not None and not has_wrong_base and not is_repeated:  # which would give it its context
             yield from check_training(name, system, experiment)
         if system.training is not None and name in config.systems:
             yield from check_length(name, config, system)

@@ -29,6 +29,7 @@ class System(Section):
         model: with ``base``, the folder of that system's merged weights.
         training: None if the system is not trained.
         progress: None if the system is not trained.
+        seed: of its training.
     """
 
     label: str
@@ -45,6 +46,7 @@ class System(Section):
     evaluation_attention: Attention
     training: TrainingSettings | None
     progress: ProgressSettings | None
+    seed: int
 
 
 class Shard(Section):
@@ -68,6 +70,8 @@ class Experiment(Section):
         listed: names of the systems that the configuration lists.
         rows: names of those that are rows of the table.
         untrained: names of those that ``untrained_rows`` stands for.
+        seed_rows: the row of the configuration, by the names of the systems that are this row trained by one of several seeds.
+        row_labels: labels of these rows, by the same names.
         retrieval_lengths: context lengths in tokens.
         filler: name of the evaluation set that retrieval takes its text from.
 
@@ -88,6 +92,8 @@ class Experiment(Section):
     listed: list[str]
     rows: list[str]
     untrained: list[str]
+    seed_rows: dict[str, str]
+    row_labels: dict[str, str]
     evaluation: EvaluationSettings
     retrieval: RetrievalSettings
     retrieval_lengths: list[int]
@@ -103,7 +109,7 @@ class Experiment(Section):
 
     def key_of(self, system: str) -> str:
         """The key of the configuration that a system is from."""
-        return "untrained_rows" if system in self.untrained else f"systems.{system}"
+        return "untrained_rows" if system in self.untrained else f"systems.{self.seed_rows.get(system, system)}"
 
     def stages_of(self, system: str) -> list[str]:
         """Names of the systems whose trainings make a system, in their order; the last one is the system itself."""

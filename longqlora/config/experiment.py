@@ -10,7 +10,15 @@ from longqlora.config.checks import check_values
 from longqlora.config.completed import Experiment
 from longqlora.config.paths import expand
 from longqlora.config.settings import Configuration, CorpusSettings, PretrainingSettings, RetrievalSettings, SftSettings
-from longqlora.config.systems import base_tokenizer, complete_system, one_name, with_untrained_rows
+from longqlora.config.systems import (
+    base_tokenizer,
+    complete_system,
+    label_of,
+    one_name,
+    seed_rows,
+    with_seeds,
+    with_untrained_rows,
+)
 from longqlora.config.validation import ConfigError, follows_from, validate
 
 
@@ -37,7 +45,8 @@ def load_experiment(config: object, *further_checks: Callable[[Experiment], Iter
 
 def complete(config: Configuration) -> Experiment:
     """Fill in what a configuration leaves open, expand wildcards, and add the cells of the ablations to the systems."""
-    written, config = config, with_untrained_rows(config)
+    with_rows = with_untrained_rows(config)
+    written, config, rows_by_seed = config, with_seeds(with_rows), seed_rows(with_rows)
     listed = {name: complete_system(name, config) for name in config.systems}
     systems, ablations = add_ablations(listed, config.ablations)
     evaluation, retrieval = config.evaluation, config.retrieval
@@ -53,7 +62,9 @@ def complete(config: Configuration) -> Experiment:
         systems=systems,
         listed=list(listed),
         rows=[name for name in listed if config.systems[name].table_row],
-        untrained=[name for name in listed if name not in written.systems],
+        untrained=[name for name in with_rows.systems if name not in written.systems],
+        seed_rows=rows_by_seed,
+        row_labels={name: label_of(row, with_rows.systems) for name, row in rows_by_seed.items()},
         evaluation=evaluation.model_copy(update={"datasets": datasets}),
         retrieval=RetrievalSettings(
             tasks=retrieval.tasks,

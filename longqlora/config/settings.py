@@ -58,6 +58,7 @@ NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=100)]
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Tokens = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Paths = Annotated[list[Text], Field(min_length=1)]
@@ -279,6 +280,12 @@ class TrainingSettings(Section):
 
 class TrainingSection(TrainingSettings, ProgressSettings):
     """How systems are trained. The same keys under a system's own ``training`` override these for that system."""
+
+    seeds: Annotated[list[Seed], AT_LEAST_ONE, DISTINCT] | None = Field(
+        default=None,
+        description="Seeds of the initial weights and the order of the data: the system is trained once by each, and its row "
+        "has the mean and the spread over them; by default the experiment's seed.",
+    )
 
 
 class MergeSettings(Section):

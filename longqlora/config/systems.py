@@ -39,6 +39,41 @@ def with_untrained_rows(config: Configuration) -> Configuration:
     return config.model_copy(update={"systems": {name: config.systems.get(name) or added[name] for name in order}})
 
 
+def seeds_of(name: str, config: Configuration) -> list[int]:
+    """The seeds that a listed system is trained by."""
+    training = config.systems[name].training
+    return (training.seeds or config.training.seeds or [config.seed]) if training else []
+
+
+def name_by_seed(name: str, seed: int, config: Configuration) -> str:
+    """The name of a listed system as it is trained by a seed: its own for the first one, and for one that it does not have."""
+    return f"{name}.seed-{seed}" if seed in seeds_of(name, config)[1:] else name
+
+
+def seed_rows(config: Configuration) -> dict[str, str]:
+    """The listed systems with several seeds, by the names of the systems that they are for each of them."""
+    several = {name: seeds for name in config.systems if len(seeds := seeds_of(name, config)) > 1}
+    return {name_by_seed(name, seed, config): name for name, seeds in several.items() for seed in seeds}
+
+
+def with_seeds(config: Configuration) -> Configuration:
+    """A configuration that lists a system once for each of its seeds, on the same seed of its base if that has it."""
+    systems = {}
+    for name, row in config.systems.items():
+        seeds = seeds_of(name, config)
+        if row.training is None or len(seeds) < 2:
+            systems[name] = row
+            continue
+        for seed in seeds:
+            changes = {
+                "label": f"{label_of(name, config.systems)}, seed {seed}",
+                "base": name_by_seed(row.base, seed, config) if row.base in config.systems else row.base,
+                "training": row.training.model_copy(update={"seeds": [seed]}),
+            }
+            systems[name_by_seed(name, seed, config)] = row.model_copy(update=changes)
+    return config.model_copy(update={"systems": systems})
+
+
 def complete_system(name: str, config: Configuration) -> System:
     """A listed system; the experiment, the system in ``weights_of`` and that in ``base`` fill in what it leaves out."""
     row = config.systems[name]
@@ -62,6 +97,7 @@ def complete_system(name: str, config: Configuration) -> System:
         evaluation_attention=row.evaluation_attention or "full",
         training=training,
         progress=progress,
+        seed=next(iter(seeds_of(name, config)), config.seed),
     )
 
 

@@ -62,6 +62,13 @@ def describe_numbers(cells: pandas.DataFrame, notation: Notation) -> list[str]:
         f"{notation.bold.format('Bold')}: the best system of a column, and those that are not significantly different from it "
         f"(0 lies in the {100 * CONFIDENCE:.0f}{notation.percent} confidence interval of the paired difference).",
     ]
+    if "seeds_deviation" in cells:
+        counts = cells.loc[cells["seeds"] > 1, ["label", "seeds"]].drop_duplicates()
+        named = ", ".join(f"{row.label}: {row.seeds}" for row in counts.itertuples())
+        sentences.append(
+            f"Trained by several seeds ({escape_latex(named) if notation is LATEX else named}): the perplexity of the mean "
+            "loss over the seeds; in parentheses, its standard deviation over the seeds."
+        )
     if protocol == "exact" and (cells["stride"] < cells["window"]).any():
         sentences.append(f"Stride {', '.join(map(str, cells['stride'].unique()))}.")
     if not cells["is_within_context"].all():

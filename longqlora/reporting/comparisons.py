@@ -36,9 +36,9 @@ def differences(cells: pandas.DataFrame, windows: list[str], of_key_tokens: bool
     """
     rows = []
     for (dataset, length), group in cells.groupby(COLUMN, sort=False):
-        records = group.to_dict("records")
-        losses = [pandas.read_parquet(windows[index]) for index in group.index]
-        losses = [on_key_tokens(loss) for loss in losses] if of_key_tokens else losses
+        by_label = [rows for _, rows in group.groupby("label", sort=False)]  # several rows: the seeds of a system
+        records = [rows.to_dict("records")[0] for rows in by_label]
+        losses = [mean_losses([windows[index] for index in rows.index], of_key_tokens) for rows in by_label]
         for one, other in combinations(range(len(records)), 2):
             if records[one]["has_own_tokenizer"] != records[other]["has_own_tokenizer"]:
                 continue  # other tokens, even if there happen to be as many windows
@@ -50,6 +50,13 @@ def differences(cells: pandas.DataFrame, windows: list[str], of_key_tokens: bool
             measured = (estimate.mean, estimate.standard_error, low, high, math.exp(estimate.mean))
             rows.append((dataset, length, *labels, *measured, not low <= 0 <= high))
     return pandas.DataFrame(rows, columns=DIFFERENCES)
+
+
+def mean_losses(paths: list[str], of_key_tokens: bool) -> pandas.DataFrame:
+    """The losses of the windows of a cell, or of their key tokens alone, the mean over the seeds of its system."""
+    seeds = [pandas.read_parquet(path) for path in paths]
+    seeds = [on_key_tokens(windows) for windows in seeds] if of_key_tokens else seeds
+    return seeds[0].assign(nll=sum(losses["nll"] for losses in seeds) / len(seeds)) if len(seeds) > 1 else seeds[0]
 
 
 def protocol_of(record: dict) -> Protocol:

@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from longqlora.reporting.figures import panels_for
 from longqlora.reporting.notation import format_perplexity
-from longqlora.reporting.records import Labels, longppl_of, published_records, read_records
+from longqlora.reporting.records import Labels, longppl_of, mean_over_seeds, published_records, read_records
 
 CLIPPING_RATIO = 2  # values above this many times the best one may lie outside the panel
 SMALLEST_RANGE = 1.5  # height of a panel relative to its lowest value, at least: small differences should look small
@@ -121,7 +121,7 @@ def plot_perplexity(records: list[str], labels: Labels, published: list[dict], o
         published: rows from the literature, drawn dashed, see :func:`longqlora.reporting.records.published_records`.
         outputs: image files to write, in the format of their suffix.
     """
-    measured = read_records(records, labels)
+    measured = mean_over_seeds(read_records(records, labels))
     longppl = longppl_of(measured)
     longppl = longppl.assign(dataset_label=longppl["dataset_label"] + ", LongPPL")
     cells = pandas.concat([measured, published_records(published), longppl], ignore_index=True)

@@ -1,6 +1,7 @@
 """Results as data frames: the JSON records of the evaluation, and figures from the literature in the same shape."""
 
 import json
+import math
 from pathlib import Path
 
 import pandas
@@ -22,6 +23,46 @@ def read_records(paths: list[str], labels: Labels) -> pandas.DataFrame:
     """
     records = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
     return pandas.DataFrame([labels_of(record, labels) | record for record in records])
+
+
+def mean_over_seeds(cells: pandas.DataFrame) -> pandas.DataFrame:
+    """Cells in which those of one system that was trained by several seeds, which have the same label, are one.
+
+    Args:
+        cells: records of perplexity or of retrieval, see :func:`read_records`.
+
+    Returns:
+        The cells; if there are several seeds, with the columns ``seeds`` (number of them, 1 for other systems) and, for
+        perplexity, ``seeds_deviation`` (standard deviation of the perplexity over the seeds). Loss and accuracy are means over
+        the seeds, and the perplexity is that of the mean loss. The standard error is the mean of those of the seeds, which that
+        of the mean loss does not exceed. The index is that of the first seed.
+    """
+    keys = [key for key in ("label", "dataset_label", "eval_length") if key in cells]
+    if cells.empty or not cells.duplicated(keys).any():
+        return cells
+    merged = []
+    for _, group in cells.groupby(keys, sort=False):
+        first, means = group.iloc[0].copy(), ("mean_nll", "standard_error", "accuracy")
+        first["seeds"] = len(group)
+        if len(group) > 1:
+            for column in means:
+                if column in group:
+                    first[column] = group[column].mean()
+            if "mean_nll" in group:
+                first["perplexity"], first["seeds_deviation"] = math.exp(first["mean_nll"]), group["perplexity"].std()
+                first["loss_by_position"] = mean_by_position(group["loss_by_position"])
+            if "longppl" in group and group["longppl"].notna().all():
+                first["longppl"] = math.exp(group["longppl"].astype(float).map(math.log).mean())
+                first["key_standard_error"] = group["key_standard_error"].astype(float).mean()
+        merged.append(first)
+    return pandas.DataFrame(merged)
+
+
+def mean_by_position(losses: pandas.Series) -> dict[str, list]:
+    """The mean of losses by position, as the records have them, on the same windows."""
+    return losses.iloc[0] | {
+        "nll": [sum(values) / len(losses) for values in zip(*(each["nll"] for each in losses), strict=True)]
+    }
 
 
 def labels_of(record: dict, labels: Labels) -> dict[str, str]:

@@ -20,7 +20,7 @@ from longqlora.reporting.comparisons import (
     statistically_best,
 )
 from longqlora.reporting.notation import LATEX, MARKDOWN, Notation, escape_latex, format_perplexity
-from longqlora.reporting.records import Labels, longppl_of, published_records, read_records
+from longqlora.reporting.records import Labels, longppl_of, mean_over_seeds, published_records, read_records
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def read_results(
     """
     measured, label_of = read_records(records, labels), labels["system"]
     return Results(
-        measured=measured,
-        retrieval=read_records(retrieval, labels),
+        measured=mean_over_seeds(measured),
+        retrieval=mean_over_seeds(read_records(retrieval, labels)),
         published=published_records(published),
         pairs=differences(measured, windows),
         base=label_of[base] if base else None,
@@ -117,11 +117,15 @@ def read_results(
 
 
 def format_cell(cell: dict, notation: Notation, is_best: bool) -> str:
-    """Perplexity with its standard error, bold if it is among the best, and marked if it is beyond the model's context."""
+    """Perplexity with its standard error and its deviation over seeds; bold if it is among the best, marked if it is beyond the
+    model's context."""
     text, error = format_perplexity(cell["perplexity"]), cell.get("standard_error")
     text = notation.bold.format(text) if is_best else text
     if error is not None and not pandas.isna(error) and cell["perplexity"] <= 1000:
         text += f"{notation.plus_minus}{cell['perplexity'] * error:.2f}"
+    deviation = cell.get("seeds_deviation")
+    if deviation is not None and not pandas.isna(deviation) and cell["perplexity"] <= 1000:
+        text += f" ({deviation:.2f})"
     return text + (notation.beyond if cell.get("is_within_context") is False else "")
 
 

@@ -165,6 +165,13 @@ def test_the_cells_of_a_system_that_is_trained_on_another_are_too(load):
         load({"tuned": tuned}, a=grid("tuned", rope_scaling=["yarn"]))
 
 
+def test_a_cell_has_the_first_seed_of_the_varied_system(load):
+    several = {"target_context": 256, "training": {"seeds": [5, 6], "rank": 8}}
+    experiment = load({"several": several}, a=grid("several", rank=[2, 8]))
+    assert experiment.systems["several.rank-2"].seed == 5
+    assert experiment.systems["several.rank-8"].weights_of == "several"
+
+
 @pytest.mark.parametrize(
     ("axes", "message"),
     [

@@ -184,6 +184,50 @@ def test_the_weights_of_another_system_are_evaluated_in_another_way(evaluated):
     assert model == on_the_base(adapter="results/demo/adapters/longqlora", precision="int8")
 
 
+def test_a_system_with_seeds_is_there_once_for_each_and_the_first_has_its_name(demo):
+    before = load_experiment(demo)
+    demo["systems"]["longqlora"]["training"]["seeds"] = [1, 7]
+    experiment = load_experiment(demo, check_inputs)
+    assert set(experiment.systems) - set(before.systems) == {"longqlora.seed-7"}
+    first, other = (experiment.systems[name] for name in ("longqlora", "longqlora.seed-7"))
+    assert first == before.systems["longqlora"].model_copy(update={"label": "LongQLoRA to 256, seed 1"})
+    assert other == first.model_copy(update={"label": "LongQLoRA to 256, seed 7", "seed": 7})
+    assert experiment.rows.index("longqlora.seed-7") == experiment.rows.index("longqlora") + 1
+    assert experiment.row_labels == {"longqlora": "LongQLoRA to 256", "longqlora.seed-7": "LongQLoRA to 256"}
+    assert (experiment.untrained, before.row_labels) == ([], {})
+
+
+def test_seeds_of_all_systems_leave_out_what_is_not_trained_and_who_has_one_of_its_own(demo):
+    demo["training"]["seeds"] = [2, 3]
+    demo["systems"]["longlora-full"]["training"]["seeds"] = [5]
+    demo["systems"] = {name: demo["systems"][name] for name in ("base", "longlora-full", "chat")}
+    systems = load_experiment(demo).systems
+    assert {name: system.seed for name, system in systems.items()} == {
+        "base": 1, "longlora-full": 5, "chat": 2, "chat.seed-3": 3
+    }  # fmt: skip
+
+
+def test_a_seed_goes_on_from_the_same_seed_of_its_base(demo):
+    demo["systems"]["longqlora"]["training"]["seeds"] = [1, 2, 3]
+    systems = load_experiment(chain(demo, training={"seeds": [3, 4, 1, 2]}), check_inputs).systems
+    found = {systems[name].seed: systems[name].base for name in systems if systems[name].base}
+    assert found == {3: "longqlora.seed-3", 4: "longqlora", 1: "longqlora", 2: "longqlora.seed-2"}
+
+
+def test_a_name_that_a_seed_takes_is_refused_and_a_mistake_is_told_once(demo):
+    demo["systems"]["longqlora"]["training"]["seeds"] = [1, 7]
+    demo["systems"]["longqlora.seed-7"] = {"label": "mine"}
+    with pytest.raises(ConfigError, match=r"^systems\.longqlora\.seed-7: is the name of a seed of 'longqlora'; choose another"):
+        load_experiment(demo)
+    del demo["systems"]["longqlora.seed-7"]
+    demo["systems"]["longqlora"]["target_context"] = 64
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(demo, check_inputs)
+    assert (
+        str(caught.value) == "systems.longqlora: demo/model: target_context 64 is below the model's own context of 128 tokens"
+    )
+
+
 def chain(demo, **changes) -> dict:
     """The demo with a system that is trained on its row ``longqlora``."""
     demo["systems"]["tuned"] = {"base": "longqlora", "training": {"data": "sft", "method": "lora"}} | changes

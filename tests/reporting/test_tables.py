@@ -229,3 +229,37 @@ def test_latex_has_the_same_cells_with_special_characters_escaped(records, retri
     beginning = text[: text.index(r"\begin{tabular}")]
     assert not re.search(r"(?<!\\)&", beginning)
     assert not set("†⚠±") & set(text)
+
+
+def test_a_system_with_several_seeds_is_one_row_with_the_mean_loss_and_the_spread_over_them(tmp_path):
+    seeds = {"a": 8.0, "a.seed-2": 9.0}
+    records = [write_cell(tmp_path, "base", "PG19", 128, 10.0)]
+    records += [write_cell(tmp_path, "a", "PG19", 128, value, system=name) for name, value in seeds.items()]
+    retrieval = [tmp_path / f"r{number}" for number in range(2)]
+    for path, name, accuracy in zip(retrieval, seeds, (0.5, 1.0), strict=True):
+        cells = [{"task": "passkey", "depth": 0, "accuracy": accuracy, "samples": 2}]
+        path.write_text(json.dumps({"system": name, "eval_length": 128, "accuracy": accuracy, "cells": cells}))
+    results = read_results(
+        records=records,
+        windows=windows_of(records),
+        retrieval=list(map(str, retrieval)),
+        labels={"system": {"base": "base", "a": "A & B", "a.seed-2": "A & B"}, "dataset": {"PG19": "PG19"}},
+        published=[],
+        base="base",
+    )
+    names = {"csv": "c.csv", "markdown": "t.md", "latex": "t.tex", "differences_csv": "d.csv"}
+    paths = {name: tmp_path / file for name, file in names.items()}
+    render_table(results, **{name: str(path) for name, path in paths.items()})
+    mean, deviation = 72**0.5, 0.5**0.5
+    assert rows_of(paths["markdown"])["A & B"] == [f"**{mean:.2f}** ± 0.08 ({deviation:.2f})", "75 %", "−15.1 ± 0.0 %"]
+    assert "Trained by several seeds (A & B: 2): the perplexity of the mean loss over the seeds" in caption(paths["markdown"])
+    assert r"(A \& B: 2)" in paths["latex"].read_text()
+    (difference,) = pandas.read_csv(paths["differences_csv"]).to_dict("records")
+    assert difference["perplexity_ratio"] == pytest.approx(10 / mean)
+    row = pandas.read_csv(paths["csv"]).set_index("system").loc["a"]
+    assert (row["seeds"], row["seeds_deviation"]) == (2, pytest.approx(deviation))
+
+
+def test_without_several_seeds_a_table_has_nothing_of_them(render, records, retrieval):
+    paths = render(records, retrieval)
+    assert "seed" not in "".join(path.read_text() for path in paths.values())

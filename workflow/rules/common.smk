@@ -216,6 +216,12 @@ def labels_of(systems):
     }
 
 
+def labels_of_rows():
+    """Labels in the table and the curves of perplexity, in which systems that differ in the seed are one row."""
+    labels = labels_of(TABLE_SYSTEMS)
+    return labels | {"system": {name: EXPERIMENT.row_labels.get(name, label) for name, label in labels["system"].items()}}
+
+
 def window_losses(records):
     """The files with the loss of each window, for records of perplexity."""
     return [f"{str(record).removesuffix('.json')}.parquet" for record in records]

@@ -26,7 +26,7 @@ rule render_table:
         "../../environment.yml"
     params:
         *code_of("render_table"),
-        labels=labels_of(TABLE_SYSTEMS),
+        labels=labels_of_rows(),
         published=[row.model_dump() for row in EXPERIMENT.published],
         base=EXPERIMENT.base_row,
         extended=EXPERIMENT.extended_rows,
@@ -51,7 +51,7 @@ rule plot_perplexity:
         "../../environment.yml"
     params:
         *code_of("plot_perplexity"),
-        labels=labels_of(TABLE_SYSTEMS),
+        labels=labels_of_rows(),
         published=[row.model_dump() for row in EXPERIMENT.published],
     message:
         "plot perplexity"
@@ -74,7 +74,7 @@ rule plot_loss_by_position:
         "../../environment.yml"
     params:
         *code_of("plot_loss_by_position"),
-        labels=labels_of(TABLE_SYSTEMS),
+        labels=labels_of_rows(),
     message:
         "plot the loss by position"
     script:

@@ -59,7 +59,7 @@ rule train_adapter:
         base_model_contents=contents_of_trained,
         extension=lambda wildcards: extension_of(SYSTEMS[wildcards.system]).model_dump(),
         settings=lookup("{system}/training", within=SYSTEM_VALUES),
-        seed={"seed": EXPERIMENT.seed},
+        seed=lambda wildcards: {"seed": SYSTEMS[wildcards.system].seed},
         device=EXPERIMENT.device,
         # Snakemake does not compare params that are functions of the input; these two do not change what is trained
         progress=lambda wildcards, input: SYSTEM_VALUES[wildcards.system]["progress"],
