@@ -105,11 +105,11 @@ def read_results(
         pairs=differences(measured, windows),
         base=label_of[base] if base else None,
         extended={
-            target: {kind: [label_of[name] for name in names] for kind, names in rows.items()}
+            target: {kind: list(dict.fromkeys(label_of[name] for name in names)) for kind, names in rows.items()}
             for target, rows in extended.items()
         },
         choices=[
-            ([label_of[name] for name in names], json.loads(Path(path).read_text(encoding="utf-8")))
+            (list(dict.fromkeys(label_of[name] for name in names)), json.loads(Path(path).read_text(encoding="utf-8")))
             for path, names in choices.items()
         ],
         key_pairs=differences(longppl_of(measured), windows, of_key_tokens=True),
