@@ -52,6 +52,7 @@ rule all:
         rules.train.input,
         rules.plot_loss.output if LISTED_TRAINED else [],
         rules.report_answers.output if CHAT else [],
+        rules.report_harness.output if HARNESS else [],
         rules.data.input,
     localrule: True
 

@@ -42,6 +42,7 @@ ROPE_NUMBERS = ("factor", "rope_theta", "original_max_position_embeddings")
 def check_inputs(experiment: Experiment) -> Iterator[str]:
     """Yield a line for each mistake."""
     yield from check_paths(experiment)
+    yield from check_own_tasks(experiment)
     yield from check_retrieval_lengths(experiment)
     broken = set()
     for key, path in first_keys(experiment, "model").items():
@@ -136,6 +137,17 @@ def not_made(experiment: Experiment, path: str) -> Iterator[str]:
     if path not in made and not Path(path).exists():
         guess = difflib.get_close_matches(path, made, n=1)
         yield f"no rule makes {path}" + (f"; did you mean {guess[0]}?" if guess else "")
+
+
+def check_own_tasks(experiment: Experiment) -> Iterator[str]:
+    """Yield that the folder of the user's tasks of lm-evaluation-harness is not one."""
+    harness = experiment.evaluation.harness
+    if harness and harness.include_path:
+        folder = Path(harness.include_path)
+        if not folder.is_dir():
+            yield f"evaluation.harness.include_path: no such folder: {folder}"
+        elif not any(folder.rglob("*.yaml")):
+            yield f"evaluation.harness.include_path: {folder} holds no task (*.yaml)"
 
 
 def check_retrieval_lengths(experiment: Experiment) -> Iterator[str]:

@@ -89,6 +89,22 @@ def check_evaluation(experiment: Experiment) -> Iterator[str]:
     for length in experiment.retrieval_lengths if experiment.retrieval.tasks else []:
         if length not in evaluation.lengths:
             yield f"retrieval.lengths: {length} is not in evaluation.lengths ({', '.join(map(str, evaluation.lengths))})"
+    yield from check_harness(experiment)
+
+
+def check_harness(experiment: Experiment) -> Iterator[str]:
+    """Yield what is wrong with the tasks of lm-evaluation-harness."""
+    harness = experiment.evaluation.harness
+    if harness is None:
+        return
+    if not harness.tasks and not harness.long_tasks:
+        yield "evaluation.harness: names no task; give tasks or long_tasks"
+    elif not experiment.harness_rows:
+        yield "evaluation.harness: no row of the table has full attention, which the harness needs"
+    for name in set(harness.tasks) & set(harness.long_tasks):
+        yield f"evaluation.harness.long_tasks: {name!r} is in tasks, too; keep one of them"
+    if harness.lengths and not harness.long_tasks:
+        yield "evaluation.harness.lengths: has no effect without long_tasks"
 
 
 def check_key_tokens(experiment: Experiment) -> Iterator[str]:

@@ -142,6 +142,22 @@ class Experiment(Section):
         return {target: rows for target, rows in found.items() if all(rows.values())}
 
     @property
+    def harness_rows(self) -> list[str]:
+        """Names of the rows that are measured on tasks of lm-evaluation-harness: those with full attention, because the harness
+        reads with a cache, which the shifted sparse attention does not support."""
+        return [name for name in self.rows if self.systems[name].evaluation_attention == "full"]
+
+    @property
+    def harness_cells(self) -> dict[str, tuple[str, int | None]]:
+        """Each task of lm-evaluation-harness and the length of its texts, if it makes them, by the name of its record."""
+        harness = self.evaluation.harness
+        if harness is None:
+            return {}
+        lengths = harness.lengths or self.evaluation.lengths
+        long = {f"{task}-{length}": (task, length) for task in harness.long_tasks for length in lengths}
+        return {task: (task, None) for task in harness.tasks} | long
+
+    @property
     def pretrained(self) -> str:
         """Folder of a base model that the experiment trains from scratch."""
         return f"{self.results}/pretrained"

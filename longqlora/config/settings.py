@@ -56,6 +56,7 @@ DISTINCT = AfterValidator(without_repetition)
 AT_LEAST_ONE = Field(min_length=1, json_schema_extra={"uniqueItems": True})
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=100)]
+TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=100)]
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -385,6 +386,33 @@ class KeyTokensSection(Section):
     )
 
 
+class HarnessSection(Section):
+    """Tasks of EleutherAI's lm-evaluation-harness, which every row of the table is measured on."""
+
+    tasks: Annotated[list[TaskName], Field(json_schema_extra={"uniqueItems": True}), DISTINCT] = Field(
+        default=[], description="Tasks, groups or tags with texts of their own, such as arc_easy, hellaswag or mmlu."
+    )
+    long_tasks: Annotated[list[TaskName], Field(json_schema_extra={"uniqueItems": True}), DISTINCT] = Field(
+        default=[],
+        description="Tasks that make texts of a given length, at each of the lengths: those of RULER, such as niah_single_1, "
+        "or ruler for all thirteen.",
+    )
+    lengths: EvalLengths | None = Field(
+        default=None, description="Context lengths of long_tasks in tokens; by default evaluation.lengths."
+    )
+    num_fewshot: int | None = Field(
+        default=None, ge=0, description="Solved examples in each prompt; by default as the task has it."
+    )
+    limit: Count | None = Field(default=None, description="Number of documents per task, the first ones; by default all.")
+    chat_template: bool = Field(
+        default=False, description="Write prompts with the chat template of the tokenizer, if it has one."
+    )
+    batch_size: Count = Field(default=1, description="Prompts that a model reads at once.")
+    include_path: Text | None = Field(
+        default=None, description="Folder of your own tasks: YAML files in the format of the harness, and their data."
+    )
+
+
 class EvaluationSettings(Section):
     """How perplexity is measured."""
 
@@ -408,6 +436,9 @@ class EvaluationSettings(Section):
         description="Measure LongPPL, the perplexity of the tokens that need a long context; needs protocol: exact.",
     )
     datasets: dict[Name, EvaluationDataset] = Field(min_length=1, description="Evaluation sets by name.")
+    harness: HarnessSection | None = Field(
+        default=None, description="Tasks of lm-evaluation-harness, which must be installed (the extra harness)."
+    )
 
 
 class RetrievalSection(Section):
@@ -549,6 +580,16 @@ class RetrievalSettings(Section):
     samples: int
     chat_template: bool = True
     seed: int
+
+
+class HarnessSettings(Section):
+    """How a task of lm-evaluation-harness is measured; see :class:`HarnessSection`."""
+
+    num_fewshot: int | None
+    limit: int | None
+    chat_template: bool
+    batch_size: int
+    include_path: str | None
 
 
 class EvaluatedModel(Section):

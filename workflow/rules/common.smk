@@ -37,6 +37,7 @@ KEY_TOKENS = EXPERIMENT.evaluation.key_tokens  # None if LongPPL is not measured
 CORPUS, SFT = EXPERIMENT.corpus, EXPERIMENT.sft  # None if the experiment does not have it
 CHAT = [name for name in LISTED_TRAINED if SYSTEMS[name].training.data == "sft" and SFT.held_out]  # compared by their answers
 WRITES_ANSWERS = bool(set(EXPERIMENT.retrieval.tasks) - {"induction"})  # retrieval depends on stop tokens and chat templates
+HARNESS = EXPERIMENT.harness_cells  # tasks of lm-evaluation-harness and their lengths
 GPUS = int(EXPERIMENT.device == "cuda")  # needed by a job that runs a model; the profile says how many the machine has
 SYSTEM_VALUES = {name: system.model_dump() for name, system in SYSTEMS.items()}
 
@@ -71,6 +72,14 @@ def sources_of(paths):
 def contents_of(paths):
     """A digest of the user's data files."""
     return FACTS.fingerprint(path for path in paths if is_local(path) and not is_made_here(path))
+
+
+def contents_of_folder(path):
+    """A digest of all files of the user's in a folder, hidden ones and compiled Python aside; None without a folder."""
+    if path is None:
+        return None
+    files = [file for file in sorted(Path(path).rglob("*")) if file.is_file() and file.suffix != ".pyc"]
+    return FACTS.fingerprint(file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts))
 
 
 def made_model(path):

@@ -123,6 +123,45 @@ rule evaluate:
     localrule: True
 
 
+if HARNESS:
+
+    rule evaluate_harness:
+        input:
+            model=made_folders,
+            tokenizer=lambda wildcards: made_model(SYSTEMS[wildcards.system].tokenizer),
+        output:
+            record=f"{RESULTS}/harness/{{system}}/{{task}}.json",
+        log:
+            f"{RESULTS}/logs/evaluate_harness/{{system}}/{{task}}.log",
+        benchmark:
+            f"{RESULTS}/benchmarks/evaluate_harness/{{system}}/{{task}}.tsv"
+        wildcard_constraints:
+            system=one_of(EXPERIMENT.harness_rows),
+            task=one_of(HARNESS),
+        priority: -1
+        conda:
+            "../../environment.yml"
+        resources:
+            gpu=GPUS,
+        params:
+            *code_of("evaluate_harness"),
+            model=model_of,
+            model_contents=contents_of_evaluated,
+            tokenizer=lookup("{system}/tokenizer", within=SYSTEM_VALUES),
+            tokenizer_contents=lambda wildcards: contents_of_tokenizer(
+                SYSTEMS[wildcards.system].tokenizer, with_chat_template=EXPERIMENT.evaluation.harness.chat_template
+            ),
+            is_trained_to_answer=is_trained_to_answer,
+            task=lambda wildcards: HARNESS[wildcards.task],
+            own_tasks=contents_of_folder(EXPERIMENT.evaluation.harness.include_path),
+            settings=EXPERIMENT.evaluation.harness.model_dump(exclude={"tasks", "long_tasks", "lengths"}),
+            device=EXPERIMENT.device,
+        message:
+            "{wildcards.task} of lm-evaluation-harness for {wildcards.system}"
+        script:
+            "../scripts/evaluate_harness.py"
+
+
 if CHAT:
 
     rule evaluate_answers:

@@ -104,6 +104,30 @@ rule report_retrieval:
         "../scripts/report_retrieval.py"
 
 
+if HARNESS:
+
+    rule report_harness:
+        input:
+            records=expand(rules.evaluate_harness.output.record, system=EXPERIMENT.harness_rows, task=HARNESS),
+        output:
+            csv=f"{RESULTS}/tables/harness.csv",
+            markdown=f"{RESULTS}/tables/harness.md",
+        log:
+            f"{RESULTS}/logs/report_harness.log",
+        benchmark:
+            f"{RESULTS}/benchmarks/report_harness.tsv"
+        conda:
+            "../../environment.yml"
+        params:
+            *code_of("report_harness"),
+            labels=labels_of(EXPERIMENT.harness_rows),
+            base=EXPERIMENT.base_row,
+        message:
+            "table of the tasks of lm-evaluation-harness"
+        script:
+            "../scripts/report_harness.py"
+
+
 if CHAT:
 
     rule report_answers:

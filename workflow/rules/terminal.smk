@@ -13,6 +13,8 @@ def results_to_look_at():
         rules.plot_perplexity.output.png: "plot of perplexity by context length",
         rules.report_retrieval.output.png: "retrieval by context length",
     }
+    if HARNESS:
+        files[rules.report_harness.output.markdown] = "scores on the tasks of lm-evaluation-harness"
     ablations = expand(rules.report_ablation.output.markdown, ablation=EXPERIMENT.ablations)
     files |= dict.fromkeys(ablations, "table of an ablation")
     if CHAT:

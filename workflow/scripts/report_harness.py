@@ -1,0 +1,12 @@
+"""Report the scores of all systems on tasks of lm-evaluation-harness.
+
+Reads the records (JSON); writes the table as CSV and Markdown.
+"""
+
+from longqlora.jobs.log import job_log
+
+from longqlora.reporting.harness_report import read_harness, render_harness
+
+with job_log(snakemake.log[0]):
+    cells = read_harness(snakemake.input.records, snakemake.params.labels, snakemake.params.base)
+    render_harness(cells, csv=snakemake.output.csv, markdown=snakemake.output.markdown)
