@@ -143,6 +143,17 @@ def test_plain_text_has_no_instructions(demo, elsewhere):
         check(demo)
 
 
+def test_a_folder_without_tasks_of_the_harness_is_told(demo, tmp_path):
+    demo["evaluation"]["harness"] = {"tasks": ["mine"], "include_path": str(tmp_path / "tasks")}
+    with pytest.raises(ConfigError, match=r"^evaluation\.harness\.include_path: no such folder: .*tasks$"):
+        check(demo)
+    (tmp_path / "tasks").mkdir()
+    with pytest.raises(ConfigError, match=r"^evaluation\.harness\.include_path: .*tasks holds no task \(\*\.yaml\)$"):
+        check(demo)
+    (tmp_path / "tasks/mine.yaml").write_text("task: mine")
+    assert check(demo).evaluation.harness
+
+
 def test_missing_files_and_mistakes_in_values_are_told_together(demo):
     demo["corpus"]["sources"] = [{"paths": ["nowhere.jsonl"]}]
     demo["training"]["rnk"] = 3

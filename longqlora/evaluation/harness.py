@@ -132,7 +132,7 @@ def metrics_of(measured: dict, name: str, reader: HFLM) -> list[dict]:
                 "filter": filter_name,
                 "value": value,
                 "standard_error": error,
-                "higher_is_better": measured["higher_is_better"].get(name, {}).get(metric),
+                "higher_is_better": metric.isdigit() or measured["higher_is_better"].get(name, {}).get(metric),
                 "num_documents": len(own) or measured["results"][name].get("sample_len"),
                 "num_truncated": sum(any(is_truncated(request, reader) for request in each["arguments"]) for each in own),
                 "documents": digest_of_values([sample["doc_hash"] for sample in own]) if own else None,

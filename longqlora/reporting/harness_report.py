@@ -122,7 +122,7 @@ def render_harness(cells: pandas.DataFrame, *, csv: str, markdown: str) -> None:
         csv, markdown: files to write.
     """
     cells.drop(columns=["scores", "column", "is_shown"]).to_csv(csv, index=False)
-    shown = cells[cells["is_shown"]]
+    shown = cells[cells["is_shown"]].drop_duplicates(["label", "column"])  # a task may be in a tag that is listed, too
     scores = []
     for cell in shown.to_dict("records"):
         text = format_score(cell["value"], cell["standard_error"])

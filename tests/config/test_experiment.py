@@ -43,6 +43,18 @@ def test_the_papers_run_has_the_published_hyper_parameters(root):
             {"protocol": "longqlora", "stride": 64},
             r"^evaluation\.stride: in the protocol longqlora the stride is",
         ),
+        ("evaluation", {"harness": {}}, r"^evaluation\.harness: names no task; give tasks or long_tasks$"),
+        (
+            "evaluation",
+            {"harness": {"tasks": ["niah_single_1"], "long_tasks": ["niah_single_1"]}},
+            r"^evaluation\.harness\.long_tasks: 'niah_single_1' is in tasks, too; keep one of them$",
+        ),
+        (
+            "evaluation",
+            {"harness": {"tasks": ["arc_easy"], "lengths": [128]}},
+            r"^evaluation\.harness\.lengths: has no effect without long_tasks$",
+        ),
+        ("evaluation", {"harness": {"tasks": ["../arc"]}}, r"^evaluation\.harness\.tasks\[0\]: "),
         ("systems", {"x": {"weights_of": "nobody"}}, r"^systems\.x\.weights_of: 'nobody' is not a trained system"),
         (
             "systems",
@@ -320,3 +332,16 @@ def test_retrieval_is_measured_at_the_lengths_of_perplexity_in_the_first_set(dem
     demo["retrieval"] = {"lengths": [128], "filler": "code", "tasks": []}
     experiment = load_experiment(demo)
     assert (experiment.retrieval_lengths, experiment.filler, experiment.retrieval.tasks) == ([128], "code", [])
+
+
+def test_each_task_of_the_harness_is_measured_once_and_long_ones_at_each_length(demo):
+    demo["systems"]["sparse"] = {"evaluation_attention": "shifted_sparse"}
+    demo["evaluation"]["harness"] = {"tasks": ["arc_easy"], "long_tasks": ["ruler"], "lengths": [4096, 8192]}
+    experiment = load_experiment(demo)
+    assert experiment.harness_cells == {
+        "arc_easy": ("arc_easy", None), "ruler-4096": ("ruler", 4096), "ruler-8192": ("ruler", 8192),
+    }  # fmt: skip
+    assert experiment.harness_rows == [name for name in experiment.rows if name != "sparse"]
+    del demo["evaluation"]["harness"]["lengths"]
+    lengths = demo["evaluation"]["lengths"]
+    assert list(load_experiment(demo).harness_cells) == ["arc_easy", *(f"ruler-{length}" for length in lengths)]

@@ -81,6 +81,15 @@ def test_a_group_shows_its_own_score_and_otherwise_its_tasks(render, tmp_path):
     assert "Difference" not in text  # a single system
 
 
+def test_a_task_that_is_listed_alone_and_in_a_tag_is_one_column(render, tmp_path):
+    text, table = render(
+        write_record(tmp_path / "0", "base", "ai2_arc", {"task": "arc_easy", "scores": [1.0, 0.0]}),
+        write_record(tmp_path / "1", "base", "arc_easy", {"scores": [1.0, 0.0]}),
+    )
+    assert rows_of(text, "base (128)") == [["**0.500 ± 0.050**"]]
+    assert len(table) == 2
+
+
 def test_what_was_truncated_or_templated_is_marked(render, tmp_path):
     text, _ = render(
         write_record(tmp_path / "0", "base", "long", {"value": 0.25, "standard_error": None, "num_truncated": 3}),
