@@ -154,8 +154,8 @@ class Experiment(Section):
         if harness is None:
             return {}
         lengths = harness.lengths or self.evaluation.lengths
-        long = {f"{task}-{length}": (task, length) for task in harness.long_tasks for length in lengths}
-        return {task: (task, None) for task in harness.tasks} | long
+        cells: dict[str, tuple[str, int | None]] = {task: (task, None) for task in harness.tasks}
+        return cells | {f"{task}-{length}": (task, length) for task in harness.long_tasks for length in lengths}
 
     @property
     def pretrained(self) -> str:

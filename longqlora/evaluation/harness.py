@@ -144,10 +144,10 @@ def metrics_of(measured: dict, name: str, reader: HFLM) -> list[dict]:
 
 def scores_of(samples: list[dict], metric: str, value: float) -> list[float] | None:
     """The score of each document; None unless the value of the metric is their mean."""
-    scores = [sample.get(metric) for sample in samples]
-    if not scores or not all(isinstance(score, int | float | numpy.number) for score in scores):
+    found = [sample.get(metric) for sample in samples]
+    numbers = [float(score) for score in found if isinstance(score, int | float | numpy.number)]
+    if not numbers or len(numbers) < len(found):
         return None
-    numbers = [float(score) for score in scores]
     return numbers if math.isclose(sum(numbers) / len(numbers), value, rel_tol=1e-9, abs_tol=1e-12) else None
 
 

@@ -13,8 +13,9 @@ onstart:
         problems = access_problems(EXPERIMENT, (list(job.params) for job in workflow.dag.needrun_jobs()))
     except ImportError as error:  # an environment with little more than Snakemake; the jobs have their own
         logger.warning(f"models and data that are not on this machine are not looked up before the first job: {error}")
-    uses_conda = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method  # then jobs have other packages
-    if not uses_conda and any(job.rule.name == "evaluate_harness" for job in workflow.dag.needrun_jobs()):
-        problems += task_problems(EXPERIMENT.evaluation.harness)
     if problems:
         raise WorkflowError(f"no job has started, because these cannot be read:\n{ConfigError(problems)}")
+    uses_conda = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method  # then jobs have other packages
+    if not uses_conda and any(job.rule.name == "evaluate_harness" for job in workflow.dag.needrun_jobs()):
+        if unknown := list(task_problems(EXPERIMENT.evaluation.harness)):
+            raise WorkflowError(f"no job has started:\n{ConfigError(unknown)}")
