@@ -60,23 +60,12 @@ def evaluate_harness(
     context, own_tokenizer = rope["target_context"], load_tokenizer(tokenizer)
     if is_trained_to_answer:
         with_chat_template(own_tokenizer)
-    uses_template = settings.chat_template and bool(own_tokenizer.chat_template)
-    with TemporaryDirectory() as folder, memory_explained(*memory_advice(model, context)):
-        own_tokenizer.save_pretrained(folder)  # RULER loads it by its path, and would run code that comes with it
-        tasks = TaskManager(
-            include_path=settings.include_path,
-            metadata={"tokenizer": folder} | ({"max_seq_lengths": [length]} if length else {}),
-        )
+    if not own_tokenizer.chat_template:
+        settings = settings.model_copy(update={"chat_template": False})
+    with memory_explained(*memory_advice(model, context)):
         loaded = load_evaluated_model(model, device, context)
         reader = HFLM(pretrained=loaded, tokenizer=own_tokenizer, max_length=context, batch_size=settings.batch_size)
-        measured = simple_evaluate(
-            reader,
-            tasks=[task],
-            num_fewshot=settings.num_fewshot,
-            limit=settings.limit,
-            apply_chat_template=uses_template,
-            task_manager=tasks,
-        )
+        measured = run_task(reader, task, length, settings)
     results = [result for name in measured["results"] for result in metrics_of(measured, name, reader)]
     for result in results:
         log.info("%s, %s: %.4f", result["task"], result["metric"], result["value"])
@@ -86,11 +75,31 @@ def evaluate_harness(
         "model": model.path,
         **rope,
         "max_length": context,
-        "chat_template": uses_template,
+        "chat_template": settings.chat_template,
         "limit": settings.limit,
         "lm_eval_version": version("lm_eval"),
         "results": results,
     }
+
+
+def run_task(reader: HFLM, task: str, length: int | None, settings: HarnessSettings) -> dict:
+    """Let the harness measure a model on a task; its result, with the answer to each document."""
+    with TemporaryDirectory() as folder:
+        reader.tokenizer.save_pretrained(folder)  # RULER loads it by its path, and would run code that comes with it
+        tasks = TaskManager(
+            include_path=settings.include_path,
+            metadata={"tokenizer": folder} | ({"max_seq_lengths": [length]} if length else {}),
+        )
+        measured = simple_evaluate(
+            reader,
+            tasks=[task],
+            num_fewshot=settings.num_fewshot,
+            limit=settings.limit,
+            apply_chat_template=settings.chat_template,
+            task_manager=tasks,
+        )
+    assert measured is not None  # only other processes than the first get nothing
+    return measured
 
 
 def metrics_of(measured: dict, name: str, reader: HFLM) -> list[dict]:
@@ -109,18 +118,21 @@ def metrics_of(measured: dict, name: str, reader: HFLM) -> list[dict]:
         did not fit the context), ``task_version`` and ``num_fewshot``.
     """
     samples, found = measured["samples"].get(name, []), []
+    documents = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
     values = {key: value for key, value in measured["results"][name].items() if isinstance(value, int | float)}
     shared = {
         "task": name,
         "task_version": measured["versions"].get(name),
         "num_fewshot": measured["n-shot"].get(name),
+        "num_documents": len(documents) or values.get("sample_len"),
+        "num_truncated": sum(any(is_truncated(request, reader) for request in each["arguments"]) for each in documents),
+        "documents": digest_of_values([each["doc_hash"] for each in documents]) if documents else None,
     }
     for key, value in values.items():
         metric, _, filter_name = key.partition(",")
         if not filter_name or metric.endswith("_stderr") or (metric.isdigit() and value == NOT_MEASURED):
             continue
-        own = [sample for sample in samples if sample["filter"] == filter_name]
-        scores = scores_of(own, metric, value)
+        scores = scores_of([sample for sample in samples if sample["filter"] == filter_name], metric, value)
         error = values.get(f"{metric}_stderr,{filter_name}")
         if error is None and scores:
             error = ratio_estimate(numpy.array(scores), numpy.ones(len(scores))).standard_error
@@ -133,9 +145,6 @@ def metrics_of(measured: dict, name: str, reader: HFLM) -> list[dict]:
                 "value": value,
                 "standard_error": error,
                 "higher_is_better": metric.isdigit() or measured["higher_is_better"].get(name, {}).get(metric),
-                "num_documents": len(own) or measured["results"][name].get("sample_len"),
-                "num_truncated": sum(any(is_truncated(request, reader) for request in each["arguments"]) for each in own),
-                "documents": digest_of_values([sample["doc_hash"] for sample in own]) if own else None,
                 "scores": scores,
             }
         )
