@@ -33,6 +33,7 @@ def read_harness(paths: list[str], labels: Labels, base: str | None) -> pandas.D
         for result in results:
             shown = {"column": title_of(result), "is_shown": result["task"] == record["requested"] or not has_own}
             rows.append(labels_of(record, labels) | record | result | shown)
+    rows = mean_over_seeds(rows)
     base_label = labels["system"][base] if base else None
     for column in {row["column"]: None for row in rows}:
         cells = [row for row in rows if row["column"] == column]
@@ -45,6 +46,24 @@ def read_harness(paths: list[str], labels: Labels, base: str | None) -> pandas.D
             cell["difference"] = to_base.mean if to_base else None
             cell["difference_standard_error"] = to_base.standard_error if to_base else None
     return pandas.DataFrame(rows)
+
+
+def mean_over_seeds(rows: list[dict]) -> list[dict]:
+    """One row for the rows of a system that was trained by several seeds, which have the same label: the value and the scores by
+    document are means, and so is the standard error, which that of the mean does not exceed."""
+    cells: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        cells.setdefault((row["label"], row["column"]), []).append(row)
+    merged = []
+    for seeds in cells.values():
+        first = dict(seeds[0])
+        for key in ("value", "standard_error"):
+            values = [row[key] for row in seeds]
+            first[key] = None if None in values else sum(values) / len(values)
+        scores = [row["scores"] for row in seeds]
+        first["scores"] = None if None in scores else numpy.mean(scores, axis=0).tolist()
+        merged.append(first)
+    return merged
 
 
 def title_of(result: dict) -> str:

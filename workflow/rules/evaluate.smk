@@ -128,6 +128,7 @@ if HARNESS:
     rule evaluate_harness:
         input:
             model=made_folders,
+            scaling=scaling_of_evaluated,
             tokenizer=lambda wildcards: made_model(SYSTEMS[wildcards.system].tokenizer),
         output:
             record=f"{RESULTS}/harness/{{system}}/{{task}}.json",

@@ -13,11 +13,12 @@ from longqlora.config.settings import EvaluatedModel, HarnessSettings
 from longqlora.evaluation.harness import evaluate_harness
 from longqlora.jobs.digests import stamp
 from longqlora.jobs.gpus import reserve_gpus
+from longqlora.modeling.scaling_choice import model_as_chosen, read_choice
 
 with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, 1):
     task, length = snakemake.params.task
     result = evaluate_harness(
-        model=EvaluatedModel(**snakemake.params.model),
+        model=model_as_chosen(EvaluatedModel(**snakemake.params.model), read_choice(snakemake.input.scaling)),
         tokenizer=snakemake.params.tokenizer,
         is_trained_to_answer=snakemake.params.is_trained_to_answer,
         task=task,
