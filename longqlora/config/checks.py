@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from longqlora.config.completed import Experiment, System
-from longqlora.config.settings import Configuration, CorpusSettings, SystemSection
+from longqlora.config.settings import Configuration, CorpusSettings, SystemSection, TrainingSettings
 from longqlora.config.shards import sample_shares
 from longqlora.config.systems import protocol_at
 
@@ -259,9 +259,10 @@ def check_training(name: str, system: System, experiment: Experiment) -> Iterato
         yield f"{key}.target_context: missing; a trained system needs the context length to reach, in tokens"
     if getattr(experiment, training.data) is None:
         yield f"{key}.training.data: {training.data!r} is not configured; add the section {training.data}:"
-    for option, data in (("isolate_documents", "corpus"), ("pack_records", "sft")):
+    for option, data in (("isolate_documents", "corpus"), ("pose_window", "corpus"), ("pack_records", "sft")):
         if getattr(training, option) and training.data != data:
             yield f"{key}.training.{option}: works only with data: {data}, found data: {training.data}"
+    yield from (f"{key}.training.pose_window: {problem}" for problem in pose_problems(training, system.target_context))
     if training.full_attention_share and training.attention == "full":
         yield f"{key}.training.full_attention_share: has no effect with attention: full"
     elif (share := training.full_attention_share) and training.steps and not round(share * training.steps):
@@ -273,6 +274,19 @@ def check_training(name: str, system: System, experiment: Experiment) -> Iterato
     longest = experiment.sft.max_tokens if experiment.sft else 0
     if training.pack_records and longest > (system.target_context or longest):
         yield f"{key}.training.pack_records: sft.max_tokens is {longest}, more than the window of {system.target_context}"
+
+
+def pose_problems(training: TrainingSettings, target_context: int | None) -> Iterator[str]:
+    """Yield why a system cannot be trained in short windows with long positions."""
+    window = training.pose_window
+    if window is None:
+        return
+    if window >= (target_context or window + 1):
+        yield f"{window} is not below target_context, {target_context}; the positions of a window could not skip any"
+    if training.attention != "full":
+        yield f"needs attention: full, found {training.attention}, which would cut the short window into groups"
+    if training.isolate_documents:
+        yield "does not go with isolate_documents: true, which keeps the two parts of a window apart; leave one of them out"
 
 
 def check_data(experiment: Experiment) -> Iterator[str]:

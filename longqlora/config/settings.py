@@ -233,6 +233,11 @@ class TrainingSettings(Section):
         description="For instructions: several whole records share a window, and none attends to another; otherwise each "
         "record is a row of its own.",
     )
+    pose_window: Annotated[int, Field(ge=2)] | None = Field(
+        default=None,
+        description="For texts: train in windows of this many tokens, whose second part gets positions anywhere up to "
+        "target_context (PoSE); needs attention: full. By default a window is as long as target_context.",
+    )
     attention: Attention = Field(default="shifted_sparse", description="Attention in training.")
     group_ratio: Share = Field(default=0.25, description="Group of the shifted sparse attention, as a share of the window.")
     full_attention_share: float = Field(

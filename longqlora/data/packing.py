@@ -287,9 +287,10 @@ def load_held_out(path: str, window: int, *, isolate_documents: bool = False) ->
 def pad_at_right(rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Stack rows to ``[b, n]`` and pad the shorter ones at their ends, for which causal attention needs no mask.
 
-    Position ids, if the rows have them, are padded with 0, so that each padding token is a document of its own.
+    Position ids, if the rows have them, are padded with 0, so that each padding token is a document of its own. An attention
+    mask is padded with 1: one that hides nothing stays so, and attention can use the fastest kernels.
     """
-    padding = {"input_ids": 0, "labels": IGNORED, "position_ids": 0}
+    padding = {"input_ids": 0, "labels": IGNORED, "position_ids": 0, "attention_mask": 1}
     return {
         name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=value)
         for name, value in padding.items()

@@ -61,6 +61,8 @@ def describe(stages: list[Stage]) -> str:
         attention += f", and full attention in the last {share:.0%} of its steps"
     choice = card.get("scaling_choice")
     chosen = f" (chosen as the best of {len(choice['scalings'])} before training)" if choice else ""
+    if window := settings["pose_window"]:
+        attention += f", in windows of {window} tokens whose positions skip up to that length (PoSE)"
     return (
         f"{base} with its context extended to {card['target_context']} tokens: rope scaling "
         f"`{card['rope_scaling']}`{chosen}, {how}, {attention}. At inference it is an ordinary model with full attention."

@@ -20,7 +20,8 @@ from transformers import GenerationConfig, PrinterCallback, set_seed
 
 from longqlora.config.settings import Device, ProgressSettings, RopeExtension, TrainingSettings
 from longqlora.data.hub import is_hub_id, pinned_model, split_revision
-from longqlora.data.packing import largest_id, load_training_data
+from longqlora.data.packing import TrainingData, largest_id, load_training_data
+from longqlora.data.pose import PoseWindows
 from longqlora.data.token_files import check_token
 from longqlora.jobs.checkpointing import open_checkpoint_folder
 from longqlora.jobs.digests import FileFacts, digest_of_file
@@ -37,7 +38,13 @@ from longqlora.modeling.rope import scaling_problems
 from longqlora.training.adapters import FLOAT32, add_adapter, base_dtypes
 from longqlora.training.arguments import training_arguments
 from longqlora.training.progress import LogProgress, ResumableTensorBoard, trace_of
-from longqlora.training.trainer import FULL, FullAttentionAtTheEnd, ResumableTrainer, paged_state_bytes
+from longqlora.training.trainer import (
+    FULL,
+    FullAttentionAtTheEnd,
+    OtherSkipsEachEpoch,
+    ResumableTrainer,
+    paged_state_bytes,
+)
 
 log = logging.getLogger(__name__)
 
@@ -99,8 +106,7 @@ def train(
     keep_freed_memory(torch_device)
     check_before_loading(files, config, extension, settings)
     set_seed(seed)
-    packing = {"isolate_documents": settings.isolate_documents, "pack_records": settings.pack_records}
-    windows = load_training_data(files.data, extension.target_context, **packing)
+    windows = load_windows(files.data, extension, settings, seed)
     # before the model is loaded: ZeRO-3 shards its weights over the processes during loading
     arguments = training_arguments(files.output, settings, progress, seed, torch_device)
     run = describe_run(files, len(windows), extension, settings, seed)
@@ -109,11 +115,13 @@ def train(
     with memory_explained(*memory_advice(extension, settings)):
         model = make_trainable(files.base_model, extension, settings, torch_device)
         trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-        log.info("%d windows of at most %d tokens", len(windows), extension.target_context)
+        log.info("%d windows of at most %d tokens", len(windows), settings.pose_window or extension.target_context)
         log.info("%d parameters are trained", trainable)
         trainer = ResumableTrainer(checkpoint_dir=checkpoint_dir, windows=windows, model=model, args=arguments)
         if settings.full_attention_share:
             trainer.add_callback(FullAttentionAtTheEnd(settings.full_attention_share))
+        if isinstance(windows, PoseWindows):
+            trainer.add_callback(OtherSkipsEachEpoch(windows))
         log_progress = report_progress(trainer, files.tensorboard_dir, progress)
         first_step = trainer.resume()
     save_trained(trainer, config, files.output)
@@ -152,6 +160,21 @@ def check_before_loading(files: TrainingFiles, config, extension: RopeExtension,
     if problems:
         raise ValueError("\n".join(f"{files.base_model}: {problem}" for problem in problems))
     check_token(files.data, largest_id(files.data), config.vocab_size, files.base_model)
+
+
+def load_windows(data: str, extension: RopeExtension, settings: TrainingSettings, seed: int) -> TrainingData:
+    """The windows to train on, without the end of the data that is held out.
+
+    Args:
+        data: see :class:`TrainingFiles`.
+        extension: how the context is extended.
+        settings: how the windows are made.
+        seed: of the skips of PoSE.
+    """
+    if settings.pose_window:
+        return PoseWindows(data, settings.pose_window, target_context=extension.target_context, seed=seed)
+    packing = {"isolate_documents": settings.isolate_documents, "pack_records": settings.pack_records}
+    return load_training_data(data, extension.target_context, **packing)
 
 
 def describe_run(
@@ -211,13 +234,16 @@ def make_trainable(base_model: str, extension: RopeExtension, settings: Training
 def memory_advice(extension: RopeExtension, settings: TrainingSettings) -> tuple[str, str]:
     """The training in words, and which settings to change when memory is exhausted, as arguments of
     :func:`longqlora.jobs.memory.memory_explained`."""
+    window, length = "target_context", extension.target_context
+    if settings.pose_window:
+        window, length = "pose_window", settings.pose_window
     return (
-        f"with target_context {extension.target_context}, batch_size {settings.batch_size}, rank {settings.rank}, "
+        f"with {window} {length}, batch_size {settings.batch_size}, rank {settings.rank}, "
         f"method {settings.method}, optimizer {settings.optimizer}, activation_checkpointing "
         f"{settings.activation_checkpointing}",
         "In this order: a smaller batch_size with more gradient_accumulation (the result is the same), "
         "activation_checkpointing: true, offload_activations: true, method: qlora, optimizer: paged_adamw_8bit, "
-        "a smaller rank, a shorter target_context.",
+        f"a smaller rank, a shorter {window}.",
     )
 
 

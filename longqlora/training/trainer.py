@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
 
 from longqlora.data.packing import TrainingData, pad_at_right
+from longqlora.data.pose import PoseWindows
 from longqlora.jobs.checkpointing import WRITING, checkpoints, newest_complete_checkpoint, publish_checkpoint
 
 log = logging.getLogger(__name__)
@@ -133,6 +134,16 @@ class FullAttentionAtTheEnd(TrainerCallback):
         ):
             log.info("full attention from step %d on", state.global_step + 1)
             model.set_attn_implementation(FULL)
+
+
+class OtherSkipsEachEpoch(TrainerCallback):
+    """Tells the windows of PoSE which epoch begins, or goes on after an interruption."""
+
+    def __init__(self, windows: PoseWindows):
+        self.windows = windows
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.windows.set_epoch(int(state.epoch))
 
 
 class ResumableTrainer(Trainer):

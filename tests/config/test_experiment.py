@@ -159,6 +159,26 @@ def test_the_papers_run_has_the_published_hyper_parameters(root):
             {"steps": 40, "full_attention_share": 0.01},
             r"training\.full_attention_share: 0\.01 of 40 steps is less than one step",
         ),
+        (
+            "systems",
+            {"x": {"target_context": 256, "training": {"pose_window": 256, "attention": "full"}}},
+            r"^systems\.x\.training\.pose_window: 256 is not below target_context, 256; the positions of a window could not",
+        ),
+        (
+            "systems",
+            {"x": {"target_context": 256, "training": {"pose_window": 64}}},
+            r"^systems\.x\.training\.pose_window: needs attention: full, found shifted_sparse",
+        ),
+        (
+            "systems",
+            {"x": {"target_context": 256, "training": {"pose_window": 64, "attention": "full", "isolate_documents": True}}},
+            r"^systems\.x\.training\.pose_window: does not go with isolate_documents: true",
+        ),
+        (
+            "systems",
+            {"x": {"target_context": 256, "training": {"pose_window": 64, "attention": "full", "data": "sft"}}},
+            r"^systems\.x\.training\.pose_window: works only with data: corpus, found data: sft",
+        ),
         ("training", {"offload_activations": True}, r"offload_activations: needs activation_checkpointing: true"),
         (
             "sft",

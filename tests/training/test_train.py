@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from longqlora.config.settings import RopeExtension
 from longqlora.data.instruction_set import TOKENS
 from longqlora.data.packing import load_training_data, pad_at_right
-from longqlora.data.token_files import tokenize_documents
+from longqlora.data.token_files import read_tokens, tokenize_documents
 from longqlora.modeling import attention
 from longqlora.modeling.chunked_loss import next_token_loss, use_chunked_loss
 from longqlora.modeling.devices import check_kernels
@@ -125,6 +125,29 @@ def test_packed_documents_reach_the_model_and_are_learned(model_folder, tmp_path
     assert sum(losses[-3:]) < sum(losses[:3])
     assert len(positions) == 12
     assert all((rows == 0).sum() > 2 * 4 for rows in positions)  # beginnings in four windows
+
+
+def test_short_windows_with_long_positions_are_learned_and_differ_from_epoch_to_epoch(
+    model_folder, tmp_path, texts, tokenizer, monkeypatch
+):
+    tokenize_documents([texts[0][:600]], tokenizer, str(tmp_path / "small.bin"))
+    windows = -(-len(read_tokens(str(tmp_path / "small.bin"))) // 32)
+    positions, rotate = [], LlamaRotaryEmbedding.forward
+
+    def spy(self, hidden, position_ids):
+        positions.append(sorted(position_ids.tolist()))
+        return rotate(self, hidden, position_ids)
+
+    monkeypatch.setattr(LlamaRotaryEmbedding, "forward", spy)
+    settings = {"attention": "full", "pose_window": 32, "batch_size": windows, "steps": 20}
+    card = train_tiny(model_folder, tmp_path / "small.bin", tmp_path / "a", **settings)
+    losses = [row["loss"] for row in card["trace"]]
+    assert sum(losses[-3:]) < sum(losses[:3]) - 0.1
+    assert card["data"]["windows"] == windows
+    assert len(positions) == 20
+    assert all(len(row) == 32 and row[-1] < 128 for rows in positions for row in rows)
+    assert max(row[-1] for rows in positions for row in rows) > 100
+    assert all(rows != positions[0] for rows in positions[1:])  # a step is an epoch
 
 
 def test_the_loss_of_packed_records_is_that_of_the_records_alone(instructions):

@@ -21,6 +21,7 @@ from longqlora.jobs.checkpointing import checkpoints, is_complete, newest_comple
 from longqlora.training.trainer import Interrupted, NonFiniteLoss
 
 STEPS = {"steps": 8, "checkpoint_steps": 2, "batch_size": 1, "gradient_accumulation": 2, "dropout": 0.1}
+POSE = {"attention": "full", "pose_window": 64, "batch_size": 64}
 SCRIPT = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
@@ -136,8 +137,8 @@ def test_a_damaged_newest_checkpoint_is_not_used(inputs, uninterrupted, tmp_path
 @pytest.mark.process
 @pytest.mark.parametrize(
     "settings",
-    [{"method": "full", "learning_rate": 1e-3, "full_attention_share": 0.25}, LONGLORA],
-    ids=["full, with full attention at the end", "longlora"],
+    [{"method": "full", "learning_rate": 1e-3, "full_attention_share": 0.25}, LONGLORA, POSE],
+    ids=["full, with full attention at the end", "longlora", "PoSE, in its second or third epoch"],
 )
 def test_every_method_resumes_in_the_same_bits(inputs, tmp_path, settings):
     settings = STEPS | settings
@@ -249,13 +250,17 @@ def test_a_full_disk_says_what_was_being_written_and_leaves_whole_checkpoints(in
     assert not (tmp_path / "adapter-checkpoints" / "writing").exists()
 
 
-def test_an_exhausted_memory_says_which_settings_to_change(inputs, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("settings", "window"), [({}, "target_context 128"), ({"attention": "full", "pose_window": 64}, "pose_window 64")]
+)
+def test_an_exhausted_memory_says_which_settings_to_change(inputs, tmp_path, monkeypatch, settings, window):
     def exhausted(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(longqlora.training.train.ResumableTrainer, "training_step", exhausted)
-    with pytest.raises(MemoryError, match=r"target_context 128, batch_size 1, rank 4.*smaller batch_size with more gradient"):
-        train_tiny(*inputs, tmp_path / "adapter", **STEPS)
+    advice = rf"{window}, batch_size 1, rank 4.*smaller batch_size with more gradient.*a shorter {window.split()[0]}\."
+    with pytest.raises(MemoryError, match=advice):
+        train_tiny(*inputs, tmp_path / "adapter", **STEPS, **settings)
 
 
 def test_an_interrupted_training_is_an_error(inputs, tmp_path, monkeypatch):

@@ -181,9 +181,9 @@ def contents_of_evaluated(wildcards):
 
 
 def is_trained_to_answer(wildcards):
-    """Whether the weights of a system are trained on instructions."""
-    training = SYSTEMS[SYSTEMS[wildcards.system].weights_of or wildcards.system].training
-    return training is not None and training.data == "sft"
+    """Whether the weights of a system are trained on instructions, in any of its stages."""
+    stages = EXPERIMENT.stages_of(SYSTEMS[wildcards.system].weights_of or wildcards.system)
+    return any(SYSTEMS[name].training.data == "sft" for name in stages if SYSTEMS[name].training)
 
 
 def has_own_tokenizer(wildcards):
