@@ -193,6 +193,21 @@ def test_a_length_that_is_too_short_for_a_passage_and_its_repetition_is_told(dem
 # --- models ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("system", "context"), [("base", 128), ("longqlora", 256)])
+def test_a_system_that_cannot_read_the_longest_length_chooses_no_key_tokens(demo, system, context):
+    demo["evaluation"]["key_tokens"] = {"system": system, "short_context": 64}
+    with pytest.raises(
+        ConfigError, match=rf"^evaluation\.key_tokens\.system: '{system}' has a context of {context} tokens, less"
+    ):
+        check(demo)
+
+
+@pytest.mark.parametrize("system", ["longqlora-512", "dynamic"])  # a dynamic scaling adapts to any length
+def test_a_system_that_reads_the_longest_length_chooses_key_tokens(demo, system):
+    demo["evaluation"]["key_tokens"] = {"system": system, "short_context": 64}
+    assert check(demo).evaluation.key_tokens.system == system
+
+
 def test_a_model_or_tokenizer_that_is_not_there_is_told(tmp_path, demo):
     for key in ("path", "tokenizer"):
         config = demo | {"base_model": demo["base_model"] | {key: "../nowhere"}}

@@ -131,7 +131,7 @@ def describe_longppl(cells: pandas.DataFrame) -> list[str]:
     cells = cells[cells["num_key_tokens"].notna() & (cells["eval_length"] == cells["eval_length"].max())]
     evaluator, length = cells[["evaluator_label", "eval_length"]].iloc[0]
     counts = cells.drop_duplicates("dataset_label")[["num_key_tokens", "num_scored", "dataset_label"]]
-    named = ", ".join(f"{key:.0f} of {scored} in {dataset}" for key, scored, dataset in counts.itertuples(index=False))
+    named = ", ".join(f"{key:.0f} of {scored:.0f} in {dataset}" for key, scored, dataset in counts.itertuples(index=False))
     return [
         f"LongPPL at {length}: the perplexity of the tokens that a long context helps to predict ({named}), as chosen by "
         f"{evaluator}, which the choice favors."

@@ -55,6 +55,21 @@ def test_the_papers_run_has_the_published_hyper_parameters(root):
             r"^evaluation\.harness\.lengths: has no effect without long_tasks$",
         ),
         ("evaluation", {"harness": {"tasks": ["../arc"]}}, r"^evaluation\.harness\.tasks\[0\]: "),
+        (
+            "evaluation",
+            {"key_tokens": {"system": "nobody", "short_context": 64}},
+            r"^evaluation\.key_tokens\.system: 'nobody' is not a system \(legal: base, interpolated, ",
+        ),
+        (
+            "evaluation",
+            {"key_tokens": {"system": "dynamic", "short_context": 512}},
+            r"^evaluation\.key_tokens\.short_context: 512 is not below the longest of evaluation\.lengths, 512$",
+        ),
+        (
+            "evaluation",
+            {"key_tokens": {"system": "dynamic", "short_context": 64}, "protocol": "longqlora"},
+            r"^evaluation\.key_tokens: needs evaluation\.protocol: exact, .* found longqlora$",
+        ),
         ("systems", {"x": {"weights_of": "nobody"}}, r"^systems\.x\.weights_of: 'nobody' is not a trained system"),
         (
             "systems",
@@ -215,6 +230,21 @@ def test_a_trained_system_need_not_be_a_row_of_the_tables(demo):
     assert experiment.listed == list(demo["systems"])
     assert experiment.rows == [name for name in demo["systems"] if name not in ("chat", "longqlora")]
     assert set(experiment.systems) - set(experiment.listed) == set(experiment.ablations["rank"].rows)
+
+
+def test_the_system_that_chooses_the_key_tokens_need_not_be_a_row_but_has_the_tokenizer_of_the_base(demo):
+    demo["systems"]["strong"] = {"model": "owner/name", "table_row": False}
+    demo["evaluation"]["key_tokens"] = {"system": "strong", "short_context": 64}
+    message = (
+        r"^evaluation\.key_tokens\.system: 'strong' has the tokenizer owner/name instead of the base model's \(legal: base, .*\)"
+        r"; if the two are equal, set its tokenizer to demo/model$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        load_experiment(demo)
+    demo["systems"]["strong"]["tokenizer"] = "demo/model"
+    experiment = load_experiment(demo)
+    assert "strong" in experiment.systems
+    assert "strong" not in experiment.rows
 
 
 def test_a_table_needs_a_row(demo):

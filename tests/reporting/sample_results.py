@@ -59,6 +59,24 @@ def write_cells(folder: Path) -> list[str]:
     ]
 
 
+def add_longppl(records: list[str], evaluator: str) -> None:
+    """Add to records of perplexity and their windows a LongPPL of half the perplexity, over two tokens a window.
+
+    Args:
+        records: paths.
+        evaluator: name of the system that chose the key tokens.
+    """
+    for record, windows in zip(records, windows_of(records), strict=True):
+        cell, losses = json.loads(Path(record).read_text()), pandas.read_parquet(windows)
+        cell |= {
+            "evaluator": evaluator, "num_scored": NUM_WINDOWS * NUM_SCORED, "num_key_tokens": NUM_WINDOWS * 2,
+            "longppl": cell["perplexity"] / 2, "key_mean_nll": cell["mean_nll"] - numpy.log(2), "key_standard_error": 0.02,
+        }  # fmt: skip
+        key_nll = 2 * (losses["nll"] / NUM_SCORED - numpy.log(2))
+        Path(record).write_text(json.dumps(cell))
+        losses.assign(num_key_tokens=2, key_nll=key_nll).to_parquet(windows)
+
+
 def windows_of(records: list[str]) -> list[str]:
     """The windows' losses of each record."""
     return [record.replace(".json", ".parquet") for record in records]

@@ -2,7 +2,7 @@ import re
 
 import numpy
 import pytest
-from sample_results import DATASETS, LABELS, PUBLISHED, draw_twice, write_cells
+from sample_results import DATASETS, LABELS, PUBLISHED, add_longppl, draw_twice, write_cells
 
 from longqlora.reporting.plots import loss_by_position, plot_loss_by_position, plot_perplexity, upper_limit
 from longqlora.reporting.records import read_records
@@ -22,6 +22,12 @@ def test_the_plot_has_a_line_per_system_and_a_panel_per_set_and_is_reproducible(
     texts = draw_twice(lambda outputs: plot_perplexity(records, LABELS, PUBLISHED, outputs), tmp_path)
     assert {*DATASETS, "base", "Long &amp; 100 %", "Paper (published)"} <= texts
     assert texts & {"&gt;1000 ↑", ">1000 ↑"}
+
+
+def test_longppl_has_a_panel_for_each_set(records, tmp_path):
+    add_longppl(records, evaluator="base")
+    texts = draw_twice(lambda outputs: plot_perplexity(records, LABELS, [], outputs), tmp_path)
+    assert {*DATASETS, *(f"{name}, LongPPL" for name in DATASETS)} <= texts
 
 
 def test_up_to_twenty_systems_have_colors_of_their_own(records, tmp_path):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas
 import pytest
-from sample_results import LABELS, PUBLISHED, windows_of, write_cell, write_cells, write_retrieval_cells
+from sample_results import LABELS, PUBLISHED, add_longppl, windows_of, write_cell, write_cells, write_retrieval_cells
 
 from longqlora.reporting.notation import format_perplexity
 from longqlora.reporting.records import published_records
@@ -203,6 +203,48 @@ def test_a_row_with_its_own_tokenizer_is_named_and_not_compared(records, render,
     assert rows["MPT & co"] == ["2.00 ± 0.02", "–"]  # although it read windows of equal numbers
     assert "MPT & co" not in paths["differences_csv"].read_text()
     assert rows["base"][0] == "**9.00** ± 0.09"
+
+
+def test_longppl_has_a_column_at_the_longest_length_with_bold_by_its_own_differences(records, render, tmp_path):
+    add_longppl(records, evaluator="chat_model")
+    own = write_cell(tmp_path / "cells", "MPT & co", "PG19", 64, 2.0, has_own_tokenizer=True)
+    paths = render([*records, own], published=PUBLISHED, base="base")
+    rows = rows_of(paths["markdown"])
+    assert rows["system"] == ["64", "128", "256", "LongPPL at 256", "change at 128"]
+    assert {label: row[3] for label, row in rows.items() if label != "system"} == {
+        "base": ">1000†", "Long & 100 %": "**3.95** ± 0.08", "chat_model": "5.00 ± 0.10", "MPT & co": "–",
+        "Paper (published)": "–",
+    }  # fmt: skip
+    text = caption(paths["markdown"])
+    assert "LongPPL at 256: the perplexity of the tokens that a long context helps to predict (40 of 200 in PG19" in text
+    assert "as chosen by chat_model, which the choice favors." in text
+    assert "rows: MPT & co. They have no LongPPL" in text
+    assert r"as chosen by chat\_model" in paths["latex"].read_text()
+    pairs = pandas.read_csv(paths["differences_csv"])
+    assert pairs["tokens"].value_counts().to_dict() == {"all": 18, "key": 18}
+
+
+def test_without_key_tokens_a_cell_of_longppl_is_a_dash(records, render):
+    add_longppl(records, evaluator="chat_model")
+    for record in records:
+        cell = json.loads(Path(record).read_text())
+        if cell["dataset"] == "PG19":
+            cell |= {"num_key_tokens": 0, "longppl": None, "key_mean_nll": None, "key_standard_error": None}
+            Path(record).write_text(json.dumps(cell))
+    paths = render(records)
+    assert {row[3] for row in rows_of(paths["markdown"]).values()} == {"LongPPL at 256", "–"}
+    assert "0 of 200 in PG19, 40 of 200 in Proof-pile" in caption(paths["markdown"])
+
+
+def test_if_there_are_no_key_tokens_at_all_the_table_says_so_and_has_no_column(records, render):
+    add_longppl(records, evaluator="chat_model")
+    for record in records:
+        cell = json.loads(Path(record).read_text())
+        cell |= {"num_key_tokens": 0, "longppl": None, "key_mean_nll": None, "key_standard_error": None}
+        Path(record).write_text(json.dumps(cell))
+    paths = render(records)
+    assert rows_of(paths["markdown"])["system"] == ["64", "128", "256"]
+    assert "0 of 200 in PG19, 0 of 200 in Proof-pile" in caption(paths["markdown"])
 
 
 def test_a_warning_about_a_set_is_below_the_table(tmp_path, render):
