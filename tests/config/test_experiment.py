@@ -236,8 +236,8 @@ def test_the_system_that_chooses_the_key_tokens_need_not_be_a_row_but_has_the_to
     demo["systems"]["strong"] = {"model": "owner/name", "table_row": False}
     demo["evaluation"]["key_tokens"] = {"system": "strong", "short_context": 64}
     message = (
-        r"^evaluation\.key_tokens\.system: 'strong' has the tokenizer owner/name instead of the base model's \(legal: base, .*\)"
-        r"; if the two are equal, set its tokenizer to demo/model$"
+        r"^evaluation\.key_tokens\.system: 'strong' has the tokenizer owner/name instead of the base model's "
+        r"\(legal: base, .*\); if the two are equal, set its tokenizer to demo/model$"
     )
     with pytest.raises(ConfigError, match=message):
         load_experiment(demo)
