@@ -118,7 +118,7 @@ def describe_choices(choices: list[tuple[list[str], dict]], notation: Notation) 
         losses = sorted((loss["mean_nll"], scaling) for scaling, loss in choice["scalings"].items())
         measured = ", ".join(f"{scaling} {loss:.2f}" for loss, scaling in losses)
         sentences.append(
-            f"RoPE scaling of {plain(', '.join(labels))}: {choice['chosen']}, the best of {len(losses)} before training, by "
+            f"RoPE scaling of {plain('; '.join(labels))}: {choice['chosen']}, the best of {len(losses)} before training, by "
             f"the loss in precision {choice['precision']} on {choice['tokens']} tokens of training data ({measured})."
         )
     return sentences

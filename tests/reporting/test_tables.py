@@ -98,10 +98,10 @@ def test_the_caption_says_which_scaling_was_chosen(records, render, tmp_path):
     (tmp_path / "choice.json").write_text(json.dumps(choice))
     paths = render(records, choices={str(tmp_path / "choice.json"): ["long", "chat_model"]})
     assert (
-        "RoPE scaling of Long & 100 %, chat_model: yarn, the best of 2 before training, by the loss in precision nf4 on 16384 "
+        "RoPE scaling of Long & 100 %; chat_model: yarn, the best of 2 before training, by the loss in precision nf4 on 16384 "
         "tokens of training data (yarn 3.50, linear 4.00)."
     ) in caption(paths["markdown"])
-    assert r"RoPE scaling of Long \& 100 \%, chat\_model: yarn" in paths["latex"].read_text()
+    assert r"RoPE scaling of Long \& 100 \%; chat\_model: yarn" in paths["latex"].read_text()
 
 
 def test_the_price_at_short_lengths_is_the_paired_change_of_the_perplexity_in_the_bases_context(records, render):
