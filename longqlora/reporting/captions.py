@@ -64,7 +64,7 @@ def describe_numbers(cells: pandas.DataFrame, notation: Notation) -> list[str]:
     ]
     if "seeds_deviation" in cells:
         counts = cells.loc[cells["seeds"] > 1, ["label", "seeds"]].drop_duplicates()
-        named = ", ".join(f"{row.label}: {row.seeds}" for row in counts.itertuples())
+        named = "; ".join(f"{row.label}: {row.seeds}" for row in counts.itertuples())
         sentences.append(
             f"Trained by several seeds ({escape_latex(named) if notation is LATEX else named}): the perplexity of the mean "
             "loss over the seeds; in parentheses, its standard deviation over the seeds."

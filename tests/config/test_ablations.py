@@ -167,8 +167,9 @@ def test_the_cells_of_a_system_that_is_trained_on_another_are_too(load):
 
 def test_a_cell_has_the_first_seed_of_the_varied_system(load):
     several = {"target_context": 256, "training": {"seeds": [5, 6], "rank": 8}}
-    experiment = load({"several": several}, a=grid("several", rank=[2, 8]))
-    assert experiment.systems["several.rank-2"].seed == 5
+    other = {"target_context": 256, "training": {"seeds": [9], "rank": 2}}
+    experiment = load({"other": other, "several": several}, a=grid("several", rank=[2, 8]))
+    assert (experiment.systems["several.rank-2"].seed, experiment.systems["several.rank-2"].training.rank) == (5, 2)
     assert experiment.systems["several.rank-8"].weights_of == "several"
 
 

@@ -110,8 +110,11 @@ def test_an_answer_ends_where_the_base_model_stops_whatever_was_trained_on_it_in
     chat.add_tokens(chat.convert_ids_to_tokens(token), special_tokens=True)
     chat.save_pretrained(tmp_path / "chat")
     GenerationConfig(eos_token_id=[2, token]).save_pretrained(tmp_path / "original")
-    stopped = evaluate(1, base_model=str(tmp_path / "original"), tokenizer=str(tmp_path / "chat"))["samples"][0]["answer"]
-    assert stopped != first
+    models = {"base": str(tmp_path / "base"), "original": str(tmp_path / "original")}
+    found = {
+        name: evaluate(1, base_model=path, tokenizer=str(tmp_path / "chat"))["samples"][0] for name, path in models.items()
+    }
+    assert len(found["original"]["answer"]) < len(found["base"]["answer"])
 
 
 def test_a_system_with_s2_attention_is_measured_and_answers(evaluate, tmp_path):
