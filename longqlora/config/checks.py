@@ -34,6 +34,7 @@ def check_values(config: Configuration, experiment: Experiment) -> Iterator[str]
             yield from check_training(name, system, experiment)
         if system.training is not None and name in config.systems:
             yield from check_length(name, config, system)
+            yield from check_variants(name, config, system)
     if not experiment.rows:
         yield "systems: none is a row of the tables; remove table_row: false from at least one"
     yield from check_data(experiment)
@@ -274,6 +275,19 @@ def check_training(name: str, system: System, experiment: Experiment) -> Iterato
     longest = experiment.sft.max_tokens if experiment.sft else 0
     if training.pack_records and longest > (system.target_context or longest):
         yield f"{key}.training.pack_records: sft.max_tokens is {longest}, more than the window of {system.target_context}"
+
+
+def check_variants(name: str, config: Configuration, system: System) -> Iterator[str]:
+    """Yield which variants of an adapter are asked for where none is trained. Those of the experiment are for its other systems
+    if only this one trains all weights."""
+    own, training = config.systems[name].training, system.training
+    if own is None or training is None or training.method != "full":
+        return
+    common = {"training": config.training} if config.training.method == "full" else {}
+    for key, section in ({f"systems.{name}.training": own} | common).items():
+        for variant in ("rslora", "dora", "loraplus_ratio"):
+            if getattr(section, variant):
+                yield f"{key}.{variant}: needs an adapter, method qlora or lora, found method: full"
 
 
 def pose_problems(training: TrainingSettings, target_context: int | None) -> Iterator[str]:

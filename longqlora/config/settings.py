@@ -249,6 +249,16 @@ class TrainingSettings(Section):
     )
     rank: Count = Field(default=64, description="Rank of the adapter.")
     alpha: float = Field(default=16.0, gt=0, description="The adapter's update is scaled by alpha / rank.")
+    rslora: bool = Field(default=False, description="Scale the adapter's update by alpha / √rank instead (rsLoRA).")
+    dora: bool = Field(
+        default=False, description="Also train the magnitude of every adapted weight, one number per output (DoRA)."
+    )
+    loraplus_ratio: float | None = Field(
+        default=None,
+        ge=1,
+        description="Learning rate of the adapter's matrices B, and of trained vectors, as a multiple of learning_rate "
+        "(LoRA+); by default it is the same.",
+    )
     dropout: float = Field(default=0.05, ge=0, lt=1, description="Dropout probability at the adapter's input.")
     target_modules: Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)] = Field(
         default="all-linear",

@@ -20,7 +20,7 @@ from longqlora.config.settings import (
 UNTRAINED_LABELS: dict[RopeScaling, str] = {"linear": "linear", "dynamic": "dynamic NTK", "ntk": "NTK", "yarn": "YaRN"}
 LONGLORA_STRIDE = 256  # tokens, as published
 DEFAULT_GROUP_RATIO = TrainingSettings().group_ratio
-ADAPTER_SETTINGS = ("rank", "alpha", "dropout", "target_modules", "modules_to_save")
+ADAPTER_SETTINGS = ("rank", "alpha", "rslora", "dora", "loraplus_ratio", "dropout", "target_modules", "modules_to_save")
 
 
 def with_untrained_rows(config: Configuration) -> Configuration:

@@ -9,7 +9,7 @@ from longqlora.config.settings import Device, EvaluatedModel
 from longqlora.data.hub import is_hub_id, pinned_model, split_revision
 from longqlora.modeling.attention import register_shifted_sparse_attention
 from longqlora.modeling.devices import find_device, keep_freed_memory
-from longqlora.modeling.loading import load_config, load_model
+from longqlora.modeling.loading import load_config, load_model, put_adapter
 from longqlora.modeling.rope import context_of
 
 
@@ -66,7 +66,5 @@ def load_evaluated_model(model: EvaluatedModel, device: Device, window: int) -> 
         attn_implementation=attention,
     )
     if model.adapter:
-        from peft import PeftModel  # slow to import, and few evaluations need it
-
-        PeftModel.from_pretrained(loaded, model.adapter)  # puts the adapter's layers into the loaded model itself
+        put_adapter(loaded, model.adapter)
     return loaded.eval()

@@ -104,8 +104,22 @@ def dequantize_across_rows() -> None:
         BITSANDBYTES.impl("dequantize_4bit", in_one_row, "CPU", with_keyset=True, allow_override=True)
 
 
-def avoid_repacking(model: PreTrainedModel) -> None:
-    """Switch off bitsandbytes' repacking for layers of a 4-bit model that it cannot repack.
+def put_adapter(model: PreTrainedModel, folder: str) -> None:
+    """Put a trained adapter on a model, without merging it: its layers replace those of the model.
+
+    Args:
+        model: in any precision.
+        folder: of the adapter, in peft's format.
+    """
+    from peft import PeftModel  # slow to import, and few evaluations need it
+
+    adapted: Any = PeftModel.from_pretrained(model, folder)
+    if adapted.active_peft_config.use_dora:  # needs the weights' norms, which peft would compute from repacked weights
+        avoid_repacking(model, every_layer=True)
+
+
+def avoid_repacking(model: PreTrainedModel, *, every_layer: bool = False) -> None:
+    """Switch off bitsandbytes' repacking for layers of a 4-bit model that it cannot repack, or for every layer.
 
     On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks every layer for inference: inputs in blocks of the quantization,
     outputs in groups of 32. It fails for a layer of other widths.
@@ -113,5 +127,5 @@ def avoid_repacking(model: PreTrainedModel) -> None:
     module: Any
     for module in model.modules():
         fits = getattr(module, "in_features", 0) % NF4_BLOCK == 0 and getattr(module, "out_features", 0) % REPACKED_OUTPUTS == 0
-        if getattr(module, "support_avx512bf16_for_cpu", False) and not fits:
+        if getattr(module, "support_avx512bf16_for_cpu", False) and (every_layer or not fits):
             module.support_avx512bf16_for_cpu = False

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from longqlora.config.settings import Device, MergeSettings, Precision, RopeExtension
@@ -25,7 +24,7 @@ from longqlora.data.token_files import IGNORED
 from longqlora.jobs.memory import memory_explained
 from longqlora.modeling.chunked_loss import summed_nll
 from longqlora.modeling.devices import dtype_name, find_device, keep_freed_memory, weight_dtype
-from longqlora.modeling.loading import load_config, load_model, stored_dtype
+from longqlora.modeling.loading import load_config, load_model, put_adapter, stored_dtype
 from longqlora.publishing.merging import merge_weights
 
 log = logging.getLogger(__name__)
@@ -145,8 +144,9 @@ def models_to_compare(files: MergeFiles, folders: dict[str, Path], how: Comparis
     load_base = partial(load_model, files.base_model, device=how.device, extension=how.extension)
 
     def load_trained() -> PreTrainedModel:
-        adapted: Any = PeftModel.from_pretrained(load_base(precision=how.trained_precision), files.adapter)
-        return adapted.base_model.model  # the base, with the adapter's layers in it
+        model = load_base(precision=how.trained_precision)
+        put_adapter(model, files.adapter)
+        return model
 
     base_kind = "NF4" if how.trained_precision == "nf4" else "16-bit"
     models: dict[str, Callable] = {f"adapter on the {base_kind} base, as trained": load_trained}

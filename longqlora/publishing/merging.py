@@ -6,6 +6,8 @@ different model. Which one is better is measured (:mod:`longqlora.publishing.mer
 """
 
 import logging
+import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,38 +23,40 @@ from longqlora.publishing.weights import checkpoint_folder, read_weights, write_
 log = logging.getLogger(__name__)
 
 PREFIX = "base_model.model."  # of every tensor name in an adapter's file
+MAGNITUDE = "lora_magnitude_vector"
+ADAPTER_PART = re.compile(rf"\.(lora_[AB]\.weight|{MAGNITUDE})$")  # of a layer, in the name of a tensor
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
 
 class Adapter:
-    """The tensors of a LoRA adapter in peft's format.
+    """The tensors of an adapter in peft's format: LoRA, rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) or DoRA (Liu et al. 2024,
+    arXiv 2402.09353).
 
     Args:
         folder: of the adapter.
 
     Attributes:
-        scale: alpha / rank.
+        scale: s = alpha / rank, for rsLoRA alpha / √rank.
         tensors: by name, without peft's prefix.
         weights: names of the weights in the base that the adapter changes or replaces.
 
     Raises:
-        ValueError: if the adapter is not plain LoRA (for example DoRA, or with biases).
+        ValueError: if the adapter is of another kind (for example with biases, or ranks that differ from layer to layer).
     """
 
     def __init__(self, folder: str):
         config = LoraConfig.from_pretrained(folder)
-        special = [
-            key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias") if getattr(config, key)
-        ]
+        special = [key for key in ("rank_pattern", "alpha_pattern", "lora_bias") if getattr(config, key)]
         if special or config.bias != "none":
-            raise ValueError(f"{folder}: only plain LoRA is merged here, found {', '.join(special) or 'bias'}")
-        self.scale = config.lora_alpha / config.r
+            raise ValueError(f"{folder}: only LoRA, rsLoRA and DoRA are merged here, found {', '.join(special) or 'bias'}")
+        self.scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
         with safe_open(Path(folder) / "adapter_model.safetensors", framework="pt") as file:
             self.tensors = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        self.weights = {name.replace(".lora_A.", ".").replace(".lora_B.", ".") for name in self.tensors}
+        self.weights = {ADAPTER_PART.sub(".weight", name) for name in self.tensors}
 
     def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """The merged weight: W + α/r · B A, added in float32, or the adapter's own weight if it was trained in full.
+        """The merged weight: W' = W + s B A, added in float32, or the adapter's own weight if it was trained in full. DoRA
+        brings each row of W' to the length that was trained.
 
         Args:
             name: of the weight in the base.
@@ -64,7 +68,10 @@ class Adapter:
         if f"{layer}.lora_A.weight" not in self.tensors:
             return weight
         down, up = (self.tensors[f"{layer}.lora_{part}.weight"].float() for part in "AB")  # [r, in], [out, r]
-        return (weight.float() + self.scale * (up @ down)).to(weight.dtype)
+        merged = weight.float() + self.scale * (up @ down)
+        if (magnitude := self.tensors.get(f"{layer}.{MAGNITUDE}")) is not None:  # [out]
+            merged *= (magnitude.float() / merged.norm(dim=1))[:, None]
+        return merged.to(weight.dtype)
 
 
 def quantized_weights(config) -> set[str]:

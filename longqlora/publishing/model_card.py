@@ -50,10 +50,10 @@ def describe(stages: list[Stage]) -> str:
     card = stages[-1].card
     settings, base = card["settings"], f"`{card['base_model']}`" if len(stages) == 1 else f"{stages[-2].label} (see below)"
     how = {
-        "qlora": "a LoRA adapter (rank {rank}) trained on its 4-bit (NF4) weights and merged",
-        "lora": "a LoRA adapter (rank {rank}) trained on its 16-bit weights and merged",
+        "qlora": "a {kind} adapter (rank {rank}) trained on its 4-bit (NF4) weights and merged",
+        "lora": "a {kind} adapter (rank {rank}) trained on its 16-bit weights and merged",
         "full": "all its weights trained",
-    }[settings["method"]].format(**settings)
+    }[settings["method"]].format(kind=adapter_kind(settings), **settings)
     attention = (
         "shifted sparse attention in training" if settings["attention"] == "shifted_sparse" else "full attention in training"
     )
@@ -67,6 +67,12 @@ def describe(stages: list[Stage]) -> str:
         f"{base} with its context extended to {card['target_context']} tokens: rope scaling "
         f"`{card['rope_scaling']}`{chosen}, {how}, {attention}. At inference it is an ordinary model with full attention."
     )
+
+
+def adapter_kind(settings: dict) -> str:
+    """The kind of an adapter: LoRA, or its variants."""
+    variants = {"DoRA": settings["dora"], "rsLoRA": settings["rslora"], "LoRA+": settings["loraplus_ratio"]}
+    return " and ".join(name for name, used in variants.items() if used) or "LoRA"
 
 
 def usage(stages: list[Stage]) -> str:

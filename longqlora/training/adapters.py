@@ -54,7 +54,7 @@ def add_adapter(
 
     Args:
         model: of transformers.
-        settings: rank, alpha, dropout, target_modules and modules_to_save.
+        settings: rank, alpha, rslora, dora, dropout, target_modules and modules_to_save.
         base: dtypes to train a 4-bit base in; None leaves the base as it is.
         trained: dtype of the trained weights; None leaves them as peft makes them, which is the base's dtype for copies of
             ``modules_to_save``.
@@ -68,6 +68,8 @@ def add_adapter(
         task_type="CAUSAL_LM",
         r=settings.rank,
         lora_alpha=alpha,
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
         modules_to_save=settings.modules_to_save or None,

@@ -117,7 +117,13 @@ def train(
         trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         log.info("%d windows of at most %d tokens", len(windows), settings.pose_window or extension.target_context)
         log.info("%d parameters are trained", trainable)
-        trainer = ResumableTrainer(checkpoint_dir=checkpoint_dir, windows=windows, model=model, args=arguments)
+        trainer = ResumableTrainer(
+            checkpoint_dir=checkpoint_dir,
+            windows=windows,
+            loraplus_ratio=settings.loraplus_ratio,
+            model=model,
+            args=arguments,
+        )
         if settings.full_attention_share:
             trainer.add_callback(FullAttentionAtTheEnd(settings.full_attention_share))
         if isinstance(windows, PoseWindows):

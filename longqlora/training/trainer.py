@@ -13,6 +13,7 @@ from types import FrameType, MethodType
 from typing import Any
 
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
 
@@ -152,18 +153,35 @@ class ResumableTrainer(Trainer):
     Args:
         checkpoint_dir: folder of the checkpoints.
         windows: the training data.
+        loraplus_ratio: learning rate of an adapter's matrices B as a multiple of that of A (LoRA+, Hayou et al. 2024,
+            arXiv 2402.12354); None: both have the same.
         kwargs: to ``Trainer``.
     """
 
-    def __init__(self, *, checkpoint_dir: Path, windows: TrainingData, **kwargs):
+    def __init__(self, *, checkpoint_dir: Path, windows: TrainingData, loraplus_ratio: float | None = None, **kwargs):
         super().__init__(train_dataset=IndexedWindows(windows), data_collator=collate, **kwargs)
         self.checkpoint_dir, self.windows, self.stop = checkpoint_dir, windows, StopOnSignal()
+        self.loraplus_ratio = loraplus_ratio
         self.add_callback(self.stop)
 
     def create_optimizer(self, *args, **kwargs):
+        if self.loraplus_ratio:
+            self.optimizer = self.loraplus_optimizer(self.loraplus_ratio)
         optimizer: Any = super().create_optimizer(*args, **kwargs)
         if getattr(optimizer, "is_paged", False):
             optimizer.load_state_dict = MethodType(load_paged_state, optimizer)
+        return optimizer
+
+    def loraplus_optimizer(self, ratio: float) -> torch.optim.Optimizer:
+        """The configured optimizer with the learning rates of LoRA+: see the class."""
+        model: Any = self.model
+        optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+        optimizer = create_loraplus_optimizer(
+            model, optimizer_class, loraplus_lr_ratio=ratio, loraplus_weight_decay=self.args.weight_decay, **settings
+        )
+        optimizer.param_groups[:] = [
+            group for group in optimizer.param_groups if group["params"]
+        ]  # DeepSpeed takes no empty one
         return optimizer
 
     def resume(self) -> int:

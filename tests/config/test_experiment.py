@@ -194,6 +194,12 @@ def test_the_papers_run_has_the_published_hyper_parameters(root):
             {"x": {"target_context": 256, "training": {"pose_window": 64, "attention": "full", "data": "sft"}}},
             r"^systems\.x\.training\.pose_window: works only with data: corpus, found data: sft",
         ),
+        (
+            "systems",
+            {"x": {"target_context": 256, "training": {"method": "full", "dora": True}}},
+            r"^systems\.x\.training\.dora: needs an adapter, method qlora or lora, found method: full$",
+        ),
+        ("training", {"method": "full", "loraplus_ratio": 4}, r"^training\.loraplus_ratio: needs an adapter"),
         ("training", {"offload_activations": True}, r"offload_activations: needs activation_checkpointing: true"),
         (
             "sft",

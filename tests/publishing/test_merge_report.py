@@ -71,6 +71,24 @@ def windows_of(tokens, length: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": part, "labels": part} for part in ids.split(length)]
 
 
+@pytest.mark.parametrize("variant", [{"dora": True}, {"rslora": True}, {"dora": True, "rslora": True, "loraplus_ratio": 4.0}])
+def test_variants_of_lora_are_merged_as_trained(publish, tokenizer, tmp_path, variant):
+    """Also where the CPU repacks 4-bit layers of these widths for inference: peft cannot take norms of repacked weights."""
+    base = save_base(tmp_path / "wide", tokenizer, hidden_size=64, intermediate_size=128)
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(base)
+        for weight in model.model.layers.parameters():
+            if weight.ndim == 2:  # rows of different lengths
+                weight *= torch.linspace(0.5, 2, len(weight))[:, None]
+        model.save_pretrained(base)
+    report, output = publish(base, steps=8, **variant)
+    merged = report["models"]["merge: NF4 round trip"]
+    assert merged["kl_divergence"] < 1e-4
+    assert merged["top_1_agreement"] > 0.98
+    assert report["models"]["base, positions scaled, no adapter"]["kl_divergence"] > 0.01
+    assert ("DoRA" in (output / "README.md").read_text()) == ("dora" in variant)
+
+
 # --- measures --------------------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from longqlora.training.adapters import add_adapter
 
 CPU = torch.device("cpu")
 IDS = torch.arange(5, 60)[None]
+VARIANTS = [{"dora": True}, {"rslora": True}]
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -77,7 +78,11 @@ FORMS = ["single", "sharded", "pytorch_model.bin", "old pytorch_model.bin", "sha
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("settings", [{}, LONGLORA], ids=["all-linear", "longlora"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, LONGLORA, *VARIANTS, {"dora": True, "rslora": True, **LONGLORA}],
+    ids=["all-linear", "longlora", "dora", "rslora", "both and longlora"],
+)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_shard_by_shard_equals_the_whole_model_merged_by_peft(tmp_path, tokenizer, form, settings, tied):
     base = save_base(tmp_path / "base", tokenizer, tie_word_embeddings=tied)
@@ -204,10 +209,11 @@ def test_a_folder_without_weights_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_merged_into_the_round_trip_it_is_the_adapter_on_the_4_bit_base(tmp_path, tokenizer, monkeypatch, tied):
+@pytest.mark.parametrize("settings", [{}, *VARIANTS], ids=["lora", "dora", "rslora"])
+def test_merged_into_the_round_trip_it_is_the_adapter_on_the_4_bit_base(tmp_path, tokenizer, monkeypatch, tied, settings):
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)  # it would compute in bfloat16 in evaluation
     base = save_base(tmp_path / "base", tokenizer, hidden_size=64, tie_word_embeddings=tied)
-    adapter = save_adapter(base, tmp_path / "adapter")
+    adapter = save_adapter(base, tmp_path / "adapter", **settings)
     trained = PeftModel.from_pretrained(
         load_model(base, device=CPU, precision="nf4", extension=RopeExtension(target_context=128)), adapter
     ).eval()
@@ -233,13 +239,11 @@ def test_an_adapter_of_another_base_is_refused_with_the_weight_that_is_missing(t
         merge(base, adapter, tmp_path / "merged")
 
 
-@pytest.mark.parametrize(
-    "special", [{"use_dora": True}, {"use_rslora": True}, {"bias": "all"}, {"rank_pattern": {"q_proj": 2}}]
-)
-def test_an_adapter_that_is_no_plain_lora_is_refused(model, tmp_path, special):
+@pytest.mark.parametrize("special", [{"bias": "all"}, {"rank_pattern": {"q_proj": 2}}])
+def test_an_adapter_of_another_kind_is_refused(model, tmp_path, special):
     get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], **special)).save_pretrained(tmp_path / "adapter")
     found = next(key for key in special)
-    with pytest.raises(ValueError, match=f"only plain LoRA is merged here, found {found}"):
+    with pytest.raises(ValueError, match=f"only LoRA, rsLoRA and DoRA are merged here, found {found}"):
         Adapter(str(tmp_path / "adapter"))
 
 
@@ -252,13 +256,19 @@ def test_an_adapter_that_is_no_plain_lora_is_refused(model, tmp_path, special):
     outputs=st.integers(1, 20),
     rank=st.integers(1, 8),
     alpha=st.integers(1, 64),
+    variants=st.fixed_dictionaries({"use_rslora": st.booleans(), "use_dora": st.booleans()}),
     seed=st.integers(0, 9),
 )
-def test_an_adapter_is_applied_as_peft_does(tmp_path, inputs, outputs, rank, alpha, seed):
+def test_an_adapter_is_applied_as_peft_does(tmp_path, inputs, outputs, rank, alpha, variants, seed):
     torch.manual_seed(seed)
     model = torch.nn.Sequential(OrderedDict(layer=torch.nn.Linear(inputs, outputs, bias=False)))
     weight = model.layer.weight.detach().clone()
-    adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=["layer"], init_lora_weights=False))
+    adapted = get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=["layer"], init_lora_weights=False, **variants)
+    )
+    for name, part in adapted.named_parameters():
+        if "magnitude" in name:
+            torch.nn.init.uniform_(part, 0.5, 2)
     adapted.save_pretrained(tmp_path / "adapter")
     expected = adapted.merge_and_unload().layer.weight
     adapter = Adapter(str(tmp_path / "adapter"))

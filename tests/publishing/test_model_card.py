@@ -61,6 +61,7 @@ def test_the_card_tells_what_was_done_on_what_and_at_what_cost():
         ({"method": "full"}, "all its weights trained", "rank"),
         ({"method": "lora"}, "trained on its 16-bit weights", "4-bit"),
         ({"attention": "full"}, "full attention in training", "shifted sparse"),
+        ({"rslora": True, "loraplus_ratio": 16.0}, "a rsLoRA and LoRA+ adapter (rank 4)", "DoRA"),
         ({"attention": "full", "pose_window": 4096}, "full attention in training, in windows of 4096 tokens", "shifted sparse"),
         ({"data": "sft"}, "Its prompt is the tokenizer's chat template", "## Merge"),
         ({"data": "corpus"}, "AutoModelForCausalLM", "chat template"),

@@ -21,6 +21,7 @@ from longqlora.jobs.checkpointing import checkpoints, is_complete, newest_comple
 from longqlora.training.trainer import Interrupted, NonFiniteLoss
 
 STEPS = {"steps": 8, "checkpoint_steps": 2, "batch_size": 1, "gradient_accumulation": 2, "dropout": 0.1}
+VARIANTS = {"dora": True, "rslora": True, "loraplus_ratio": 4.0}
 POSE = {"attention": "full", "pose_window": 64, "batch_size": 64}
 SCRIPT = """
 import json, sys
@@ -137,8 +138,8 @@ def test_a_damaged_newest_checkpoint_is_not_used(inputs, uninterrupted, tmp_path
 @pytest.mark.process
 @pytest.mark.parametrize(
     "settings",
-    [{"method": "full", "learning_rate": 1e-3, "full_attention_share": 0.25}, LONGLORA, POSE],
-    ids=["full, with full attention at the end", "longlora", "PoSE, in its second or third epoch"],
+    [{"method": "full", "learning_rate": 1e-3, "full_attention_share": 0.25}, LONGLORA, POSE, VARIANTS],
+    ids=["full, with full attention at the end", "longlora", "PoSE, in its second or third epoch", "DoRA, rsLoRA and LoRA+"],
 )
 def test_every_method_resumes_in_the_same_bits(inputs, tmp_path, settings):
     settings = STEPS | settings
@@ -267,3 +268,17 @@ def test_an_interrupted_training_is_an_error(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr("longqlora.training.trainer.any_rank", lambda flag: True)
     with pytest.raises(Interrupted, match="after step 1 of 8; a rerun resumes from there"):
         train_tiny(*inputs, tmp_path / "adapter", **STEPS)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit"])
+def test_loraplus_trains_b_at_a_multiple_of_the_learning_rate(inputs, tmp_path, monkeypatch, optimizer):
+    trainers, resume = [], longqlora.training.train.ResumableTrainer.resume
+    monkeypatch.setattr(longqlora.training.train.ResumableTrainer, "resume", lambda self: trainers.append(self) or resume(self))
+    settings = STEPS | {"steps": 2, "learning_rate": 1e-3, "warmup_steps": 0, "optimizer": optimizer}
+    train_tiny(*inputs, tmp_path / "adapter", **settings, loraplus_ratio=8.0)
+    (trainer,) = trainers
+    names = {id(weight): name for name, weight in trainer.model.named_parameters()}
+    rates = {names[id(weight)]: group["lr"] for group in trainer.optimizer.optimizer.param_groups for weight in group["params"]}
+    assert set(rates) == {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    assert {rate for name, rate in rates.items() if "lora_A" in name} == {1e-3}
+    assert {rate for name, rate in rates.items() if "lora_B" in name} == {8e-3}
