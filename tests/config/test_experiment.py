@@ -7,8 +7,8 @@ from longqlora.config.experiment import load_experiment
 from longqlora.config.validation import ConfigError
 
 CONFIGS = [
-    "config", "demo-pretraining", "llama2-7b-8k", "llama2-7b-12k", "llama2-13b-8k", "vicuna-13b-8k", "vicuna-13b-8k-mixture",
-    "local-files", "measure", "tinystories-2k",
+    "config", "demo-pretraining", "llama2-7b-8k", "llama2-7b-8k-redpajama", "llama2-7b-12k", "llama2-13b-8k", "vicuna-13b-8k",
+    "vicuna-13b-8k-mixture", "local-files", "measure", "tinystories-2k",
 ]  # fmt: skip
 
 
@@ -23,7 +23,12 @@ def test_the_mixture_tolerates_the_empty_questions_of_evol_instruct(root):
 
 
 def test_the_papers_run_has_the_published_hyper_parameters(root):
-    for name, learning_rate, length in [("llama2-7b-8k", 2e-4, {"steps": 1000}), ("vicuna-13b-8k", 1e-4, {"epochs": 1})]:
+    published_runs = [
+        ("llama2-7b-8k", 2e-4, {"steps": 1000}),
+        ("llama2-7b-8k-redpajama", 2e-4, {"steps": 1000}),
+        ("vicuna-13b-8k", 1e-4, {"epochs": 1}),
+    ]
+    for name, learning_rate, length in published_runs:
         experiment = load_experiment(yaml.safe_load((root / f"config/{name}.yaml").read_text()))
         published = {
             "rank": 64, "alpha": 16, "dropout": 0.05, "batch_size": 1, "gradient_accumulation": 16, "warmup_steps": 20,

@@ -38,6 +38,7 @@ def test_every_key_has_a_description_that_is_a_sentence_and_stands_in_the_refere
         "config",
         "demo-pretraining",
         "llama2-7b-8k",
+        "llama2-7b-8k-redpajama",
         "vicuna-13b-8k-mixture",
         "local-files",
         "measure",
