@@ -1,8 +1,11 @@
 """Vicuna's prompt format as a chat template, and conversations as token ids with labels for the answers only."""
 
 import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import itemgetter
 
 from tokenizers import AddedToken, Tokenizer
 
@@ -80,11 +83,13 @@ class ControlTokens:
     in_message: dict[str, str]
     in_template: dict[str, str]
 
-    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids of what the template wrote, and begin and end of each in characters."""
-        text = replace_all(replace_all(text, self.in_template), {hidden: token for token, hidden in self.in_message.items()})
-        encoding = self.backend.encode(text, add_special_tokens=False)
-        return [self.ids.get(token, token) for token in encoding.ids], encoding.offsets
+    def hide(self, messages: list[dict]) -> list[dict]:
+        """Messages for the template, with the replacements of special tokens that they spell out."""
+        return [message | {"content": replace_all(message["content"], self.in_message)} for message in messages]
+
+    def restore(self, text: str) -> str:
+        """What the template wrote, for the backend."""
+        return replace_all(replace_all(text, self.in_template), {hidden: token for token, hidden in self.in_message.items()})
 
 
 def replace_all(text: str, replacements: dict[str, str]) -> str:
@@ -138,33 +143,54 @@ def learned_blocks(blocks: list[tuple[int, int]], answers: list[bool]) -> list[t
     return [block for block, is_learned in zip(blocks, answers, strict=True) if is_learned]
 
 
-def tokenize_conversation(
-    tokenizer, messages: list[dict], *, add_generation_prompt: bool = False
-) -> tuple[list[int], list[int]]:
-    """Encode a conversation with the chat template. Special tokens that a message spells out are encoded as text.
+def tokenize_conversations(
+    tokenizer, conversations: Iterable[list[dict]], *, add_generation_prompt: bool = False
+) -> list[tuple[list[int], list[int]]]:
+    """Encode conversations with the chat template, together on all cores. Special tokens that a message spells out are encoded
+    as text.
 
     Args:
         tokenizer: of transformers, see :func:`with_chat_template`.
-        messages: role (system, user, assistant) and content of each; ``learned: False`` in an answer that is only context.
+        conversations: of each, its messages: role (system, user, assistant) and content; ``learned: False`` in an answer that
+            is only context.
         add_generation_prompt: add what the template writes before an answer.
 
     Returns:
-        Token ids and labels, of equal length. The labels are the ids in the answers that are learned, with the end-of-text
-        token of each, and -100 elsewhere.
+        Token ids and labels of each, of equal length. The labels are the ids in the answers that are learned, with the
+        end-of-text token of each, and -100 elsewhere.
     """
+    control, texts, learned = control_tokens(tokenizer), [], []
+    for messages in conversations:
+        hidden = control.hide(messages)
+        text, blocks = render_conversation(tokenizer, hidden, add_generation_prompt=add_generation_prompt)
+        answers = [message.get("learned") is not False for message in messages if message["role"] == "assistant"]
+        texts.append(control.restore(text))
+        learned.append(learned_blocks(blocks, answers))
+    encoded = []
+    for encoding, blocks in zip(control.backend.encode_batch(texts, add_special_tokens=False), learned, strict=True):
+        ids, offsets = [control.ids.get(token, token) for token in encoding.ids], encoding.offsets
+        labels = [IGNORED] * len(ids)
+        for begin, end in blocks:  # a token is learned if any of its characters is in the block
+            first = bisect_right(offsets, begin, key=itemgetter(1))
+            last = bisect_left(offsets, end, key=itemgetter(0))
+            labels[first:last] = ids[first:last]
+        encoded.append((ids, labels))
+    return encoded
+
+
+def tokenize_conversation(
+    tokenizer, messages: list[dict], *, add_generation_prompt: bool = False
+) -> tuple[list[int], list[int]]:
+    """Token ids and labels of one conversation, see :func:`tokenize_conversations`."""
+    (encoded,) = tokenize_conversations(tokenizer, [messages], add_generation_prompt=add_generation_prompt)
+    return encoded
+
+
+def count_conversation_tokens(tokenizer, conversations: Iterable[list[dict]]) -> list[int]:
+    """Number of tokens of each conversation in the chat template; takes less time than :func:`tokenize_conversations`."""
     control = control_tokens(tokenizer)
-    hidden = [message | {"content": replace_all(message["content"], control.in_message)} for message in messages]
-    text, blocks = render_conversation(tokenizer, hidden, add_generation_prompt=add_generation_prompt)
-    answers = [message.get("learned") is not False for message in messages if message["role"] == "assistant"]
-    learned = learned_blocks(blocks, answers)
-    ids, offsets = control.encode(text)
-    labels, number = [], 0
-    for token, (begin, end) in zip(ids, offsets, strict=True):
-        while number < len(learned) and begin >= learned[number][1]:
-            number += 1
-        is_learned = number < len(learned) and end > learned[number][0]
-        labels.append(token if is_learned else IGNORED)
-    return ids, labels
+    texts = [control.restore(render_conversation(tokenizer, control.hide(messages))[0]) for messages in conversations]
+    return [len(encoding) for encoding in control.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def tokenize_question(tokenizer, before: str, after: str, answer_prefix: str) -> tuple[list[int], list[int]]:
@@ -183,13 +209,15 @@ def tokenize_question(tokenizer, before: str, after: str, answer_prefix: str) ->
         ValueError: if the template does not write all parts.
     """
     control, between = control_tokens(tokenizer), "\ufdd1"  # no character, and so in no text
-    question, answer = (replace_all(text, control.in_message) for text in (before + between + after, answer_prefix))
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    messages = [{"role": "user", "content": before + between + after}, {"role": "assistant", "content": answer_prefix}]
+    messages = control.hide(messages)
     head, found, rest = tokenizer.apply_chat_template(messages, tokenize=False).partition(between)
-    tail, begun, _ = rest.rpartition(answer)
+    tail, begun, _ = rest.rpartition(messages[1]["content"])
     if not (found and begun):
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path} does not write a question and the begin of its answer; "
             "retrieval.chat_template: false asks in plain text"
         )
-    return control.encode(head)[0], control.encode(tail + begun)[0]
+    encoded = control.backend.encode_batch([control.restore(text) for text in (head, tail + begun)], add_special_tokens=False)
+    begin, end = ([control.ids.get(token, token) for token in encoding.ids] for encoding in encoded)
+    return begin, end

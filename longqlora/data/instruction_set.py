@@ -19,14 +19,14 @@ import pyarrow
 import pyarrow.parquet
 
 from longqlora.config.settings import SftSource
-from longqlora.data.chat_template import tokenize_conversation, with_chat_template
+from longqlora.data.chat_template import tokenize_conversations, with_chat_template
 from longqlora.data.decontamination import EvaluationNgrams, check_clean
 from longqlora.data.instruction_schemas import Conversation, read_conversations, text_of
 from longqlora.data.readers import NORMALIZATION, find_files, read_parquet, write_parquet
 from longqlora.data.sampling import BottomK, apportion
-from longqlora.data.shortening import shorten
+from longqlora.data.shortening import shorten_all
 from longqlora.data.source_pass import OVERLAP_COLUMNS, SourcePass, check_malformed_share
-from longqlora.data.token_files import IGNORED
+from longqlora.data.token_files import IGNORED, batches
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ RECORDS = pyarrow.schema(
 TOKENS = pyarrow.schema([("input_ids", pyarrow.list_(pyarrow.int32())), ("labels", pyarrow.list_(pyarrow.int32()))])
 RECORDS_PER_BATCH = 64  # in memory at once
 REMOVED = ["source", "id", *OVERLAP_COLUMNS]
+Drawn = tuple[int, str, Conversation]  # priority, id
 OUTCOMES = ["read", "malformed", "without an answer", "duplicate", "too long", "contaminated"]
 
 
@@ -108,7 +109,7 @@ class InstructionPass(SourcePass):
             shown = ", ".join(f"{name} ({count})" for name, count in sorted(self.unused_fields.items()))
             log.info("%s: fields that are not used, and the number of records with each: %s", self.source.name, shown)
 
-    def draw(self, conversations: Iterator[Conversation]) -> Iterator[tuple[int, str, Conversation]]:
+    def draw(self, conversations: Iterator[Conversation]) -> Iterator[Drawn]:
         """Yield (priority, id, conversation) of each conversation that may be in the sample, without duplicates."""
         for conversation in conversations:
             record_priority, key = self.identify(orjson.dumps(conversation.messages()).decode())
@@ -118,11 +119,17 @@ class InstructionPass(SourcePass):
                 yield record_priority, key, conversation
             self.known.add(record_priority)
 
-    def keep(self, drawn: Iterator[tuple[int, str, Conversation]], tokenizer) -> None:
+    def fit(self, drawn: Iterator[Drawn], tokenizer) -> Iterator[tuple[Drawn, tuple[Conversation, int] | None]]:
+        """Yield each conversation and what :func:`longqlora.data.shortening.shorten` makes of it, a batch at a time."""
+        for batch in batches(drawn, text_of=lambda record: record[2].text()):
+            conversations = [conversation for _, _, conversation in batch]
+            yield from zip(batch, shorten_all(conversations, tokenizer, self.settings.max_tokens), strict=True)
+
+    def keep(self, drawn: Iterator[Drawn], tokenizer) -> None:
         """Keep the conversations that fit, shortened if necessary, and that share nothing with an evaluation set."""
         name = self.source.name
-        for record_priority, key, conversation in drawn:
-            used, num_tokens = shorten(conversation, tokenizer, self.settings.max_tokens) or (None, 0)
+        for (record_priority, key, conversation), fitting in self.fit(drawn, tokenizer):
+            used, num_tokens = fitting or (None, 0)
             if used is None:
                 self.unusable.append(Unusable(record_priority, "too long", []))
             elif rows := self.overlap_rows(used.text(), {"source": name, "id": key}):
@@ -263,10 +270,9 @@ def tokenize_sft(*, records: str, tokenizer, held_out: int, output: str) -> dict
             "left to train on; lower sft.held_out, or add records to sft.sources"
         )
     rows = islice(read_parquet(records), num_records - held_out)
-    encoded = (tokenize_conversation(tokenizer, row["messages"]) for _, row in rows)
     with pyarrow.OSFile(output, "wb") as file, pyarrow.ipc.new_stream(file, TOKENS) as writer:
-        while batch := list(islice(encoded, RECORDS_PER_BATCH)):
-            ids, labels = zip(*batch, strict=True)
+        while batch := [row["messages"] for _, row in islice(rows, RECORDS_PER_BATCH)]:
+            ids, labels = zip(*tokenize_conversations(tokenizer, batch), strict=True)
             writer.write_batch(pyarrow.record_batch([pyarrow.array(ids), pyarrow.array(labels)], schema=TOKENS))
             counts["records"] += len(batch)
             counts["tokens"] += sum(map(len, ids))

@@ -2,11 +2,12 @@
 
 import re
 from bisect import bisect, bisect_left
+from collections.abc import Iterator
 from dataclasses import replace
 from operator import itemgetter
 from typing import NamedTuple
 
-from longqlora.data.chat_template import tokenize_conversation
+from longqlora.data.chat_template import count_conversation_tokens
 from longqlora.data.instruction_schemas import Conversation
 
 SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’)\]]*(?:\s+|$)|\n\s*\n")
@@ -14,9 +15,9 @@ SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’)\]]*(?:\s+|$)|\n\s*\n")
 Span = tuple[int, int]  # (begin, end) in characters
 
 
-def count_tokens(tokenizer, conversation: Conversation) -> int:
-    """Number of tokens of a conversation in the chat template."""
-    return len(tokenize_conversation(tokenizer, conversation.messages())[0])
+def count_tokens(tokenizer, conversations: list[Conversation]) -> list[int]:
+    """Number of tokens of each conversation in the chat template."""
+    return count_conversation_tokens(tokenizer, [conversation.messages() for conversation in conversations])
 
 
 def sentence_boundaries(document: str) -> list[int]:
@@ -90,17 +91,28 @@ def put_in(question: str, spans: tuple[Span, ...], texts: list[str]) -> str:
     return "".join(part for pair in zip(before, texts, strict=True) for part in pair) + question[ends[-1] :]
 
 
-def shorten(conversation: Conversation, tokenizer, max_tokens: int) -> tuple[Conversation, int] | None:
+def shorten_all(conversations: list[Conversation], tokenizer, max_tokens: int) -> Iterator[tuple[Conversation, int] | None]:
+    """Yield each conversation as :func:`shorten` does; the tokens of all are counted together."""
+    for conversation, num_tokens in zip(conversations, count_tokens(tokenizer, conversations), strict=True):
+        yield shorten(conversation, num_tokens, tokenizer, max_tokens)
+
+
+def shorten(conversation: Conversation, num_tokens: int, tokenizer, max_tokens: int) -> tuple[Conversation, int] | None:
     """Cut the documents of a conversation, at sentences, so that the conversation has at most ``max_tokens`` tokens.
 
     The beginning of a document is kept. If this would lose the evidence of the answer, a part around the evidence is kept. Of
     several documents, each keeps the same share of its tokens.
 
+    Args:
+        conversation: with its documents.
+        num_tokens: of the conversation.
+        tokenizer: counts the tokens of what is left.
+        max_tokens: of the result.
+
     Returns:
         The conversation and its number of tokens; None if it does not fit: it has no document, or nothing of a document with
         the evidence would be left.
     """
-    num_tokens = count_tokens(tokenizer, conversation)
     if num_tokens <= max_tokens:
         return conversation, num_tokens
     if not conversation.documents:
@@ -116,5 +128,5 @@ def shorten(conversation: Conversation, tokenizer, max_tokens: int) -> tuple[Con
             return None
         turns = [(put_in(question, conversation.documents, kept), answer), *others]
         shortened = replace(conversation, turns=turns, documents=())
-        num_tokens = count_tokens(tokenizer, shortened)
+        (num_tokens,) = count_tokens(tokenizer, [shortened])
     return shortened, num_tokens

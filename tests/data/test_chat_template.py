@@ -9,9 +9,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from longqlora.data.chat_template import (
     CHAT_TEMPLATE,
     VICUNA_SYSTEM,
+    count_conversation_tokens,
     end_of_answer,
     plain_template,
     tokenize_conversation,
+    tokenize_conversations,
     tokenize_question,
     with_chat_template,
 )
@@ -55,6 +57,18 @@ def test_an_answer_that_is_only_context_is_not_learned(tokenizer, turns, data):
     assert tokens == tokenize_conversation(chat, Conversation(turns).messages())[0]
     answers = [f" {answer}</s>" for number, (_, answer) in enumerate(turns) if number not in not_learned]
     assert tokenizer.decode([label for label in labels if label != -100]) == "".join(answers)
+
+
+@settings(max_examples=50, deadline=None)
+@given(conversations=st.lists(TURNS, max_size=4), spelled_out=st.sampled_from(["", "</s>", "<s>"]))
+def test_conversations_are_encoded_and_counted_together_as_each_alone(tokenizer, conversations, spelled_out):
+    chat = with_or_without_bos(tokenizer, True)
+    messages = [
+        Conversation([(question + spelled_out, answer) for question, answer in turns]).messages() for turns in conversations
+    ]
+    alone = [tokenize_conversation(chat, each) for each in messages]
+    assert tokenize_conversations(chat, messages) == alone
+    assert count_conversation_tokens(chat, messages) == [len(ids) for ids, _ in alone]
 
 
 def test_a_template_that_marks_answers_as_one_cannot_leave_one_out(tokenizer):

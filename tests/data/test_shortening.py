@@ -5,14 +5,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longqlora.data import shortening
 from longqlora.data.chat_template import with_chat_template
 from longqlora.data.instruction_schemas import Conversation, about_document
-from longqlora.data.shortening import count_tokens, shorten
 
 
 @pytest.fixture(scope="module")
 def chat(tokenizer):
     return with_chat_template(deepcopy(tokenizer))
+
+
+def count_tokens(chat, conversation: Conversation) -> int:
+    (number,) = shortening.count_tokens(chat, [conversation])
+    return number
+
+
+def shorten(conversation: Conversation, chat, max_tokens: int) -> tuple[Conversation, int] | None:
+    (result,) = shortening.shorten_all([conversation], chat, max_tokens)
+    return result
 
 
 QUESTION, ANSWER = "What does it say?", "It says a lot."
