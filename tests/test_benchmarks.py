@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,8 +12,14 @@ import time
 import numpy
 import pytest
 import torch
+import yaml
 from torch.nn.functional import cross_entropy
 
+from longqlora.config.experiment import load_experiment
+from longqlora.data.decontamination import EvaluationNgrams, hash_ngrams, words_of
+from longqlora.data.instruction_schemas import read_conversations
+from longqlora.data.readers import find_files, read_documents
+from longqlora.data.sampling import text_id
 from longqlora.training.adapters import BaseDtypes
 
 CPU = torch.device("cpu")
@@ -336,3 +343,34 @@ def test_held_out_windows_are_the_last_whole_ones_and_none_is_trained_on(benchma
     trained_on, held_out = precision.load_windows(arguments)
     assert sorted(window[0].item() for window in trained_on) == list(range(0, 7 * 16, 16))
     assert [window.tolist() for window in held_out] == [list(range(start, start + 16)) for start in range(7 * 16, 160, 16)]
+
+
+def test_the_paper_s_sets_at_a_thousandth_are_what_the_workflow_reads_with_what_is_planted(
+    root, benchmark, tmp_path, monkeypatch
+):
+    full_size, data, scratch = importlib.import_module("full_size"), tmp_path / "data", tmp_path / "scratch"
+    monkeypatch.setattr(full_size, "VOCABULARY", 1000)
+    for folder, name in {"books": "prose", "corpus": "corpus-0", "stories": "code"}.items():
+        (data / folder).mkdir(parents=True)
+        source = root / f"demo/texts/{name}.jsonl.xz"
+        if folder == "corpus":
+            shutil.copy(source, data / folder)
+        else:
+            texts = [document.text for document in read_documents(str(source))]
+            (data / folder / "all.txt").write_text("\n".join(texts))
+    full_size.make(data, scratch, 0.001)
+    experiment = load_experiment(yaml.safe_load((scratch / "experiment.yaml").read_text()))
+    assert (experiment.corpus.num_texts, experiment.sft.num_records) == (54, 39)
+    planted = json.loads((scratch / "facts.json").read_text())
+    shards = [path for source in experiment.corpus.sources for pattern in source.paths for path in find_files(pattern)]
+    texts = {text_id(document.text): document.text for path in shards for document in read_documents(path)}
+    assert len(texts) == planted["corpus"]["texts"]
+    ngrams = EvaluationNgrams(str(scratch / "ngrams.parquet"), 1)
+    assert {key for key, text in texts.items() if ngrams.overlaps(text)} == set(planted["corpus"]["contaminated"])
+    for copy, original in planted["corpus"]["near"].items():
+        shingles = [set(hash_ngrams(words_of(texts[key]), 5).tolist()) for key in (copy, original)]
+        assert 0.85 < len(set.intersection(*shingles)) / len(set.union(*shingles)) < 1
+    for source in experiment.sft.sources:
+        conversations = list(read_conversations(source.paths[0], source.record_schema))
+        assert len(conversations) == planted["instructions"]["records"][source.name]
+        assert all(conversation.documents for conversation in conversations) == (source.name != "alpaca")
