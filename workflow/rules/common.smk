@@ -132,6 +132,11 @@ def made_trained_model(wildcards):
     return made_model(trained_model(wildcards))
 
 
+def files_of_stages(wildcards, folder, names):
+    """The files of a folder on the trainings of a system, those of the systems that it is trained on first."""
+    return [f"{RESULTS}/{folder}/{name}.json" for name in EXPERIMENT.stages_of(wildcards.system) if name in names]
+
+
 def training_data(wildcards):
     """The tokens that a system is trained on."""
     return getattr(rules, f"tokenize_{SYSTEMS[wildcards.system].training.data}").output.tokens

@@ -109,11 +109,6 @@ rule merge_adapter:
         "../scripts/merge_adapter.py"
 
 
-def files_of_stages(wildcards, folder, names):
-    """The files of a folder on the trainings of a system, those of the systems that it is trained on first."""
-    return [f"{RESULTS}/{folder}/{name}.json" for name in EXPERIMENT.stages_of(wildcards.system) if name in names]
-
-
 rule publish_model:
     input:
         weights=f"{RESULTS}/weights/{{system}}",
