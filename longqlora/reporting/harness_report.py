@@ -51,9 +51,9 @@ def read_harness(paths: list[str], labels: Labels, base: str | None) -> pandas.D
 def mean_over_seeds(rows: list[dict]) -> list[dict]:
     """One row for those of a system that was trained by several seeds, which have the same label: the value and the scores by
     document are means, and so is the standard error, which that of the mean does not exceed."""
-    cells: dict[tuple[str, str], list[dict]] = {}
+    cells: dict[tuple[str, str, str], list[dict]] = {}
     for row in rows:
-        cells.setdefault((row["label"], row["column"]), []).append(row)
+        cells.setdefault((row["label"], row["column"], row["requested"]), []).append(row)
     merged = []
     for seeds in cells.values():
         first = dict(seeds[0])

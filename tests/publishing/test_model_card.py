@@ -50,7 +50,7 @@ def test_the_card_tells_what_was_done_on_what_and_at_what_cost():
         assert part in text
     assert "chosen" not in text
     choice = {"chosen": "yarn", "scalings": dict.fromkeys(["linear", "ntk", "yarn", "llama3"])}
-    assert "`yarn` (chosen as the best of 4 before training), a LoRA" in model_card("x", CARD | {"scaling_choice": choice})
+    assert "`yarn` (chosen as the best of 4 before training), a LoRA" in card_of("x", CARD | {"scaling_choice": choice})
     gpu = CARD | {"machine": {"gpu": "H100", "processor": "Abacus", "cores": 2}}
     assert "H100, 2 cores" in card_of("x", gpu)
 

@@ -280,14 +280,17 @@ def test_a_system_with_several_seeds_is_one_row_with_the_mean_loss_and_the_sprea
     retrieval = [tmp_path / f"r{number}" for number in range(2)]
     for path, name, accuracy in zip(retrieval, seeds, (0.5, 1.0), strict=True):
         cells = [{"task": "passkey", "depth": 0, "accuracy": accuracy, "samples": 2}]
-        path.write_text(json.dumps({"system": name, "eval_length": 128, "accuracy": accuracy, "cells": cells}))
+        record = {"system": name, "eval_length": 128, "accuracy": accuracy, "chat_template": False, "cells": cells}
+        path.write_text(json.dumps(record))
     results = read_results(
         records=records,
         windows=windows_of(records),
         retrieval=list(map(str, retrieval)),
+        choices={},
         labels={"system": {"base": "base", "a": "A & B", "a.seed-2": "A & B"}, "dataset": {"PG19": "PG19"}},
         published=[],
         base="base",
+        extended={},
     )
     names = {"csv": "c.csv", "markdown": "t.md", "latex": "t.tex", "differences_csv": "d.csv"}
     paths = {name: tmp_path / file for name, file in names.items()}
