@@ -151,16 +151,16 @@ class InstructionPass(SourcePass):
         """Number of records by outcome; of the unusable ones, those that would have been in the sample."""
         reasons = Counter({"too long": 0, "contaminated": 0})
         reasons.update(record.reason for record in self.removed())
-        taken = [value for _, _, value in self.kept]
+        taken = Counter({"taken": 0, "shortened": 0, "tokens": 0})
+        for _, _, value in self.kept:  # one at a time: together they may be gigabytes
+            taken.update(taken=1, shortened=value["shortened"], tokens=value["num_tokens"])
         return {
             "read": self.counter.usable,
             "malformed": self.counter.malformed,
             **self.counts,
             **reasons,
             "wanted": self.quota,
-            "taken": len(taken),
-            "shortened": sum(value["shortened"] for value in taken),
-            "tokens": sum(value["num_tokens"] for value in taken),
+            **taken,
         }
 
     def file_cards(self) -> list[dict]:

@@ -1,6 +1,7 @@
 import json
 import random
 import re
+import tracemalloc
 from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
@@ -66,6 +67,21 @@ def source(tmp_path, name: str, share: float, records: list[dict], num_files: in
 
 def ids(rows: list[dict]) -> set[str]:
     return {row["id"] for row in rows}
+
+
+def test_the_card_of_a_source_holds_one_record_in_memory_at_a_time(tmp_path, evaluation_ngrams):
+    settings = SftSampleSettings(num_records=200, max_tokens=200, seed=1, allow_fewer=False, max_malformed_share=0.0)
+    reading = InstructionPass(source(tmp_path, "a", 1.0, []), 200, settings, evaluation_ngrams, tmp_path)
+    size = 50_000
+    for number in range(200):
+        value = {"num_tokens": number, "shortened": number < 50, "messages": [{"role": "user", "content": "x" * size}]}
+        reading.kept.add(number, str(number), value)
+    tracemalloc.start()
+    card = reading.card()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (card["taken"], card["shortened"], card["tokens"]) == (200, 50, sum(range(200)))
+    assert peak < 20 * size
 
 
 def test_shares_are_met_and_the_set_is_reproducible(tmp_path, build):
