@@ -285,7 +285,10 @@ def read_parquet(path: str, on_malformed: OnMalformed = raise_malformed, digest=
             if digest is not None:  # Parquet is not read from begin to end, so this takes a pass of its own
                 while data := file.read(BUFFER_BYTES):
                     digest.update(data)
-            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=ROWS_PER_GROUP):
+            parquet = pyarrow.parquet.ParquetFile(file)
+            groups = range(parquet.num_row_groups)  # an iterator over all of them would keep the bytes of those already read
+            iterators = (parquet.iter_batches(ROWS_PER_GROUP, row_groups=[group]) for group in groups)
+            for batch in chain.from_iterable(iterators):
                 for row in range(batch.num_rows):
                     number += 1
                     try:

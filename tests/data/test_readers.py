@@ -3,6 +3,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import random
 import sys
 import tracemalloc
 from decimal import Decimal
@@ -351,6 +352,17 @@ def test_invalid_utf8_of_a_text_file_is_named_with_its_line(tmp_path):
 def test_an_empty_text_file_is_malformed(tmp_path):
     with pytest.raises(ValueError, match=r"x\.txt, line 1: empty text"):
         list(read_documents(write(tmp_path, "x.txt", b"")))
+
+
+def test_reading_a_parquet_file_takes_memory_for_a_row_group_only(tmp_path):
+    path, generator = str(tmp_path / "texts.parquet"), random.Random(1)
+    schema = pyarrow.schema([("text", "string")])
+    write_parquet(path, schema, ({"text": generator.randbytes(50_000).hex()} for _ in range(100)), rows_per_group=2)
+    tracemalloc.start()
+    assert sum(1 for _ in read_parquet(path)) == 100
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_000_000 < Path(path).stat().st_size / 4
 
 
 def test_invalid_utf8_of_a_parquet_file_is_named_with_its_row(tmp_path):
