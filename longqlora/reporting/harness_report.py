@@ -23,7 +23,8 @@ def read_harness(paths: list[str], labels: Labels, base: str | None) -> pandas.D
     Returns:
         One row per record and metric: label, what the record says of it, ``column`` (its title in the table), ``is_shown`` (not
         a task of a group that has a score of its own), ``is_best`` (the best of its column, or not significantly different
-        from it), and the paired difference from the base with its standard_error, if both have the same documents.
+        from it), and the paired difference from the base with its standard_error, if both have the same documents. See
+        :func:`mean_over_seeds` for several seeds.
     """
     rows = []
     for path in paths:
@@ -50,13 +51,14 @@ def read_harness(paths: list[str], labels: Labels, base: str | None) -> pandas.D
 
 def mean_over_seeds(rows: list[dict]) -> list[dict]:
     """One row for those of a system that was trained by several seeds, which have the same label: the value and the scores by
-    document are means, and so is the standard error, which that of the mean does not exceed."""
+    document are means, and so is the standard error, which that of the mean does not exceed; ``seeds`` is their number. A task
+    that was asked for by several names stays one row for each."""
     cells: dict[tuple[str, str, str], list[dict]] = {}
     for row in rows:
-        cells.setdefault((row["label"], row["column"], row["requested"]), []).append(row)
+        cells.setdefault((row["label"], row["requested"], row["column"]), []).append(row)
     merged = []
     for seeds in cells.values():
-        first = dict(seeds[0])
+        first = seeds[0] | {"seeds": len(seeds)}
         for key in ("value", "standard_error"):
             values = [row[key] for row in seeds]
             first[key] = None if None in values else sum(values) / len(values)
@@ -125,6 +127,9 @@ def caption_of(shown: pandas.DataFrame) -> str:
         sentences.append(f"{MARKDOWN.beyond} some prompts are longer than the model's context, and lost their beginning.")
     if shown["chat_template"].any():
         sentences.append(f"With a chat template: {', '.join(shown.loc[shown['chat_template'], 'label'].unique())}.")
+    if (several := shown.loc[shown["seeds"] > 1, ["label", "seeds"]].drop_duplicates()).size:
+        named = "; ".join(f"{row.label}: {row.seeds}" for row in several.itertuples())
+        sentences.append(f"Trained by several seeds ({named}): the mean over the seeds.")
     described = []
     for task, rows in shown.groupby("task", sort=False):
         first = rows.iloc[0]

@@ -6,7 +6,9 @@ import pytest
 
 from longqlora.reporting.harness_report import read_harness, render_harness
 
-LABELS = {"system": {"base": "base (128)", "long": "extended", "other": "other documents"}}
+LABELS = {
+    "system": {"base": "base (128)", "long": "extended", "long.seed-2": "extended", "other": "other documents"},
+}
 
 
 def write_record(path, system: str, requested: str, *results: dict, **fields) -> str:
@@ -100,3 +102,22 @@ def test_what_was_truncated_or_templated_is_marked(render, tmp_path):
     assert "† some prompts are longer than the model's context" in text
     assert "With a chat template: extended." in text
     assert "long (version 1.0, 0-shot, 100 documents)" in text
+
+
+def test_seeds_of_a_system_are_one_row_with_their_mean(render, tmp_path):
+    base, first, second = [1.0] * 50 + [0.0] * 50, [1.0] * 60 + [0.0] * 40, [1.0] * 80 + [0.0] * 20
+    text, table = render(
+        write_record(tmp_path / "0", "base", "arc", {"scores": base}),
+        write_record(tmp_path / "1", "long", "arc", {"scores": first, "standard_error": 0.02}),
+        write_record(tmp_path / "2", "long.seed-2", "arc", {"scores": second, "standard_error": 0.04}),
+        write_record(tmp_path / "3", "base", "tag", {"task": "arc", "scores": base}),
+        write_record(tmp_path / "4", "long", "tag", {"task": "arc", "scores": first}),
+        write_record(tmp_path / "5", "long.seed-2", "tag", {"task": "arc", "scores": second}),
+        write_record(tmp_path / "6", "long", "ppl", {"value": 3.0, "standard_error": None}),
+        write_record(tmp_path / "7", "long.seed-2", "ppl", {"value": 4.0, "standard_error": None}),
+    )
+    assert rows_of(text, "base (128)") == [["0.500 ± 0.050", "–"]]
+    assert rows_of(text, "extended")[0] == ["**0.700 ± 0.030**", "3.500"]
+    assert rows_of(text, "extended")[1][0].startswith("+0.200 ± 0.0")
+    assert "Trained by several seeds (extended: 2): the mean over the seeds." in text
+    assert table["seeds"].to_list() == [1, 2, 1, 2, 2]

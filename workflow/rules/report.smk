@@ -120,7 +120,7 @@ if HARNESS:
             "../../environment.yml"
         params:
             *code_of("report_harness"),
-            labels=labels_of(EXPERIMENT.harness_rows),
+            labels=labels_of_rows(),
             base=EXPERIMENT.base_row,
         message:
             "table of the tasks of lm-evaluation-harness"
