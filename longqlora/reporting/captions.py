@@ -21,8 +21,8 @@ def caption_of(
     gains: pandas.DataFrame,
     choices: list[tuple[list[str], dict]],
     notation: Notation,
-) -> str:
-    """The sentences below a table.
+) -> list[str]:
+    """What is said below a table, one statement after the other: a list in Markdown, a paragraph in LaTeX.
 
     Args:
         cells: records of perplexity, see :func:`longqlora.reporting.records.read_records`.
@@ -38,8 +38,8 @@ def caption_of(
     sentences += [plain(sentence) for sentence in (*chat_sentences(retrieval), *describe_longppl(cells))]
     for base, length in prices[["base", "eval_length"]].drop_duplicates().itertuples(index=False):
         sentences.append(
-            f"Change at {length}: of the perplexity compared with {plain(base)}, at the longest length measured within its "
-            "context, by the paired difference."
+            f"Change at {length}: how much the perplexity differs from that of {plain(base)}, at the longest measured length "
+            f"within its context; {notation.plus_minus.strip()} is the standard error of the paired difference."
         )
     others = cells.loc[cells["has_own_tokenizer"].astype(bool), "label"].unique()
     if len(others):
@@ -47,8 +47,7 @@ def caption_of(
         sentences.append(f"Perplexity per token of its own tokenizer, not comparable with the other rows: {named}.")
         if "longppl" in cells:
             sentences[-1] += " They have no LongPPL, because the key tokens are of the base model's tokenizer."
-    sentences += [f"Warning: {plain(warning)}" for warning in cells["dataset_warning"].dropna().unique()]
-    return " ".join(sentences)
+    return sentences + [f"Warning: {plain(warning)}" for warning in cells["dataset_warning"].dropna().unique()]
 
 
 def describe_numbers(cells: pandas.DataFrame, notation: Notation) -> list[str]:
@@ -56,8 +55,10 @@ def describe_numbers(cells: pandas.DataFrame, notation: Notation) -> list[str]:
     protocol, stride = cells["protocol"].iloc[0], cells["stride"].iloc[0]  # with longlora the stride is the same in all cells
     precisions = ", ".join(cells["precision"].unique())
     units = ", ".join(sorted(cells["standard_error_units"].unique()))
+    overlaps = protocol == "exact" and (cells["stride"] < cells["window"]).any()
+    strides = f" Stride {', '.join(map(str, cells['stride'].unique()))}." if overlaps else ""
     sentences = [
-        f"Perplexity by context length: {PROTOCOLS[protocol].format(stride=stride)}. Weights: {precisions}.",
+        f"Perplexity by context length: {PROTOCOLS[protocol].format(stride=stride)}.{strides} Weights: {precisions}.",
         f"{notation.plus_minus.strip()} is the standard error over {units}.",
         f"{notation.bold.format('Bold')}: the best system of a column, and those that are not significantly different from it "
         f"(0 lies in the {100 * CONFIDENCE:.0f}{notation.percent} confidence interval of the paired difference).",
@@ -69,8 +70,6 @@ def describe_numbers(cells: pandas.DataFrame, notation: Notation) -> list[str]:
             f"Trained by several seeds ({escape_latex(named) if notation is LATEX else named}): the perplexity of the mean "
             "loss over the seeds; in parentheses, its standard deviation over the seeds."
         )
-    if protocol == "exact" and (cells["stride"] < cells["window"]).any():
-        sentences.append(f"Stride {', '.join(map(str, cells['stride'].unique()))}.")
     if not cells["is_within_context"].all():
         sentences.append(f"{notation.beyond} beyond the model's context.")
     return sentences
@@ -118,8 +117,8 @@ def describe_choices(choices: list[tuple[list[str], dict]], notation: Notation) 
         losses = sorted((loss["mean_nll"], scaling) for scaling, loss in choice["scalings"].items())
         measured = ", ".join(f"{scaling} {loss:.2f}" for loss, scaling in losses)
         sentences.append(
-            f"RoPE scaling of {plain('; '.join(labels))}: {choice['chosen']}, the best of {len(losses)} before training, by "
-            f"the loss in precision {choice['precision']} on {choice['tokens']} tokens of training data ({measured})."
+            f"RoPE scaling of {plain('; '.join(labels))}: {choice['chosen']}, which has the lowest loss before training, on "
+            f"{choice['tokens']} tokens of the training data in precision {choice['precision']} ({measured})."
         )
     return sentences
 

@@ -8,7 +8,7 @@ import numpy
 import pandas
 
 from longqlora.evaluation.statistics import CONFIDENCE, Estimate, ratio_estimate
-from longqlora.reporting.notation import MARKDOWN
+from longqlora.reporting.notation import MARKDOWN, markdown_list
 from longqlora.reporting.records import Labels, labels_of
 
 
@@ -115,13 +115,13 @@ def tabulate(shown: pandas.DataFrame, texts: list[str]) -> str:
 
 
 def caption_of(shown: pandas.DataFrame) -> str:
-    """The sentences below the table."""
+    """The list below the table."""
     versions = ", ".join(shown["lm_eval_version"].unique())
     sentences = [
-        f"Tasks of lm-evaluation-harness {versions}. {MARKDOWN.plus_minus.strip()} is the standard error over documents. Bold: "
-        f"the best system of a column, and those that are not significantly different from it (0 lies in the "
-        f"{100 * CONFIDENCE:.0f}{MARKDOWN.percent} confidence interval of the difference paired by document). "
-        f"Weights: {', '.join(shown['precision'].unique())}."
+        f"Scores by lm-evaluation-harness {versions}. Weights: {', '.join(shown['precision'].unique())}.",
+        f"{MARKDOWN.plus_minus.strip()} is the standard error over documents.",
+        f"{MARKDOWN.bold.format('Bold')}: the best system of a column, and those that are not significantly different from it "
+        f"(0 lies in the {100 * CONFIDENCE:.0f}{MARKDOWN.percent} confidence interval of the difference paired by document).",
     ]
     if shown["num_truncated"].any():
         sentences.append(f"{MARKDOWN.beyond} some prompts are longer than the model's context, and lost their beginning.")
@@ -135,7 +135,7 @@ def caption_of(shown: pandas.DataFrame) -> str:
         first = rows.iloc[0]
         shots = "" if pandas.isna(first["num_fewshot"]) else f", {first['num_fewshot']:.0f}-shot"
         described.append(f"{task} (version {first['task_version']}{shots}, {first['num_documents']:,.0f} documents)")
-    return " ".join([*sentences, f"Tasks: {'; '.join(described)}."])
+    return markdown_list([*sentences, f"Tasks: {'; '.join(described)}."])
 
 
 def render_harness(cells: pandas.DataFrame, *, csv: str, markdown: str) -> None:

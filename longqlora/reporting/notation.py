@@ -45,6 +45,11 @@ def format_perplexity(value: float) -> str:
     return ">1000" if value > 1000 else f"{value:.2f}"
 
 
+def markdown_list(items: list[str]) -> str:
+    """A bulleted list."""
+    return "\n".join(f"- {item}" for item in items)
+
+
 def escape_latex(text: str) -> str:
     """A text with the special characters of LaTeX escaped."""
     escaped = re.sub(r"([&%$#_{}])", r"\\\1", text.replace("\\", r"\textbackslash "))

@@ -19,7 +19,7 @@ from longqlora.reporting.comparisons import (
     price_at_short_lengths,
     statistically_best,
 )
-from longqlora.reporting.notation import LATEX, MARKDOWN, Notation, escape_latex, format_perplexity
+from longqlora.reporting.notation import LATEX, MARKDOWN, Notation, escape_latex, format_perplexity, markdown_list
 from longqlora.reporting.records import Labels, longppl_of, mean_over_seeds, published_records, read_records
 
 
@@ -69,7 +69,7 @@ class Results:
         """See :func:`longqlora.reporting.comparisons.gains_from_training`; may be empty."""
         return gains_from_training(self.measured, self.pairs, self.extended)
 
-    def caption(self, notation: Notation) -> str:
+    def caption(self, notation: Notation) -> list[str]:
         """See :func:`longqlora.reporting.captions.caption_of`."""
         return caption_of(self.measured, self.retrieval, self.prices, self.gains, self.choices, notation)
 
@@ -187,13 +187,13 @@ def write_csv(path: str, results: Results) -> None:
 
 
 def write_markdown(path: str, results: Results, title: str | None = None) -> None:
-    """One table for each evaluation set, and the caption below."""
+    """One table for each evaluation set, and the caption below as a list."""
     table, parts = layout(results, MARKDOWN), [f"# {title}"] if title else []
     for dataset in table.columns.unique(0):
         part = table[dataset]
         alignment = ["left"] + ["right"] * part.shape[1]
         parts.append(f"**{dataset}**\n\n" + part.to_markdown(colalign=alignment, disable_numparse=True))
-    Path(path).write_text("\n\n".join([*parts, results.caption(MARKDOWN)]) + "\n", encoding="utf-8")
+    Path(path).write_text("\n\n".join([*parts, markdown_list(results.caption(MARKDOWN))]) + "\n", encoding="utf-8")
 
 
 def write_latex(path: str, results: Results, reference: str, title: str | None = None) -> None:
@@ -207,7 +207,7 @@ def write_latex(path: str, results: Results, reference: str, title: str | None =
     """
     table = layout(results, LATEX).rename(index=escape_latex, columns=escape_latex)
     table = table.replace({">1000": "$>$1000"}, regex=True)
-    caption = results.caption(LATEX)
+    caption = " ".join(results.caption(LATEX))
     text = table.to_latex(
         escape=False,
         caption=f"{escape_latex(title)}. {caption}" if title else caption,

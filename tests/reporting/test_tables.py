@@ -48,8 +48,15 @@ def rows_of(markdown: Path) -> dict[str, list[str]]:
     return {label: row for label, *row in [cells[0], *cells[2:]]}
 
 
+def caption_items(markdown: Path) -> list[str]:
+    """The list below the tables."""
+    lines = markdown.read_text().split("\n\n")[-1].splitlines()
+    assert all(line.startswith("- ") for line in lines)
+    return [line.removeprefix("- ") for line in lines]
+
+
 def caption(markdown: Path) -> str:
-    return markdown.read_text().splitlines()[-1]
+    return " ".join(caption_items(markdown))
 
 
 @pytest.mark.parametrize(("value", "text"), [(7.956, "7.96"), (38.8, "38.80"), (1000.1, ">1000"), (float("nan"), "–")])
@@ -98,8 +105,8 @@ def test_the_caption_says_which_scaling_was_chosen(records, render, tmp_path):
     (tmp_path / "choice.json").write_text(json.dumps(choice))
     paths = render(records, choices={str(tmp_path / "choice.json"): ["long", "chat_model"]})
     assert (
-        "RoPE scaling of Long & 100 %; chat_model: yarn, the best of 2 before training, by the loss in precision nf4 on 16384 "
-        "tokens of training data (yarn 3.50, linear 4.00)."
+        "RoPE scaling of Long & 100 %; chat_model: yarn, which has the lowest loss before training, on 16384 tokens of the "
+        "training data in precision nf4 (yarn 3.50, linear 4.00)."
     ) in caption(paths["markdown"])
     assert r"RoPE scaling of Long \& 100 \%; chat\_model: yarn" in paths["latex"].read_text()
 
@@ -113,7 +120,9 @@ def test_the_price_at_short_lengths_is_the_paired_change_of_the_perplexity_in_th
         "Long & 100 %": "+6.3 ± 0.0 %",  # 8.5 / 8
         "chat_model": "+37.5 ± 0.0 %",  # 11 / 8
     }
-    assert "Change at 128: of the perplexity compared with base, at the longest length measured" in caption(paths["markdown"])
+    assert "Change at 128: how much the perplexity differs from that of base, at the longest measured length" in caption(
+        paths["markdown"]
+    )
     assert r"+37.5 $\pm$ 0.0\,\%" in paths["latex"].read_text()
 
 
@@ -138,6 +147,16 @@ def test_only_the_best_is_bold_if_no_differences_are_known(records, render, tmp_
     paths = render(records)
     assert rows_of(paths["markdown"])["Long & 100 %"] == ["9.02 ± 0.09", "8.50 ± 0.09", "**7.90** ± 0.08"]
     assert pandas.read_csv(paths["differences_csv"]).empty
+
+
+def test_the_caption_is_a_list_in_markdown_and_a_paragraph_in_latex(records, render):
+    paths = render(records)
+    items = caption_items(paths["markdown"])
+    assert [item.split()[0] for item in items] == ["Perplexity", "±", "**Bold**:", "†"]
+    (line,) = (line for line in paths["latex"].read_text().splitlines() if line.startswith(r"\caption{"))
+    assert re.findall(r"Perplexity by|is the standard error|\\textbf\{Bold\}|beyond the model", line) == [
+        "Perplexity by", "is the standard error", r"\textbf{Bold}", "beyond the model",
+    ]  # fmt: skip
 
 
 def test_the_caption_explains_the_marks_that_occur_and_no_others(records, render):
