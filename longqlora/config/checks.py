@@ -147,7 +147,7 @@ def check_ablations(config: Configuration, experiment: Experiment) -> Iterator[s
         if "theta" in (ablation.grid.rope_scaling or ()) and experiment.systems[ablation.system].rope_theta is None:
             yield f"ablations.{name}.grid.rope_scaling: theta needs systems.{ablation.system}.rope_theta"
         if "best" in (ablation.grid.rope_scaling or ()) and experiment.systems[ablation.system].rope_factor:
-            yield f"ablations.{name}.grid.rope_scaling: best goes without systems.{ablation.system}.rope_factor"
+            yield f"ablations.{name}.grid.rope_scaling: best cannot be combined with systems.{ablation.system}.rope_factor"
         if not experiment.ablations[name].axes:
             yield f"ablations.{name}.grid: names no setting (legal: {', '.join(type(ablation.grid).model_fields)})"
 
@@ -167,7 +167,7 @@ def check_system(name: str, config: Configuration, experiment: Experiment) -> It
     if system.rope_scaling == "best" and row.weights_of is None and not continues_its_base(system, experiment):
         yield from check_choice(name, system, experiment)
     if row.tokenizer is not None and row.model is None and row.weights_of is None:
-        yield f"systems.{name}.tokenizer: goes with model; the tokenizer of the base model is base_model.tokenizer"
+        yield f"systems.{name}.tokenizer: has no effect without model; the tokenizer of the base model is base_model.tokenizer"
     trained = experiment.systems[row.weights_of or name].training if (row.weights_of or name) in experiment.systems else None
     if row.merged is False and (trained is None or trained.method == "full"):
         yield f"systems.{name}.merged: false needs an adapter, training of method qlora or lora"
@@ -189,12 +189,12 @@ def check_base(name: str, config: Configuration, experiment: Experiment) -> Iter
     row, system, key = config.systems[name], experiment.systems[name], f"systems.{name}.base"
     base = config.systems.get(row.base or "")
     trained = [other for other in config.systems if config.systems[other].training and other != name]
-    if row.weights_of is not None:  # told with the other keys that come from there
+    if row.weights_of is not None:  # reported below, with the other keys that come from there
         return
     if row.training is None:
         yield f"{key}: needs 'training'; to evaluate the weights of {row.base!r} in another way, write weights_of: {row.base}"
     if row.model is not None:
-        yield f"{key}: goes without model: the model of {row.base!r} is trained on"
+        yield f"{key}: cannot be combined with model: the model of {row.base!r} is trained on"
     if row.base == name or (base and base.training and system.base is None):
         yield f"{key}: {row.base!r} is this system itself, or is trained on it"
     elif base and base.weights_of:
@@ -300,7 +300,7 @@ def pose_problems(training: TrainingSettings, target_context: int | None) -> Ite
     if training.attention != "full":
         yield f"needs attention: full, found {training.attention}, which would cut the short window into groups"
     if training.isolate_documents:
-        yield "does not go with isolate_documents: true, which keeps the two parts of a window apart; leave one of them out"
+        yield "cannot be combined with isolate_documents: true, which keeps the two parts of a window apart"
 
 
 def check_data(experiment: Experiment) -> Iterator[str]:

@@ -55,7 +55,7 @@ def choose_scaling(*, base_model: str, data: str, target_context: int, precision
     windows = last_windows(data, target_context)
     what = f"reading {target_context} tokens at once with {base_model} in precision {precision}"
     measured = {}
-    with memory_explained(what, "A shorter target_context, or in its place the scaling of your choice (rope_scaling)."):
+    with memory_explained(what, "Choose a shorter target_context, or name a scaling instead of best (rope_scaling)."):
         for extension in candidates(model, target_context):
             measured[extension.scaling] = mean_loss(base_model, extension, windows, precision, device)
             log.info("%s: a loss of %.4f nats", extension.scaling, measured[extension.scaling].mean)

@@ -126,7 +126,7 @@ def find_key_tokens(
     if not is_within_context(model, protocol.window):
         raise ValueError(
             f"evaluation.key_tokens.system: {system} has a context of {context_of(config)} tokens, less than the longest of "
-            f"evaluation.lengths, {protocol.window}; name a system that reads them"
+            f"evaluation.lengths, {protocol.window}; name a system with a longer context"
         )
     for path in tokens.values():
         check_vocabulary(path, config.vocab_size, model.path)

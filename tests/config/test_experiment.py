@@ -142,7 +142,7 @@ def test_the_papers_run_has_the_published_hyper_parameters(root):
         (
             "systems",
             {"x": {"tokenizer": "a/b"}},
-            r"^systems\.x\.tokenizer: goes with model; the tokenizer of the base model is",
+            r"^systems\.x\.tokenizer: has no effect without model; the tokenizer of the base model is",
         ),
         (
             "systems",
@@ -192,7 +192,7 @@ def test_the_papers_run_has_the_published_hyper_parameters(root):
         (
             "systems",
             {"x": {"target_context": 256, "training": {"pose_window": 64, "attention": "full", "isolate_documents": True}}},
-            r"^systems\.x\.training\.pose_window: does not go with isolate_documents: true",
+            r"^systems\.x\.training\.pose_window: cannot be combined with isolate_documents: true",
         ),
         (
             "systems",

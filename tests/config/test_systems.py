@@ -290,7 +290,7 @@ def test_a_theta_is_kept_by_what_is_trained_on_it_and_enlarged_for_a_longer_cont
         ({"base": "tuned"}, r"base: 'tuned' is this system itself, or is trained on it$"),
         ({"base": "circle"}, r"base: 'circle' is this system itself, or is trained on it$"),
         ({"base": "same"}, r"base: 'same' has the weights of 'longqlora'; write base: longqlora$"),
-        ({"model": "demo/model"}, r"base: goes without model: the model of 'longqlora' is trained on$"),
+        ({"model": "demo/model"}, r"base: cannot be combined with model: the model of 'longqlora' is trained on$"),
         ({"weights_of": "chat"}, r"base: comes from 'chat', whose weights this system has; leave it out$"),
         (
             {"target_context": 128},
