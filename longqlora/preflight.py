@@ -30,7 +30,7 @@ from longqlora.modeling.model_files import (
     weight_files,
 )
 from longqlora.modeling.rope import LARGER_THETA, context_in, scaling_problems
-from longqlora.modeling.scaling_choice import choice_problems
+from longqlora.modeling.scaling_choice import candidates, choice_problems
 
 SIZES = (
     "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "vocab_size",
@@ -189,7 +189,7 @@ def fit_problems(config: dict, system: System, original: str | None = None) -> I
     extension = extension_of(system)
     if extension:
         yield from extension_problems(config, extension.target_context, system.training)
-        if extension.scaling == "best":
+        if extension.scaling == "best" and system.base is None:  # with a base, it has been chosen for that one
             yield from choice_problems(config, extension.target_context)
         else:
             yield from scaling_problems(config, extension)
@@ -300,6 +300,11 @@ def after_training(config: dict, system: System) -> dict:
     if extension is None or extension.target_context == context:
         return config
     target = extension.target_context
+    if extension.scaling == "best":
+        compared = candidates(config, target)
+        if len(compared) != 1:  # which one it is going to be is not known; nothing extends it further
+            return config | {"max_position_embeddings": target}
+        extension = compared[0]  # a model that is scaled already keeps its scaling
     if extension.scaling in LARGER_THETA:
         return config | {"max_position_embeddings": target} | ({"rope_theta": extension.theta} if extension.theta else {})
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}

@@ -21,7 +21,9 @@ def check_values(config: Configuration, experiment: Experiment) -> Iterator[str]
     yield from check_pretraining(experiment)
     datasets = experiment.evaluation.datasets
     yield from check_distinct("evaluation.datasets", "label", [dataset.label for dataset in datasets.values()])
-    yield from check_distinct("systems", "label", [experiment.systems[name].label for name in experiment.listed])
+    labels_of_seeds = [experiment.row_labels[name] for name, row in experiment.seed_rows.items() if name == row]
+    labels = [experiment.systems[name].label for name in experiment.listed]
+    yield from check_distinct("systems", "label", labels + labels_of_seeds)
     for name in config.systems:
         if experiment.seed_rows.get(name, name) != name:
             yield f"systems.{name}: is the name of a seed of {experiment.seed_rows[name]!r}; choose another name"
@@ -164,7 +166,7 @@ def check_system(name: str, config: Configuration, experiment: Experiment) -> It
         yield from check_base(name, config, experiment)
     if not continues_its_base(system, experiment):
         yield from check_scaling(name, row, system)
-    if system.rope_scaling == "best" and row.weights_of is None and not continues_its_base(system, experiment):
+    if row.rope_scaling == "best" and row.weights_of is None and not continues_its_base(system, experiment):
         yield from check_choice(name, system, experiment)
     if row.tokenizer is not None and row.model is None and row.weights_of is None:
         yield f"systems.{name}.tokenizer: has no effect without model; the tokenizer of the base model is base_model.tokenizer"
@@ -208,11 +210,22 @@ def check_base(name: str, config: Configuration, experiment: Experiment) -> Iter
             f"systems.{name}.rope_scaling: has no effect without a target_context above that of {row.base!r}, "
             f"{system.target_context}, whose scaling this system has; leave it out"
         )
+    elif extends_a_choice(system, experiment):
+        yield (
+            f"systems.{name}.target_context: {row.base!r} is not extended further, because its rope_scaling: best is chosen only "
+            "when the workflow runs; name the chosen scaling in place of best, or leave target_context out"
+        )
 
 
 def continues_its_base(system: System, experiment: Experiment) -> bool:
     """Whether a system has the context of the system that it is trained on, so that nothing is scaled any more."""
     return system.base is not None and experiment.systems[system.base].target_context == system.target_context
+
+
+def extends_a_choice(system: System, experiment: Experiment) -> bool:
+    """Whether a system extends a system further whose scaling is not known before it is chosen (``rope_scaling: best``)."""
+    base = experiment.systems[system.base] if system.base else None
+    return base is not None and base.rope_scaling == "best" and (system.target_context or 0) > (base.target_context or 0)
 
 
 def check_scaling(name: str, row: SystemSection, system: System) -> Iterator[str]:

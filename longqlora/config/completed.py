@@ -135,7 +135,8 @@ class Experiment(Section):
         found: dict[int, dict[str, list[str]]] = {}
         for name in self.rows:
             system = self.systems[name]
-            how = (system.model, system.evaluation_attention, system.precision)
+            first = self.systems[self.stages_of(name)[0]]
+            how = (first.model, system.evaluation_attention, system.precision)
             if system.target_context and how == (self.base_model, "full", self.evaluation.precision):
                 rows = found.setdefault(system.target_context, {"trained": [], "untrained": []})
                 rows["trained" if system.training or system.weights_of else "untrained"].append(name)

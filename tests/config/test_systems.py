@@ -130,7 +130,8 @@ def test_trained_and_untrained_rows_of_the_base_at_the_same_context_can_be_compa
         "to-1024": {"target_context": 1024, "training": {}},
     }
     demo["systems"] |= extra
-    trained = ["longlora-lora", "longlora-full", "longqlora", "longqlora-full-attention", "unmerged"]
+    trained = ["longlora-lora", "longlora-full", "longqlora", "longqlora-full-attention", "unmerged", "tuned", "tuned-unmerged"]
+    chain(demo)["systems"]["tuned-unmerged"] = {"weights_of": "tuned", "merged": False}
     assert load_experiment(demo).extended_rows == {
         256: {"trained": trained, "untrained": ["interpolated", "dynamic"]},
         512: {"trained": ["longqlora-512"], "untrained": ["untrained-512"]},
@@ -228,6 +229,14 @@ def test_a_name_that_a_seed_takes_is_refused_and_a_mistake_is_told_once(demo):
     )
 
 
+@pytest.mark.parametrize("other", [{}, {"training": {"seeds": [3, 4]}}])
+def test_the_label_of_a_row_with_seeds_is_that_of_no_other_row(demo, other):
+    demo["systems"]["longqlora"] |= {"label": "same", "training": {"seeds": [1, 7]}}
+    demo["systems"]["tuned"] = {"label": "same", "target_context": 256} | other
+    with pytest.raises(ConfigError, match=r"^systems: every label must be different, but 'same' occurs 2 times$"):
+        load_experiment(demo)
+
+
 def chain(demo, **changes) -> dict:
     """The demo with a system that is trained on its row ``longqlora``."""
     demo["systems"]["tuned"] = {"base": "longqlora", "training": {"data": "sft", "method": "lora"}} | changes
@@ -317,6 +326,29 @@ def test_a_base_that_makes_no_sense_is_told(demo, changes, message):
     with pytest.raises(ConfigError, match=rf"(?m)^systems\.tuned[:.].*{message}") as caught:
         load_experiment(chain(demo, **changes), check_inputs)
     assert "systems.tuned.target_context: missing" not in str(caught.value)
+
+
+def test_a_chosen_scaling_is_kept_by_what_is_trained_on_it_whatever_the_model_was_scaled_by(demo, tmp_path):
+    demo["systems"]["longqlora"]["rope_scaling"] = "best"
+    demo["systems"]["again"] = {"base": "tuned", "label": "again", "merged": False, "training": {}}
+    assert load_experiment(chain(demo), check_inputs).systems["again"].rope_scaling == "best"
+    shutil.copytree("demo/model", folder := tmp_path / "scaled")
+    config = json.loads((folder / "config.json").read_text())
+    rope = {"type": "linear", "factor": 1.5, "rope_theta": 10000.0}  # the old form, with the original length beside it
+    (folder / "config.json").write_text(json.dumps(config | {"rope_scaling": rope, "rope_parameters": None}))
+    demo["base_model"] = {"path": str(folder)}
+    demo["systems"] = {name: demo["systems"][name] for name in ("longqlora", "tuned", "again")}
+    assert load_experiment(demo, check_inputs).systems["again"].target_context == 256
+
+
+@pytest.mark.parametrize("changes", [{}, {"rope_scaling": "linear"}, {"rope_scaling": "ntk"}])
+def test_a_scaling_that_is_chosen_only_in_the_run_is_not_extended_further(demo, changes):
+    demo["systems"]["longqlora"]["rope_scaling"] = "best"
+    with pytest.raises(ConfigError, match=r"^systems\.tuned\.target_context: 'longqlora' is not extended further, [^\n]*$"):
+        load_experiment(chain(demo, target_context=512, **changes), check_inputs)
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(chain(demo, target_context=128), check_inputs)
+    assert "extended further" not in str(caught.value)
 
 
 def test_a_base_needs_a_training(demo):
