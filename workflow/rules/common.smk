@@ -122,6 +122,11 @@ def trained_model(wildcards):
     return SYSTEMS[wildcards.system].model
 
 
+def first_model(wildcards):
+    """Folder or hub id of the model of a system before any training of this experiment."""
+    return SYSTEMS[EXPERIMENT.stages_of(wildcards.system)[0]].model
+
+
 def contents_of_trained(wildcards):
     """A digest of the model that a system is trained on, if it is in a folder of the user's."""
     return contents_of_model(trained_model(wildcards))

@@ -9,6 +9,7 @@ if KEY_TOKENS:
             tokens=evaluation_files("tokens"),
             descriptions=evaluation_files("description"),
             model=made_folders,
+            scaling=scaling_of_evaluated,
         output:
             key_tokens=expand(f"{RESULTS}/tokens/key/{{{{system}}}}/{{dataset}}.parquet", dataset=DATASETS),
         log:
@@ -78,7 +79,7 @@ rule evaluate_retrieval:
         description=evaluation_files("description", [EXPERIMENT.filler]),
         model=made_folders,
         scaling=scaling_of_evaluated,
-        untrained=lambda wildcards: made_model(SYSTEMS[wildcards.system].model),
+        untrained=lambda wildcards: made_model(first_model(wildcards)),
         tokenizer=lambda wildcards: made_model(SYSTEMS[wildcards.system].tokenizer),
     output:
         record=f"{RESULTS}/retrieval/{{system}}/{{length}}.json",
@@ -95,9 +96,9 @@ rule evaluate_retrieval:
         *code_of("evaluate_retrieval"),
         model=model_of,
         model_contents=contents_of_evaluated,
-        untrained=lookup("{system}/model", within=SYSTEM_VALUES),
+        untrained=first_model,
         generation_settings=lambda wildcards: (
-            contents_of_generation_settings(SYSTEMS[wildcards.system].model) if WRITES_ANSWERS else None
+            contents_of_generation_settings(first_model(wildcards)) if WRITES_ANSWERS else None
         ),
         tokenizer=lookup("{system}/tokenizer", within=SYSTEM_VALUES),
         tokenizer_contents=lambda wildcards: contents_of_tokenizer(
