@@ -212,8 +212,8 @@ def check_base(name: str, config: Configuration, experiment: Experiment) -> Iter
         )
     elif extends_a_choice(system, experiment):
         yield (
-            f"systems.{name}.target_context: {row.base!r} is not extended further, because its rope_scaling: best is chosen only "
-            "when the workflow runs; name the chosen scaling in place of best, or leave target_context out"
+            f"systems.{name}.target_context: {row.base!r} is not extended further, because its rope_scaling: best is chosen "
+            "only when the workflow runs; name the chosen scaling in place of best, or leave target_context out"
         )
 
 
