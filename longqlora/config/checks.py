@@ -106,6 +106,9 @@ def check_harness(experiment: Experiment) -> Iterator[str]:
         yield "evaluation.harness: no row of the table has full attention, which the harness needs"
     for name in set(harness.tasks) & set(harness.long_tasks):
         yield f"evaluation.harness.long_tasks: {name!r} is in tasks, too; keep one of them"
+    lengths = harness.lengths or experiment.evaluation.lengths
+    for name in set(harness.tasks) & {f"{task}-{length}" for task in harness.long_tasks for length in lengths}:
+        yield f"evaluation.harness.tasks: {name!r} is the name of the results of one of the long_tasks, too"
     if harness.lengths and not harness.long_tasks:
         yield "evaluation.harness.lengths: has no effect without long_tasks"
 

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic_core import ErrorDetails
 
 from longqlora.config.setting_types import description_of, fields_of, has_alternatives, kind_of, type_at
-from longqlora.config.settings import Configuration
+from longqlora.config.settings import NAME_PATTERN, Configuration
 
 FORMER_KEYS = {
     "context_length": ("target_context", "it is called target_context now"),
@@ -36,6 +36,7 @@ BOUNDS = {
     "less_than": "not below {lt:g}",
 }
 NAME_RULE = "a name has lower-case letters, digits, '.', '_' and '-', and begins with a letter or digit"
+TASK_NAME_RULE = "a name has letters, digits, '.', '_', '+' and '-', and begins with a letter or digit"
 
 
 def dotted(place: Iterable) -> str:
@@ -135,7 +136,7 @@ def complaint(details: ErrorDetails, place: tuple) -> str:
     if kind == "value_error":
         return str(context["error"])
     if kind == "string_pattern_mismatch":
-        return f"{value!r} is not a legal name: {NAME_RULE}"
+        return f"{value!r} is not a legal name: {NAME_RULE if context['pattern'] == NAME_PATTERN else TASK_NAME_RULE}"
     if kind in EXPECTED and place[-1] != "target_modules":
         return f"{shorten(value)} is {name_of_type(value)}, expected {EXPECTED[kind]}{advice(kind, value, place)}{hint}"
     return f"{shorten(value)} is not legal{hint}"

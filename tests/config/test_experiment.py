@@ -59,7 +59,16 @@ def test_the_papers_run_has_the_published_hyper_parameters(root):
             {"harness": {"tasks": ["arc_easy"], "lengths": [128]}},
             r"^evaluation\.harness\.lengths: has no effect without long_tasks$",
         ),
-        ("evaluation", {"harness": {"tasks": ["../arc"]}}, r"^evaluation\.harness\.tasks\[0\]: "),
+        (
+            "evaluation",
+            {"harness": {"tasks": ["../arc"]}},
+            r"^evaluation\.harness\.tasks\[0\]: '\.\./arc' is not a legal name: a name has letters, digits",
+        ),
+        (
+            "evaluation",
+            {"harness": {"tasks": ["niah-128"], "long_tasks": ["niah"], "lengths": [128]}},
+            r"^evaluation\.harness\.tasks: 'niah-128' is the name of the results of one of the long_tasks, too$",
+        ),
         (
             "evaluation",
             {"key_tokens": {"system": "nobody", "short_context": 64}},
