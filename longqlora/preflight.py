@@ -30,7 +30,7 @@ from longqlora.modeling.model_files import (
     weight_files,
 )
 from longqlora.modeling.rope import LARGER_THETA, context_in, scaling_problems
-from longqlora.modeling.scaling_choice import candidates, choice_problems
+from longqlora.modeling.scaling_candidates import candidates, choice_problems
 
 SIZES = (
     "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "vocab_size",
@@ -59,7 +59,7 @@ def check_inputs(experiment: Experiment) -> Iterator[str]:
                 yield f"{experiment.key_of(name)}: {system.model}: {problem}"
             if name in experiment.untrained and system.target_context == context_in(config):
                 yield f"untrained_rows: {system.target_context} is the base model's own context, which needs no extension"
-    yield from check_long_context(experiment)
+    yield from check_evaluator(experiment)
     yield from check_vocabularies(experiment)
     config = model_config(experiment, experiment.base_model)
     if config and config.get("vocab_size"):
@@ -158,7 +158,7 @@ def check_retrieval_lengths(experiment: Experiment) -> Iterator[str]:
             yield f"retrieval.lengths: {length} is too short for the task induction, which needs at least {needed}"
 
 
-def check_long_context(experiment: Experiment) -> Iterator[str]:
+def check_evaluator(experiment: Experiment) -> Iterator[str]:
     """Yield that the system that chooses the key tokens cannot read the longest evaluated length."""
     key_tokens, longest = experiment.evaluation.key_tokens, max(experiment.evaluation.lengths)
     system = experiment.systems.get(key_tokens.system) if key_tokens else None

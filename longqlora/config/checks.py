@@ -16,6 +16,7 @@ def check_values(config: Configuration, experiment: Experiment) -> Iterator[str]
         experiment: made from it.
     """
     yield from check_evaluation(experiment)
+    yield from check_harness(experiment)
     yield from check_key_tokens(experiment)
     yield from check_ablations(config, experiment)
     yield from check_pretraining(experiment)
@@ -30,9 +31,10 @@ def check_values(config: Configuration, experiment: Experiment) -> Iterator[str]
             continue
         yield from check_system(name, config, experiment)
     for name, system in experiment.systems.items():
+        # a right base would give it its context
         has_wrong_base = name in config.systems and config.systems[name].base is not None and system.base is None
         is_repeated = experiment.seed_rows.get(name, name) != name  # by another seed
-        if system.training is not None and not has_wrong_base and not is_repeated:  # which would give it its context
+        if system.training is not None and not has_wrong_base and not is_repeated:
             yield from check_training(name, system, experiment)
         if system.training is not None and name in config.systems:
             yield from check_length(name, config, system)
@@ -92,7 +94,6 @@ def check_evaluation(experiment: Experiment) -> Iterator[str]:
     for length in experiment.retrieval_lengths if experiment.retrieval.tasks else []:
         if length not in evaluation.lengths:
             yield f"retrieval.lengths: {length} is not in evaluation.lengths ({', '.join(map(str, evaluation.lengths))})"
-    yield from check_harness(experiment)
 
 
 def check_harness(experiment: Experiment) -> Iterator[str]:
@@ -167,9 +168,9 @@ def check_system(name: str, config: Configuration, experiment: Experiment) -> It
         yield f"systems.{name}.table_row: false needs 'training': of a system that is not trained, nothing else would be made"
     if row.base is not None:
         yield from check_base(name, config, experiment)
-    if not continues_its_base(system, experiment):
+    if not experiment.continues_its_base(name):
         yield from check_scaling(name, row, system)
-    if row.rope_scaling == "best" and row.weights_of is None and not continues_its_base(system, experiment):
+    if row.rope_scaling == "best" and row.weights_of is None and not experiment.continues_its_base(name):
         yield from check_choice(name, system, experiment)
     if row.tokenizer is not None and row.model is None and row.weights_of is None:
         yield f"systems.{name}.tokenizer: has no effect without model; the tokenizer of the base model is base_model.tokenizer"
@@ -208,7 +209,7 @@ def check_base(name: str, config: Configuration, experiment: Experiment) -> Iter
         yield f"{key}: {row.base!r} is not trained; leave base out, and give target_context and rope_scaling to this system"
     elif base is None:
         yield f"{key}: {row.base!r} is not a trained system (legal: {', '.join(trained) or 'none'})"
-    elif row.rope_scaling and continues_its_base(system, experiment):
+    elif row.rope_scaling and experiment.continues_its_base(name):
         yield (
             f"systems.{name}.rope_scaling: has no effect without a target_context above that of {row.base!r}, "
             f"{system.target_context}, whose scaling this system has; leave it out"
@@ -218,11 +219,6 @@ def check_base(name: str, config: Configuration, experiment: Experiment) -> Iter
             f"systems.{name}.target_context: {row.base!r} is not extended further, because its rope_scaling: best is chosen "
             "only when the workflow runs; name the chosen scaling in place of best, or leave target_context out"
         )
-
-
-def continues_its_base(system: System, experiment: Experiment) -> bool:
-    """Whether a system has the context of the system that it is trained on, so that nothing is scaled any more."""
-    return system.base is not None and experiment.systems[system.base].target_context == system.target_context
 
 
 def extends_a_choice(system: System, experiment: Experiment) -> bool:

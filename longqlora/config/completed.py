@@ -116,6 +116,11 @@ class Experiment(Section):
         base = self.systems[system].base
         return [*(self.stages_of(base) if base else []), system]
 
+    def continues_its_base(self, system: str) -> bool:
+        """Whether a system has the context of the system that it is trained on, so that nothing is scaled any more."""
+        base = self.systems[system].base
+        return base is not None and self.systems[base].target_context == self.systems[system].target_context
+
     @property
     def base_row(self) -> str | None:
         """Name of the row that is the base model as it is, preferably in the experiment's precision; None if there is none."""

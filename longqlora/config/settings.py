@@ -57,6 +57,7 @@ AT_LEAST_ONE = Field(min_length=1, json_schema_extra={"uniqueItems": True})
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=100)]
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=100)]
+TaskNames = Annotated[list[TaskName], Field(json_schema_extra={"uniqueItems": True}), DISTINCT]
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -401,20 +402,9 @@ class KeyTokensSection(Section):
     )
 
 
-class HarnessSection(Section):
-    """Tasks of EleutherAI's lm-evaluation-harness, which every row of the table is measured on."""
+class HarnessSettings(Section):
+    """How a task of EleutherAI's lm-evaluation-harness is measured."""
 
-    tasks: Annotated[list[TaskName], Field(json_schema_extra={"uniqueItems": True}), DISTINCT] = Field(
-        default=[], description="Tasks, groups or tags with texts of their own, such as arc_easy, hellaswag or mmlu."
-    )
-    long_tasks: Annotated[list[TaskName], Field(json_schema_extra={"uniqueItems": True}), DISTINCT] = Field(
-        default=[],
-        description="Tasks that make texts of a given length, at each of the lengths: those of RULER, such as niah_single_1, "
-        "or ruler for all thirteen.",
-    )
-    lengths: EvalLengths | None = Field(
-        default=None, description="Context lengths of long_tasks in tokens; by default evaluation.lengths."
-    )
     num_fewshot: int | None = Field(
         default=None, ge=0, description="Solved examples in each prompt; by default as the task has it."
     )
@@ -425,6 +415,22 @@ class HarnessSection(Section):
     batch_size: Count = Field(default=1, description="Prompts that a model reads at once.")
     include_path: Text | None = Field(
         default=None, description="Folder of your own tasks: YAML files in the format of the harness, and their data."
+    )
+
+
+class HarnessSection(HarnessSettings):
+    """Tasks of EleutherAI's lm-evaluation-harness, which every row of the table is measured on."""
+
+    tasks: TaskNames = Field(
+        default=[], description="Tasks, groups or tags with texts of their own, such as arc_easy, hellaswag or mmlu."
+    )
+    long_tasks: TaskNames = Field(
+        default=[],
+        description="Tasks that make texts of a given length, at each of the lengths: those of RULER, such as niah_single_1, "
+        "or ruler for all thirteen.",
+    )
+    lengths: EvalLengths | None = Field(
+        default=None, description="Context lengths of long_tasks in tokens; by default evaluation.lengths."
     )
 
 
@@ -595,16 +601,6 @@ class RetrievalSettings(Section):
     samples: int
     chat_template: bool = True
     seed: int
-
-
-class HarnessSettings(Section):
-    """How a task of lm-evaluation-harness is measured; see :class:`HarnessSection`."""
-
-    num_fewshot: int | None
-    limit: int | None
-    chat_template: bool
-    batch_size: int
-    include_path: str | None
 
 
 class EvaluatedModel(Section):

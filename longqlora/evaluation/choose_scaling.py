@@ -20,7 +20,7 @@ from longqlora.jobs.memory import memory_explained
 from longqlora.modeling.compatibility import extension_problems
 from longqlora.modeling.devices import find_device, keep_freed_memory
 from longqlora.modeling.loading import load_config, load_model
-from longqlora.modeling.scaling_choice import candidates, choice_problems
+from longqlora.modeling.scaling_candidates import candidates, choice_problems
 
 log = logging.getLogger(__name__)
 

@@ -165,9 +165,10 @@ def made_folders(wildcards):
 
 def scaling_record(name):
     """The record of the choice for a system with ``rope_scaling: best``; None for any other."""
-    system = SYSTEMS[SYSTEMS[name].weights_of or name]
-    while system.base and SYSTEMS[system.base].target_context == system.target_context:  # has the scaling of its base
-        system = SYSTEMS[system.base]
+    name = SYSTEMS[name].weights_of or name
+    while EXPERIMENT.continues_its_base(name):  # has the scaling of its base
+        name = SYSTEMS[name].base
+    system = SYSTEMS[name]
     if system.target_context is None or system.rope_scaling != "best":
         return None
     data = system.training.data if system.training else "corpus"
