@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch.utils.tensorboard import SummaryWriter
-from transformers import GenerationConfig, PrinterCallback, set_seed
+from transformers import GenerationConfig, PrinterCallback, TrainingArguments, set_seed
 
 from longqlora.config.settings import Device, ProgressSettings, RopeExtension, TrainingSettings
 from longqlora.data.hub import is_hub_id, pinned_model, split_revision
@@ -117,17 +117,7 @@ def train(
         trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         log.info("%d windows of at most %d tokens", len(windows), settings.pose_window or extension.target_context)
         log.info("%d parameters are trained", trainable)
-        trainer = ResumableTrainer(
-            checkpoint_dir=checkpoint_dir,
-            windows=windows,
-            loraplus_ratio=settings.loraplus_ratio,
-            model=model,
-            args=arguments,
-        )
-        if settings.full_attention_share:
-            trainer.add_callback(FullAttentionAtTheEnd(settings.full_attention_share))
-        if isinstance(windows, PoseWindows):
-            trainer.add_callback(OtherSkipsEachEpoch(windows))
+        trainer = make_trainer(model, windows, checkpoint_dir, settings, arguments)
         log_progress = report_progress(trainer, files.tensorboard_dir, progress)
         first_step = trainer.resume()
     save_trained(trainer, config, files.output)
@@ -251,6 +241,20 @@ def memory_advice(extension: RopeExtension, settings: TrainingSettings) -> tuple
         "activation_checkpointing: true, offload_activations: true, method: qlora, optimizer: paged_adamw_8bit, "
         f"a smaller rank, a shorter {window}.",
     )
+
+
+def make_trainer(
+    model, windows: TrainingData, checkpoint_dir: Path, settings: TrainingSettings, arguments: TrainingArguments
+) -> ResumableTrainer:
+    """The trainer, with what changes during the training: the attention at its end, the skips of PoSE in each epoch."""
+    trainer = ResumableTrainer(
+        checkpoint_dir=checkpoint_dir, windows=windows, loraplus_ratio=settings.loraplus_ratio, model=model, args=arguments
+    )
+    if settings.full_attention_share:
+        trainer.add_callback(FullAttentionAtTheEnd(settings.full_attention_share))
+    if isinstance(windows, PoseWindows):
+        trainer.add_callback(OtherSkipsEachEpoch(windows))
+    return trainer
 
 
 def report_progress(trainer: ResumableTrainer, tensorboard_dir: str, progress: ProgressSettings) -> LogProgress:
