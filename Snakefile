@@ -13,6 +13,9 @@ if not workflow.overwrite_configfiles:  # a --configfile replaces the demo's con
     configfile: "config/config.yaml"
 
 
+report: "workflow/report/workflow.rst"
+
+
 include: "workflow/rules/common.smk"
 include: "workflow/rules/evaluation_sets.smk"
 

@@ -260,6 +260,17 @@ def test_a_run_without_jobs_names_what_to_look_at_too(project):
     assert "All files are up to date. Look at\n  results/demo/tables/perplexity.md" in run.stderr
 
 
+def test_snakemakes_report_has_every_table_and_plot_with_its_caption(project, tmp_path):
+    run = snakemake(project, "--report", str(tmp_path / "report.html"))
+    assert run.returncode == 0, run.stdout + run.stderr
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    results, _ = json.JSONDecoder().raw_decode(page, page.index('var results = {"') + len("var results = "))
+    shown = {Path(path).name: result for path, result in results.items()}
+    plots = {"perplexity", "loss_by_position", "retrieval", "loss", "text_lengths", "sft_shares"}
+    assert set(shown) == {"perplexity.html", "retrieval.html", "answers.html"} | {f"{name}.svg" for name in plots}
+    assert all(result["caption"] and result["labels"] for result in shown.values())
+
+
 def test_snakemakes_own_output_comes_when_it_is_asked_for(project, tmp_path):
     folder = shutil.copytree(project, tmp_path / "project")
     (folder / "results/demo/plots/perplexity.png").unlink()

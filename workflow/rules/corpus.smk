@@ -75,7 +75,12 @@ rule plot_text_lengths:
         texts=rules.sample_corpus.output.texts,
     output:
         png=f"{RESULTS}/plots/text_lengths.png",
-        svg=f"{RESULTS}/plots/text_lengths.svg",
+        svg=report(
+            f"{RESULTS}/plots/text_lengths.svg",
+            caption="../report/text_lengths.rst",
+            category="Data",
+            labels={"content": "lengths of the texts"},
+        ),
     log:
         f"{RESULTS}/logs/plot_text_lengths.log",
     benchmark:

@@ -16,6 +16,12 @@ rule render_table:
     output:
         csv=f"{RESULTS}/tables/perplexity.csv",
         markdown=f"{RESULTS}/tables/perplexity.md",
+        html=report(
+            f"{RESULTS}/tables/perplexity.html",
+            caption="../report/table_perplexity.rst",
+            category="Perplexity",
+            labels={"content": "table"},
+        ),
         latex=f"{RESULTS}/tables/perplexity.tex",
         differences=f"{RESULTS}/tables/differences.csv",
     log:
@@ -42,7 +48,12 @@ rule plot_perplexity:
         records=rules.evaluate.input.perplexity,
     output:
         png=f"{RESULTS}/plots/perplexity.png",
-        svg=f"{RESULTS}/plots/perplexity.svg",
+        svg=report(
+            f"{RESULTS}/plots/perplexity.svg",
+            caption="../report/perplexity.rst",
+            category="Perplexity",
+            labels={"content": "by context length"},
+        ),
     log:
         f"{RESULTS}/logs/plot_perplexity.log",
     benchmark:
@@ -65,7 +76,12 @@ rule plot_loss_by_position:
     output:
         csv=f"{RESULTS}/tables/loss_by_position.csv",
         png=f"{RESULTS}/plots/loss_by_position.png",
-        svg=f"{RESULTS}/plots/loss_by_position.svg",
+        svg=report(
+            f"{RESULTS}/plots/loss_by_position.svg",
+            caption="../report/loss_by_position.rst",
+            category="Perplexity",
+            labels={"content": "by position"},
+        ),
     log:
         f"{RESULTS}/logs/plot_loss_by_position.log",
     benchmark:
@@ -87,8 +103,19 @@ rule report_retrieval:
     output:
         csv=f"{RESULTS}/tables/retrieval.csv",
         markdown=f"{RESULTS}/tables/retrieval.md",
+        html=report(
+            f"{RESULTS}/tables/retrieval.html",
+            caption="../report/table_retrieval.rst",
+            category="Retrieval",
+            labels={"content": "table"},
+        ),
         png=f"{RESULTS}/plots/retrieval.png",
-        svg=f"{RESULTS}/plots/retrieval.svg",
+        svg=report(
+            f"{RESULTS}/plots/retrieval.svg",
+            caption="../report/retrieval.rst",
+            category="Retrieval",
+            labels={"content": "by length and depth"},
+        ),
     log:
         f"{RESULTS}/logs/report_retrieval.log",
     benchmark:
@@ -112,6 +139,12 @@ if HARNESS:
         output:
             csv=f"{RESULTS}/tables/harness.csv",
             markdown=f"{RESULTS}/tables/harness.md",
+            html=report(
+                f"{RESULTS}/tables/harness.html",
+                caption="../report/table_harness.rst",
+                category="Tasks of lm-evaluation-harness",
+                labels={"content": "table"},
+            ),
         log:
             f"{RESULTS}/logs/report_harness.log",
         benchmark:
@@ -136,6 +169,12 @@ if CHAT:
         output:
             csv=f"{RESULTS}/tables/answers.csv",
             markdown=f"{RESULTS}/tables/answers.md",
+            html=report(
+                f"{RESULTS}/tables/answers.html",
+                caption="../report/table_answers.rst",
+                category="Answers",
+                labels={"content": "table"},
+            ),
             latex=f"{RESULTS}/tables/answers.tex",
             samples=expand(f"{RESULTS}/answers/{{system}}.md", system=CHAT),
         log:
@@ -159,7 +198,12 @@ rule plot_loss:
     output:
         csv=f"{RESULTS}/tables/loss.csv",
         png=f"{RESULTS}/plots/loss.png",
-        svg=f"{RESULTS}/plots/loss.svg",
+        svg=report(
+            f"{RESULTS}/plots/loss.svg",
+            caption="../report/loss.rst",
+            category="Training",
+            labels={"content": "loss"},
+        ),
     log:
         f"{RESULTS}/logs/plot_loss.log",
     benchmark:
@@ -182,9 +226,20 @@ rule report_ablation:
     output:
         csv=f"{RESULTS}/tables/ablations/{{ablation}}.csv",
         markdown=f"{RESULTS}/tables/ablations/{{ablation}}.md",
+        html=report(
+            f"{RESULTS}/tables/ablations/{{ablation}}.html",
+            caption="../report/table_ablation.rst",
+            category="Ablations",
+            labels={"ablation": "{ablation}", "content": "table"},
+        ),
         latex=f"{RESULTS}/tables/ablations/{{ablation}}.tex",
         png=f"{RESULTS}/plots/ablations/{{ablation}}.png",
-        svg=f"{RESULTS}/plots/ablations/{{ablation}}.svg",
+        svg=report(
+            f"{RESULTS}/plots/ablations/{{ablation}}.svg",
+            caption="../report/ablation.rst",
+            category="Ablations",
+            labels={"ablation": "{ablation}", "content": "plot"},
+        ),
     log:
         f"{RESULTS}/logs/report_ablation/{{ablation}}.log",
     benchmark:

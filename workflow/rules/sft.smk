@@ -42,7 +42,12 @@ rule plot_sft_shares:
         card=rules.build_sft_set.output.card,
     output:
         png=f"{RESULTS}/plots/sft_shares.png",
-        svg=f"{RESULTS}/plots/sft_shares.svg",
+        svg=report(
+            f"{RESULTS}/plots/sft_shares.svg",
+            caption="../report/sft_shares.rst",
+            category="Data",
+            labels={"content": "sources of the instructions"},
+        ),
     log:
         f"{RESULTS}/logs/plot_sft_shares.log",
     benchmark:

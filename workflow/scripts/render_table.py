@@ -1,12 +1,13 @@
 """Render the table of perplexity and retrieval.
 
 Reads the records of all cells (JSON), the losses of their windows (Parquet), the records of retrieval and those of chosen RoPE
-scalings (JSON); writes CSV, Markdown and LaTeX, and the differences between all pairs of systems with their confidence
+scalings (JSON); writes CSV, Markdown, HTML and LaTeX, and the differences between all pairs of systems with their confidence
 intervals (CSV).
 """
 
 from longqlora.jobs.log import job_log
 
+from longqlora.reporting.html_tables import write_html
 from longqlora.reporting.tables import read_results, render_table
 
 with job_log(snakemake.log[0]):
@@ -27,3 +28,4 @@ with job_log(snakemake.log[0]):
         latex=snakemake.output.latex,
         differences_csv=snakemake.output.differences,
     )
+    write_html(snakemake.output.html, markdown=snakemake.output.markdown)
