@@ -1,7 +1,9 @@
-"""Facts about the machine and its software, for the training card."""
+"""Facts about the machine and its software, for the training card and the report."""
 
 import os
 import platform
+import shutil
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -31,3 +33,13 @@ def machine() -> dict[str, str | int]:
         processor = names[0] if names else processor
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {"system": platform.platform(), "processor": processor, "cores": cores}
+
+
+def checkout() -> str | None:
+    """The commit of the checkout that this code is in, as ``git describe`` has it; None without a checkout or git."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    command = ["git", "-C", str(root), "describe", "--tags", "--always", "--dirty"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    return run.stdout.strip() or None

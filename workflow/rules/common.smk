@@ -8,7 +8,7 @@ from longqlora.config.shards import corpus_shards, sample_shares
 from longqlora.config.systems import evaluated_model, extension_of, protocol_at, untrained_model
 from longqlora.config.validation import ConfigError, duplicate_keys
 from longqlora.jobs.code import Code
-from longqlora.jobs.digests import FileFacts
+from longqlora.jobs.digests import FileFacts, digest_of_file, digest_of_values
 from longqlora.modeling.base_precision import BASE_PRECISION
 from longqlora.modeling.model_files import model_files, tokenizer_files
 from longqlora.preflight import check_inputs, is_users_folder

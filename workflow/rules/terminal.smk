@@ -9,6 +9,7 @@ from longqlora.jobs.terminal import Terminal
 def results_to_look_at():
     """The files that a reader opens first, with what they show: those that this run was asked for."""
     files = {
+        rules.render_report.output.html: "the report: tables, plots, data, cost; open it in a browser",
         rules.render_table.output.markdown: "table of perplexity and retrieval by context length",
         rules.plot_perplexity.output.png: "plot of perplexity by context length",
         rules.report_retrieval.output.png: "retrieval by context length",
