@@ -79,6 +79,6 @@ def inline_svg(svg: str, prefix: str, title: str) -> Markup:
     for color, variable in COLORS.items():
         body = body.replace(f": {color}", f": {variable}")
     pixels = float(width) / POINTS_PER_PIXEL
-    style = f"width: 100%; max-width: {pixels:.0f}px; min-width: min({pixels:.0f}px, max(34rem, {pixels / 2:.0f}px))"
+    style = f"width: 100%; max-width: {pixels:.0f}px; min-width: {0.6 * pixels:.0f}px"
     start = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}" style="{style}">'
     return Markup(f'<figure class="plot"><div class="scroll">{start}{body}</div></figure>')

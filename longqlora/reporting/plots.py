@@ -7,19 +7,27 @@ from itertools import cycle
 from typing import Any
 
 import pandas
-from matplotlib.cm import tab20
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-from longqlora.reporting.figures import panels_for
+from longqlora.reporting.figures import COLORS, GREY, panels_for
 from longqlora.reporting.notation import format_perplexity
-from longqlora.reporting.records import Labels, longppl_of, mean_over_seeds, published_records, read_records
+from longqlora.reporting.records import PUBLISHED, Labels, longppl_of, mean_over_seeds, published_records, read_records
 
 CLIPPING_RATIO = 2  # values above this many times the best one may lie outside the panel
 SMALLEST_RANGE = 1.5  # height of a panel relative to its lowest value, at least: small differences should look small
 HEADROOM = 1.05  # height of a panel relative to the largest value that has to be inside
 INCHES_PER_LABEL = 3  # width of a legend entry
-MARKERS = "osD^vP*X"
-COLORS = [tab20(number) for number in (*range(0, 20, 2), *range(1, 20, 2))]  # ten strong ones, then their light variants
+MARKERS = "osD^vPX"  # a number without a common divisor with that of the colors
+MOST_DIRECT_LABELS = 8  # with more lines, or longer labels, a legend is clearer
+LONGEST_DIRECT_LABEL = 34
+LINE_HEIGHT = 0.055  # of a direct label, relative to the panel
+INCHES_PER_CHARACTER = 0.075
+
+
+def colors_of(labels: Iterable[str]) -> dict[str, Any]:
+    """A color for each label; grey for those of the literature."""
+    measured = [label for label in labels if not label.endswith(PUBLISHED)]
+    return dict.fromkeys(labels, GREY) | dict(zip(measured, cycle(COLORS), strict=False))
 
 
 def upper_limit(cells: pandas.DataFrame, x: str = "eval_length", value: str = "perplexity") -> float:
@@ -44,7 +52,7 @@ def draw_panel(axes, cells: pandas.DataFrame, colors: dict[str, Any], x: str = "
         rows = rows.sort_values(x)
         style = {"color": colors[str(label)], "marker": MARKERS[number % len(MARKERS)]}
         inside = rows.get("is_within_context", pandas.Series(dtype=object)).reindex(rows.index).ne(False)
-        draw_line(axes, rows[inside], x, **style, label=label, linestyle="--" if str(label).endswith("(published)") else "-")
+        draw_line(axes, rows[inside], x, **style, label=label, linestyle="--" if str(label).endswith(PUBLISHED) else "-")
         beyond = ~inside | (~inside).shift(-1, fill_value=False)  # with the last point inside, where the dotted line begins
         draw_line(axes, rows[beyond], x, **style, linestyle=":")
     lowest = cells["perplexity"].min()
@@ -84,7 +92,7 @@ def write_clipped_values(axes, cells: pandas.DataFrame, colors: dict[str, Any], 
 
 
 def draw_panels(cells: pandas.DataFrame, outputs: list[str], x: str, x_label: str) -> None:
-    """Draw one panel per evaluation set, with one line per label, and one legend below.
+    """Draw one panel per evaluation set, with one line per label, which is written beside the line or in a legend below.
 
     Args:
         cells: measured or published perplexities, see :func:`longqlora.reporting.records.read_records`.
@@ -93,23 +101,62 @@ def draw_panels(cells: pandas.DataFrame, outputs: list[str], x: str, x_label: st
         x_label: label of the x axis.
     """
     datasets = cells["dataset_label"].unique()
-    colors = dict(zip(cells["label"].unique(), cycle(COLORS), strict=False))
-    with panels_with_legend(outputs, len(datasets), len(colors)) as panels:
+    colors = colors_of(cells["label"].unique())
+    last = cells[(cells["dataset_label"] == datasets[-1]) & (cells[x] == cells[x].max())]
+    ends = last.sort_values("perplexity").set_index("label")["perplexity"]
+    with panels_with_labels(outputs, len(datasets), list(colors), list(ends.index)) as (panels, is_direct):
         for axes, dataset in zip(panels, datasets, strict=True):
             draw_panel(axes, cells[cells["dataset_label"] == dataset], colors, x)
             axes.set_xlabel(x_label)
         panels[0].set_ylabel("perplexity (± standard error)")
+        if is_direct:
+            write_direct_labels(panels[-1], ends.to_dict(), colors)
 
 
 @contextmanager
-def panels_with_legend(outputs: list[str], num_panels: int, num_labels: int) -> Iterator:
-    """Panels side by side, and below them one legend with the labels of the first panel."""
-    width = max(7, 5 * num_panels)
-    columns = min(num_labels, int(width / INCHES_PER_LABEL))
-    with panels_for(outputs, (width, 4 + 0.25 * math.ceil(num_labels / columns)), num_panels) as panels:
-        yield panels
-        handles, labels = panels[0].get_legend_handles_labels()
-        panels[0].figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+def panels_with_labels(outputs: list[str], num_panels: int, labels: list[str], ends: list[str]) -> Iterator:
+    """Panels side by side, and whether the caller is to write the labels beside the lines of the last one; otherwise, a legend
+    is below the panels.
+
+    Args:
+        outputs: image files to write, in the format of their suffix.
+        num_panels: number of panels.
+        labels: of the lines.
+        ends: labels of the lines that reach the right edge of the last panel.
+    """
+    width, longest = max(7, 5 * num_panels), max(map(len, labels))
+    is_direct = set(ends) == set(labels) and len(labels) <= MOST_DIRECT_LABELS and longest <= LONGEST_DIRECT_LABEL
+    columns = min(len(labels), int(width / INCHES_PER_LABEL))
+    height = 4 if is_direct else 4 + 0.25 * math.ceil(len(labels) / columns)
+    with panels_for(outputs, (width + is_direct * INCHES_PER_CHARACTER * longest, height), num_panels) as panels:
+        yield panels, is_direct
+        if not is_direct:
+            handles, shown = panels[0].get_legend_handles_labels()
+            panels[0].figure.legend(handles, shown, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def write_direct_labels(axes, ends: dict[str, float], colors: dict[str, Any]) -> None:
+    """Write each label to the right of its line, in its color, and none on another.
+
+    Args:
+        axes: the panel.
+        ends: value at the right end of each line, in ascending order; those above the panel leave it at its upper edge.
+        colors: color by label.
+    """
+    low, top = axes.get_ylim()
+    places: list[float] = []
+    for value in ends.values():
+        above = places[-1] + LINE_HEIGHT if places else 0
+        places.append(max((min(value, top) - low) / (top - low), above))
+    highest = 1.0
+    for number in reversed(range(len(places))):
+        places[number] = min(places[number], highest)
+        highest = places[number] - LINE_HEIGHT
+    for label, place in zip(ends, places, strict=True):
+        axes.annotate(
+            label, (1, place), xycoords="axes fraction", textcoords="offset points", xytext=(6, 0), va="center", fontsize=9,
+            color=colors[label], annotation_clip=False,
+        )  # fmt: skip
 
 
 def plot_perplexity(records: list[str], labels: Labels, published: list[dict], outputs: list[str]) -> None:
@@ -156,15 +203,19 @@ def plot_loss_by_position(losses: pandas.DataFrame, outputs: list[str]) -> None:
         outputs: image files to write, in the format of their suffix.
     """
     losses = losses[losses["eval_length"] == losses["eval_length"].max()]
-    datasets = losses["dataset_label"].unique()
-    with panels_with_legend(outputs, len(datasets), losses["label"].nunique()) as panels:
+    datasets, colors = losses["dataset_label"].unique(), colors_of(losses["label"].unique())
+    last = losses[losses["dataset_label"] == datasets[-1]].sort_values("tokens_before").groupby("label")["mean_nll"].last()
+    ends = last.sort_values().to_dict()
+    with panels_with_labels(outputs, len(datasets), list(colors), list(ends)) as (panels, is_direct):
         for axes, dataset in zip(panels, datasets, strict=True):
             here = losses[losses["dataset_label"] == dataset]
             for label, rows in here.groupby("label", sort=False):
-                axes.plot(rows["tokens_before"], rows["mean_nll"], label=label)
+                axes.plot(rows["tokens_before"], rows["mean_nll"], label=label, color=colors[str(label)])
             late = here[here["tokens_before"] >= here["tokens_before"].max() / 64]  # the first losses are far above the others
             axes.set_ylim(0.95 * late["mean_nll"].min(), upper_limit(late, "tokens_before", "mean_nll"))
             use_log2_axis(axes, [2**power for power in range(int(here["tokens_before"].max()).bit_length())])
             axes.set_xlabel("preceding tokens in the window")
             axes.set_title(f"{dataset}, {here['eval_length'].iloc[0]} tokens")
         panels[0].set_ylabel("mean negative log-likelihood (nats)")
+        if is_direct:
+            write_direct_labels(panels[-1], ends, colors)

@@ -10,6 +10,8 @@ Labels = dict[str, dict[str, str]]
 """Names in tables and plots, by the names of the configuration: ``{"system": {…}, "dataset": {…}}``. Records hold only the
 names of the configuration, so a new label needs no new measurement."""
 
+PUBLISHED = " (published)"  # ends the labels of rows from the literature
+
 
 def read_records(paths: list[str], labels: Labels) -> pandas.DataFrame:
     """Read the JSON records of an evaluation.
@@ -106,7 +108,7 @@ def published_records(published: list[dict]) -> pandas.DataFrame:
     return pandas.DataFrame(
         [
             {
-                "label": f"{row['label']} (published)",
+                "label": row["label"] + PUBLISHED,
                 "dataset_label": row["dataset"],
                 "eval_length": int(length),
                 "perplexity": value,

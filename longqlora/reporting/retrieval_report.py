@@ -1,5 +1,6 @@
 """Table and heat map of retrieval accuracy by context length, task and depth."""
 
+import math
 from pathlib import Path
 from textwrap import wrap
 
@@ -7,6 +8,8 @@ import pandas
 
 from longqlora.reporting.figures import panels_for
 from longqlora.reporting.records import Labels, chat_sentences, read_records
+
+MOST_IN_A_ROW = 6  # systems beside each other in the plot
 
 
 def read_retrieval(paths: list[str], labels: Labels) -> pandas.DataFrame:
@@ -53,24 +56,28 @@ def render_retrieval(cells: pandas.DataFrame, *, csv: str, markdown: str) -> Non
 
 
 def plot_retrieval(cells: pandas.DataFrame, outputs: list[str]) -> None:
-    """Draw retrieval accuracy as heat maps of depth and context length: one column per system, one row per task.
+    """Draw retrieval accuracy as heat maps of depth and context length: a column per system and a row per task; systems beyond
+    :data:`MOST_IN_A_ROW` are below the first ones.
 
     Args:
         cells: see :func:`read_retrieval`.
         outputs: image files to write, in the format of their suffix.
     """
     systems, tasks = cells["label"].unique(), cells["task"].unique()
-    size = (1.6 * len(systems) + 2, 2 * len(tasks) + 1)
-    with panels_for(outputs, size, len(systems), rows=len(tasks)) as panels:
+    bands = math.ceil(len(systems) / MOST_IN_A_ROW)
+    columns, rows = math.ceil(len(systems) / bands), bands * len(tasks)
+    with panels_for(outputs, (1.6 * columns + 2, 1.8 * rows + 0.5 * bands + 0.5), columns, rows=rows) as panels:
         for number, axes in enumerate(panels):
-            task, system = tasks[number // len(systems)], systems[number % len(systems)]
-            here = cells[(cells["task"] == task) & (cells["label"] == system)]
+            (band, task), column = divmod(number // columns, len(tasks)), number % columns
+            if (place := band * columns + column) >= len(systems):
+                axes.set_axis_off()
+                continue
+            here = cells[(cells["task"] == tasks[task]) & (cells["label"] == systems[place])]
             table = here.pivot(index="depth", columns="eval_length", values="accuracy")
             draw_heat_map(axes, table)
-            is_left = number % len(systems) == 0
-            axes.set_yticks(range(table.shape[0]), [f"{100 * depth:.0f} %" if is_left else "" for depth in table.index])
-            axes.set_title("\n".join(wrap(system, 18)) if number < len(systems) else "", fontsize=9)
-            axes.set_ylabel(f"{task.replace('_', ' ')}\ndepth" if is_left else "")
+            axes.set_yticks(range(table.shape[0]), [f"{100 * depth:.0f} %" if column == 0 else "" for depth in table.index])
+            axes.set_title("\n".join(wrap(systems[place], 18)) if task == 0 else "", fontsize=9)
+            axes.set_ylabel(f"{tasks[task].replace('_', ' ')}\ndepth" if column == 0 else "")
         panels[0].figure.supxlabel("context length (tokens)", fontsize=10)
         colors = panels[0].images[0]
         panels[0].figure.colorbar(colors, ax=panels, label="accuracy (%)", format=lambda share, _: f"{100 * share:.0f}")
@@ -78,8 +85,9 @@ def plot_retrieval(cells: pandas.DataFrame, outputs: list[str]) -> None:
 
 def draw_heat_map(axes, table: pandas.DataFrame) -> None:
     """Draw accuracies as colors and as numbers in percent, ``[depths, context lengths]``."""
-    axes.imshow(table, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    axes.imshow(table, vmin=0, vmax=1, cmap="YlGnBu", aspect="auto")  # from light to dark, for all kinds of color vision
     for row, shares in enumerate(table.to_numpy()):
         for column, share in enumerate(shares):
-            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8)
+            ink = "#1f2124" if share < 0.55 else "#fafaf8"
+            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=ink)
     axes.set_xticks(range(table.shape[1]), table.columns)

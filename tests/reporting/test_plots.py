@@ -1,10 +1,21 @@
 import re
+from pathlib import Path
 
+import matplotlib.pyplot as pyplot
 import numpy
 import pytest
-from sample_results import DATASETS, LABELS, PUBLISHED, add_longppl, draw_twice, write_cells
+from matplotlib.colors import to_hex
+from sample_results import DATASETS, LABELS, PUBLISHED, add_longppl, draw_twice, write_cell, write_cells
 
-from longqlora.reporting.plots import loss_by_position, plot_loss_by_position, plot_perplexity, upper_limit
+from longqlora.reporting.figures import GREY
+from longqlora.reporting.plots import (
+    LINE_HEIGHT,
+    loss_by_position,
+    plot_loss_by_position,
+    plot_perplexity,
+    upper_limit,
+    write_direct_labels,
+)
 from longqlora.reporting.records import read_records
 
 
@@ -30,11 +41,55 @@ def test_longppl_has_a_panel_for_each_set(records, tmp_path):
     assert {*DATASETS, *(f"{name}, LongPPL" for name in DATASETS)} <= texts
 
 
-def test_up_to_twenty_systems_have_colors_of_their_own(records, tmp_path):
-    rows = [{"label": f"row {number}", "dataset": "PG19", "perplexity": {"64": 9.0, "256": 8.0}} for number in range(17)]
+def colors_of_lines(svg: Path) -> set[str]:
+    return set(re.findall(r"stroke: (#\w+); stroke-width: 1", svg.read_text())) - {"#000000"}
+
+
+def test_up_to_twenty_four_systems_have_colors_of_their_own(tmp_path):
+    labels = {"system": {f"row{number}": f"row{number}" for number in range(24)}, "dataset": LABELS["dataset"]}
+    records = [write_cell(tmp_path, label, "PG19", length, 9.0) for label in labels["system"] for length in (64, 128)]
+    plot_perplexity(records, labels, [], [str(tmp_path / "plot.svg")])
+    assert len(colors_of_lines(tmp_path / "plot.svg")) == 24
+
+
+def test_figures_from_the_literature_are_grey(records, tmp_path):
+    rows = [{"label": f"row {number}", "dataset": "PG19", "perplexity": {"64": 9.0, "256": 8.0}} for number in range(5)]
     plot_perplexity(records, LABELS, rows, [str(tmp_path / "plot.svg")])
-    markers = re.findall(r"stroke: (#\w+); stroke-width: 1", (tmp_path / "plot.svg").read_text())
-    assert len(set(markers) - {"#000000"}) == 20
+    measured, grey = colors_of_lines(tmp_path / "plot.svg") - {to_hex(GREY)}, to_hex(GREY)
+    assert len(measured) == 3
+    assert grey in colors_of_lines(tmp_path / "plot.svg")
+
+
+def labels_beside(labels: dict[str, float]) -> dict[str, float]:
+    """Where labels are written beside lines that end at these values in a panel from 0 to 1."""
+    figure = pyplot.figure()
+    axes = figure.add_subplot(ylim=(0, 1))
+    write_direct_labels(axes, labels, dict.fromkeys(labels, "black"))
+    places = {text.get_text(): text.xy[1] for text in axes.texts}
+    pyplot.close(figure)
+    return places
+
+
+def test_labels_stand_beside_their_lines_in_their_order_and_not_on_each_other():
+    assert labels_beside({"a": 0.2, "b": 0.7}) == pytest.approx({"a": 0.2, "b": 0.7})
+    crowded = labels_beside({"a": 0.97, "b": 0.98, "c": 0.99, "broken": 40.0})
+    places = list(crowded.values())
+    assert list(crowded) == ["a", "b", "c", "broken"]
+    assert places[-1] == pytest.approx(1)
+    assert numpy.diff(places).min() >= LINE_HEIGHT - 1e-9
+
+
+@pytest.mark.parametrize(
+    ("published", "has_legend"),
+    [
+        ([], False),
+        ([{"label": "short", "dataset": "PG19", "perplexity": {"64": 9.0}}], True),  # ends before the right edge
+        ([{"label": "x" * 40, "dataset": "Proof-pile", "perplexity": {"64": 9.0, "256": 8.0}}], True),
+    ],
+)
+def test_a_legend_comes_only_where_lines_cannot_have_their_labels_beside_them(records, tmp_path, published, has_legend):
+    plot_perplexity(records, LABELS, published, [str(tmp_path / "plot.svg")])
+    assert ('id="legend_1"' in (tmp_path / "plot.svg").read_text()) == has_legend
 
 
 def test_the_loss_by_position_is_a_mean_over_tokens_at_every_length(records):

@@ -2,7 +2,7 @@ import re
 
 import pandas
 import pytest
-from sample_results import LABELS, draw_twice, write_retrieval_cells
+from sample_results import LABELS, draw_twice, texts_of, write_retrieval_cells
 
 from longqlora.reporting.retrieval_report import plot_retrieval, read_retrieval, render_retrieval
 
@@ -30,3 +30,13 @@ def test_the_table_has_a_part_for_each_task(cells, tmp_path):
 def test_the_plot_has_a_column_per_system_and_a_row_per_task(cells, tmp_path):
     texts = draw_twice(lambda outputs: plot_retrieval(cells, outputs), tmp_path)
     assert {"base", "Long &amp; 100 %", "chat_model", "multi key", "passkey", "80", "12"} <= texts
+
+
+def test_more_systems_than_fit_in_a_row_are_drawn_below(cells, tmp_path):
+    many = pandas.concat([cells[cells["label"] == "base"].assign(label=f"system {number}") for number in range(8)])
+    plot_retrieval(many, [str(tmp_path / "r.svg")])
+    svg = (tmp_path / "r.svg").read_text()
+    assert texts_of(tmp_path / "r.svg") >= {f"system {number}" for number in range(8)}
+    assert svg.count("<!-- passkey -->") == 2  # at the left of each row of four
+    width = float(re.search(r'viewBox="0 0 ([\d.]+) ', svg).group(1))
+    assert width < 72 * 10
