@@ -39,6 +39,7 @@ def write_cell(folder: Path, label: str, dataset: str, length: int, perplexity: 
         "system": label.split()[0].lower(), "dataset": dataset, "eval_length": length,
         "perplexity": perplexity, "mean_nll": numpy.log(perplexity), "standard_error": 0.01, "standard_error_units": "windows",
         "protocol": "exact", "window": length, "stride": length, "precision": "nf4", "attention": "full",
+        "model": label.split()[0].lower(), "model_context": CONTEXT, "code_digest": "89ab",
         "has_own_tokenizer": False, "is_within_context": label != "base" or length <= CONTEXT, "dataset_warning": None,
         "loss_by_position": {
             "tokens_before": positions, "num_scored": [10] * 4, "nll": [10 * (numpy.log(perplexity) + 1 / n) for n in positions]
