@@ -267,7 +267,9 @@ def test_snakemakes_report_has_every_table_and_plot_with_its_caption(project, tm
     results, _ = json.JSONDecoder().raw_decode(page, page.index('var results = {"') + len("var results = "))
     shown = {Path(path).name: result for path, result in results.items()}
     plots = {"perplexity", "loss_by_position", "retrieval", "loss", "text_lengths", "sft_shares"}
-    assert set(shown) == {"perplexity.html", "retrieval.html", "answers.html"} | {f"{name}.svg" for name in plots}
+    assert set(shown) == {"report.html", "perplexity.html", "retrieval.html", "answers.html"} | {
+        f"{name}.svg" for name in plots
+    }
     assert all(result["caption"] and result["labels"] for result in shown.values())
 
 

@@ -6,15 +6,13 @@ from html import escape
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from longqlora.jobs.progress import duration
+from longqlora.reporting.html_tables import html_of
 from longqlora.reporting.report_content import SECTIONS, collect
 from longqlora.reporting.report_sources import Sources
 
-MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["image", "link", "autolink", "reference"])
-"""Labels and texts of documents are in the Markdown: no markup of theirs may load, link or run anything."""
 COLORS = {"#ffffff": "var(--plot)", "#000000": "var(--plot-ink)", "#b0b0b0": "var(--plot-grid)"}
 """Of matplotlib's drawings: background, ink and grid, which follow the color scheme of the reader."""
 DRAWING = re.compile(r'<svg [^>]*viewBox="0 0 ([\d.]+) ([\d.]+)"[^>]*>(.*)', re.DOTALL)
@@ -49,8 +47,7 @@ def render_report(sources: Sources, output: str) -> None:
 
 def render_markdown(text: str) -> Markup:
     """A table or caption of this package as HTML; wide tables scroll in a box of their own."""
-    html = MARKDOWN.render(text)
-    return Markup(html.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>"))
+    return Markup(html_of(text).replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>"))
 
 
 def gibibytes(number: float) -> str:

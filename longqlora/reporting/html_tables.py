@@ -5,6 +5,8 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
+RENDERER = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["image", "link", "autolink", "reference"])
+"""Labels and texts of documents are in the Markdown: no markup of theirs may load, link or run anything."""
 STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 1.5em; }
@@ -14,8 +16,8 @@ th, td { padding: 0.3em 0.8em; border-bottom: 1px solid #8886; white-space: nowr
 
 
 def html_of(markdown: str) -> str:
-    """Markdown (CommonMark with tables) as HTML; HTML in it is shown as text, because labels and answers may have any text."""
-    return MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
+    """A table or caption of this package as HTML; HTML, links and images in it are shown as text."""
+    return RENDERER.render(markdown)
 
 
 def write_html(path: str, markdown: str) -> None:

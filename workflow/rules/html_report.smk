@@ -30,7 +30,12 @@ rule render_report:
         parts_of_report(),
         rules.train.input,  # last, because the report has the time of all jobs
     output:
-        html=f"{RESULTS}/report.html",
+        html=report(
+            f"{RESULTS}/report.html",
+            caption="../report/report.rst",
+            category="Report",
+            labels={"content": "all results on one page"},
+        ),
     log:
         f"{RESULTS}/logs/render_report.log",
     benchmark:
