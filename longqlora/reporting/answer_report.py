@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas
 
 from longqlora.evaluation.statistics import CONFIDENCE, ratio_estimate
-from longqlora.reporting.notation import LATEX, MARKDOWN, Notation, escape_latex, format_perplexity
+from longqlora.reporting.notation import LATEX, MARKDOWN, Notation, escape_latex, format_perplexity, markdown_table
 
 SHOWN_CHARACTERS = 600  # of a question in a file of sample answers; the record has the whole question
 CAPTION = (
@@ -113,8 +113,7 @@ def render_answers(table: pandas.DataFrame, *, csv: str, markdown: str, latex: s
     """
     table.to_csv(csv, index=False)
     shown = layout(table, MARKDOWN)
-    text = shown.to_markdown(colalign=["left"] + ["right"] * shown.shape[1], disable_numparse=True)
-    parts = ["# Loss on held-out answers", text, caption_of(table, MARKDOWN)]
+    parts = ["# Loss on held-out answers", markdown_table(shown), caption_of(table, MARKDOWN)]
     Path(markdown).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     shown = layout(table, LATEX).rename(index=escape_latex).replace({">1000": "$>$1000"})
     text = shown.reset_index().to_latex(

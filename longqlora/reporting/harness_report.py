@@ -8,7 +8,7 @@ import numpy
 import pandas
 
 from longqlora.evaluation.statistics import CONFIDENCE, Estimate, ratio_estimate
-from longqlora.reporting.notation import MARKDOWN, markdown_list
+from longqlora.reporting.notation import MARKDOWN, markdown_list, markdown_table
 from longqlora.reporting.records import Labels, labels_of
 
 
@@ -111,7 +111,7 @@ def tabulate(shown: pandas.DataFrame, texts: list[str]) -> str:
     table = shown.assign(text=texts).pivot(index="label", columns="column", values="text")
     table = table.reindex(index=shown["label"].unique(), columns=shown["column"].unique()).fillna("–")
     table = table.rename_axis(index="system")
-    return table.to_markdown(colalign=["left"] + ["right"] * table.shape[1], disable_numparse=True)
+    return markdown_table(table)
 
 
 def caption_of(shown: pandas.DataFrame) -> str:

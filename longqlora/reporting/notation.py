@@ -45,6 +45,12 @@ def format_perplexity(value: float) -> str:
     return ">1000" if value > 1000 else f"{value:.2f}"
 
 
+def markdown_table(table: pandas.DataFrame) -> str:
+    """A table of texts, the index to the left and all else to the right; a vertical bar in a name does not end its cell."""
+    escaped = table.rename(index=lambda name: str(name).replace("|", r"\|"))
+    return escaped.to_markdown(colalign=["left"] + ["right"] * table.shape[1], disable_numparse=True)
+
+
 def markdown_list(items: list[str]) -> str:
     """A bulleted list."""
     return "\n".join(f"- {item}" for item in items)

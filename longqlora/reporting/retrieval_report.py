@@ -7,6 +7,7 @@ from textwrap import wrap
 import pandas
 
 from longqlora.reporting.figures import panels_for
+from longqlora.reporting.notation import markdown_table
 from longqlora.reporting.records import Labels, chat_sentences, read_records
 
 MOST_IN_A_ROW = 6  # systems beside each other in the plot
@@ -48,9 +49,8 @@ def render_retrieval(cells: pandas.DataFrame, *, csv: str, markdown: str) -> Non
         table = rows.pivot_table(index="label", columns="eval_length", values="accuracy", sort=False)
         table = table.rename_axis(index="system").map(lambda share: f"{100 * share:.0f} %")
         questions = rows.groupby(["label", "eval_length"])["samples"].sum().iloc[0]
-        text = table.to_markdown(colalign=["left"] + ["right"] * table.shape[1], disable_numparse=True)
         counted = f"mean over {questions} questions at {rows['depth'].nunique()} depths"
-        parts.append(f"**{str(task).replace('_', ' ')}**, {counted}\n\n{text}")
+        parts.append(f"**{str(task).replace('_', ' ')}**, {counted}\n\n{markdown_table(table)}")
     parts += chat_sentences(cells)
     Path(markdown).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 

@@ -19,7 +19,15 @@ from longqlora.reporting.comparisons import (
     price_at_short_lengths,
     statistically_best,
 )
-from longqlora.reporting.notation import LATEX, MARKDOWN, Notation, escape_latex, format_perplexity, markdown_list
+from longqlora.reporting.notation import (
+    LATEX,
+    MARKDOWN,
+    Notation,
+    escape_latex,
+    format_perplexity,
+    markdown_list,
+    markdown_table,
+)
 from longqlora.reporting.records import Labels, longppl_of, mean_over_seeds, published_records, read_records
 
 
@@ -190,9 +198,7 @@ def write_markdown(path: str, results: Results, title: str | None = None) -> Non
     """One table for each evaluation set, and the caption below as a list."""
     table, parts = layout(results, MARKDOWN), [f"# {title}"] if title else []
     for dataset in table.columns.unique(0):
-        part = table[dataset]
-        alignment = ["left"] + ["right"] * part.shape[1]
-        parts.append(f"**{dataset}**\n\n" + part.to_markdown(colalign=alignment, disable_numparse=True))
+        parts.append(f"**{dataset}**\n\n" + markdown_table(pandas.DataFrame(table[dataset])))
     Path(path).write_text("\n\n".join([*parts, markdown_list(results.caption(MARKDOWN))]) + "\n", encoding="utf-8")
 
 

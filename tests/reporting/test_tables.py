@@ -6,7 +6,7 @@ import pandas
 import pytest
 from sample_results import LABELS, PUBLISHED, add_longppl, windows_of, write_cell, write_cells, write_retrieval_cells
 
-from longqlora.reporting.notation import format_perplexity
+from longqlora.reporting.notation import format_perplexity, markdown_table
 from longqlora.reporting.records import published_records
 from longqlora.reporting.tables import read_results, render_table
 
@@ -327,3 +327,8 @@ def test_a_system_with_several_seeds_is_one_row_with_the_mean_loss_and_the_sprea
 def test_without_several_seeds_a_table_has_nothing_of_them(render, records, retrieval):
     paths = render(records, retrieval)
     assert "seed" not in "".join(path.read_text() for path in paths.values())
+
+
+def test_a_vertical_bar_in_a_label_does_not_end_its_cell(tmp_path):
+    table = pandas.DataFrame({"64": ["9.00"]}, index=pandas.Index(["a | b"], name="system"))
+    assert markdown_table(table).splitlines()[-1].replace(" ", "") == r"|a\|b|9.00|"
