@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import cycle
+from textwrap import wrap
 from typing import Any
 
 import pandas
@@ -20,6 +21,7 @@ INCHES_PER_LABEL = 3  # width of a legend entry
 MARKERS = "osD^vPX"  # a number without a common divisor with that of the colors
 MOST_DIRECT_LABELS = 8  # with more lines, or longer labels, a legend is clearer
 LONGEST_DIRECT_LABEL = 34
+LONGEST_IN_LEGEND = 44  # characters in a line
 LINE_HEIGHT = 0.055  # of a direct label, relative to the panel
 INCHES_PER_CHARACTER = 0.075
 
@@ -127,11 +129,14 @@ def panels_with_labels(outputs: list[str], num_panels: int, labels: list[str], e
     width, longest = max(7, 5 * num_panels), max(map(len, labels))
     is_direct = set(ends) == set(labels) and len(labels) <= MOST_DIRECT_LABELS and longest <= LONGEST_DIRECT_LABEL
     columns = min(len(labels), int(width / INCHES_PER_LABEL))
-    height = 4 if is_direct else 4 + 0.25 * math.ceil(len(labels) / columns)
+    wrapped = {label: "\n".join(wrap(label, LONGEST_IN_LEGEND)) for label in labels}
+    lines = math.ceil(len(labels) / columns) + sum(label.count("\n") for label in wrapped.values())
+    height = 4 if is_direct else 4 + 0.25 * lines
     with panels_for(outputs, (width + is_direct * INCHES_PER_CHARACTER * longest, height), num_panels) as panels:
         yield panels, is_direct
         if not is_direct:
             handles, shown = panels[0].get_legend_handles_labels()
+            shown = [wrapped[label] for label in shown]
             panels[0].figure.legend(handles, shown, loc="outside lower center", ncols=columns, frameon=False)
 
 
