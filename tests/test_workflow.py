@@ -20,6 +20,7 @@ PROJECT = ["Snakefile", "workflow", "config", "demo", "longqlora", "profiles", "
 TARGETS = {"all", "data", "train", "evaluate", "answers", "ablations", "perplexity_report"}
 PERPLEXITY_REPORTS = {"render_table": 1, "plot_perplexity": 1, "plot_loss_by_position": 1}
 REPORTS = {**PERPLEXITY_REPORTS, "report_retrieval": 1}
+REPORT = {"render_report": 1}
 ANSWERS = {"evaluate_answers": 1, "report_answers": 1}
 EVALUATION = {"evaluate_perplexity", "evaluate_retrieval", *REPORTS}
 TRAINING = {"train_adapter", "train_model", "merge_adapter", "publish_model"}
@@ -37,12 +38,13 @@ def snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def planned(folder: Path, *arguments: str) -> dict[str, int]:
-    """Rule → number of jobs of a dry run, the targets left out."""
+    """Rule → number of jobs of a dry run, without the targets, and without the report where it follows other jobs."""
     run = snakemake(folder, "-n", *arguments)
     assert run.returncode == 0, run.stdout + run.stderr
     stats = re.search(r"Job stats:\n(?:.*\n){2}((?:\S+ +\d+\n)+)", run.stdout + run.stderr)
     jobs = dict(line.split() for line in stats[1].splitlines()) if stats else {}
-    return {rule: int(number) for rule, number in jobs.items() if rule not in TARGETS | {"total"}}
+    jobs = {rule: int(number) for rule, number in jobs.items() if rule not in TARGETS | {"total"}}
+    return jobs if jobs == REPORT else {rule: number for rule, number in jobs.items() if rule not in REPORT}
 
 
 def shrink(config: dict) -> dict:
@@ -226,6 +228,15 @@ def test_the_base_is_trained_from_scratch_and_its_card_has_the_command(project):
     assert "step 4 of 4: loss" in (project / "results/demo/logs/pretrain_model.log").read_text()
 
 
+def test_the_report_shows_all_that_the_run_made_and_how_long_it_took(project):
+    html = (project / "results/demo/report.html").read_text()
+    assert re.findall(r'<section id="(\w+)"', html) == [
+        "perplexity", "price", "retrieval", "training", "merges", "answers", "data", "cost", "provenance"
+    ]  # fmt: skip
+    jobs = sum(len(path.read_text().splitlines()) - 1 for path in project.glob("results/demo/benchmarks/**/*.tsv"))
+    assert f'<td>all</td><td class="n">{jobs - 1}</td>' in html  # without the report itself
+
+
 def test_nothing_is_left_to_do(project):
     assert planned(project) == {}
 
@@ -243,7 +254,8 @@ def test_the_terminal_counts_the_jobs_and_names_what_to_look_at(project):
     assert sum("] train LongQLoRA to 256" in line for line in started) == 1
     assert len([line for line in lines if not line.startswith("[")]) < 20
     shown = [line.split()[0] for line in lines if line.startswith("  results/")]
-    assert shown[:2] == ["results/demo/tables/perplexity.md", "results/demo/plots/perplexity.png"]
+    assert shown[:2] == ["results/demo/report.html", "results/demo/tables/perplexity.md"]
+    assert started[-1].endswith("] write the report")
     assert {"results/demo/answers/chat.md", "results/demo/models/longqlora"} <= set(shown)
     assert lines[-1] == [line for line in lines if line.startswith("  results/")][-1]
 
@@ -257,7 +269,7 @@ def test_the_log_of_snakemake_has_the_files_and_the_reason_of_each_job(project):
 
 def test_a_run_without_jobs_names_what_to_look_at_too(project):
     run = snakemake(project)
-    assert "All files are up to date. Look at\n  results/demo/tables/perplexity.md" in run.stderr
+    assert "All files are up to date. Look at\n  results/demo/report.html" in run.stderr
 
 
 def test_snakemakes_report_has_every_table_and_plot_with_its_caption(project, tmp_path):
@@ -306,6 +318,9 @@ EDITS = {
     "longqlora/jobs/gpus.py": {},
     "longqlora/jobs/machine.py": {},
     "workflow/scripts/render_table.py": {"render_table": 1},
+    "longqlora/reporting/html_report.py": REPORT,
+    "longqlora/reporting/report.html.jinja": REPORT,
+    "longqlora/reporting/report.css": REPORT,
 }  # fmt: skip
 
 
@@ -369,9 +384,9 @@ def test_a_label_may_have_braces_and_a_system_may_be_called_none(project, config
     assert (jobs["train_adapter"], jobs["plot_loss"]) == (1, 1)
 
 
-def test_how_often_a_training_logs_and_saves_reruns_nothing(project, config_file):
+def test_how_often_a_training_logs_and_saves_reruns_nothing_but_the_report_that_says_so(project, config_file):
     edit(config_file, lambda config: config["training"].update(logging_steps=7, checkpoint_steps=9))
-    assert planned(project) == {}
+    assert planned(project) == REPORT
 
 
 def test_another_ratio_for_the_merge_merges_anew_and_trains_nothing(project, config_file):
@@ -449,6 +464,10 @@ def test_an_ablation_is_made_by_its_target_from_weights_that_are_there(project):
         assert prose["attention"].tolist() == ["full", "shifted_sparse"]
         assert prose["perplexity"].nunique() == 2
     assert (project / "results/demo/plots/ablations/attention.svg").exists()
+    assert planned(project) == REPORT  # shows the ablations that are there, and asks for no others
+    assert snakemake(project).returncode == 0
+    assert '<section id="ablations">' in (project / "results/demo/report.html").read_text()
+    assert planned(project) == {}
 
 
 def test_an_edit_of_decontamination_makes_the_data_anew(project, module):

@@ -48,10 +48,9 @@ def asked(sources: Sources, cells: pandas.DataFrame) -> Markup:
         question = Markup("Can {} be extended from {} to {}?").format(base, context, listing(map(tokens, targets)))
     else:
         question = Markup("How far beyond {} does {} reach without training?").format(context, base)
-    counts = {"trained": trained, "untrained": len(systems) - trained}
-    rows = " and ".join(f"{number} {kind}" for kind, number in counts.items() if number)
+    number = f"{trained} trained and {len(systems) - trained} untrained" if trained else len(systems)
     models = "model was" if len(systems) == 1 else "models were"
-    return Markup("{} To find out, {} {} measured on {}.").format(question, rows, models, sets)
+    return Markup("{} To find out, {} {} measured on {}.").format(question, number, models, sets)
 
 
 def found(best: list[dict], cells: pandas.DataFrame, similar: set, base: str | None) -> Markup:
