@@ -22,7 +22,7 @@ def mixed(color: str, other: str) -> tuple[float, ...]:
 
 
 COLORS = [to_rgb(color) for color in STRONG] + [mixed(color, other) for other in ("white", "black") for color in STRONG]
-GREY = to_rgb("#8b8e92")  # of figures from the literature
+GRAY = to_rgb("#8b8e92")  # of figures from the literature
 STYLE: dict[Any, Any] = {"svg.hashsalt": "longqlora", "font.size": 10, "axes.prop_cycle": cycler(color=COLORS)}
 """The salt makes the SVG reproducible."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import pandas
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-from longqlora.reporting.figures import COLORS, GREY, panels_for
+from longqlora.reporting.figures import COLORS, GRAY, panels_for
 from longqlora.reporting.notation import format_perplexity
 from longqlora.reporting.records import PUBLISHED, Labels, longppl_of, mean_over_seeds, published_records, read_records
 
@@ -27,9 +27,9 @@ INCHES_PER_CHARACTER = 0.075
 
 
 def colors_of(labels: Iterable[str]) -> dict[str, Any]:
-    """A color for each label; grey for those of the literature."""
+    """A color for each label; gray for those of the literature."""
     measured = [label for label in labels if not label.endswith(PUBLISHED)]
-    return dict.fromkeys(labels, GREY) | dict(zip(measured, cycle(COLORS), strict=False))
+    return dict.fromkeys(labels, GRAY) | dict(zip(measured, cycle(COLORS), strict=False))
 
 
 def upper_limit(cells: pandas.DataFrame, x: str = "eval_length", value: str = "perplexity") -> float:

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.colors import to_hex
 from sample_results import DATASETS, LABELS, PUBLISHED, add_longppl, draw_twice, write_cell, write_cells
 
-from longqlora.reporting.figures import GREY
+from longqlora.reporting.figures import GRAY
 from longqlora.reporting.plots import (
     LINE_HEIGHT,
     loss_by_position,
@@ -55,9 +55,9 @@ def test_up_to_twenty_four_systems_have_colors_of_their_own(tmp_path):
 def test_figures_from_the_literature_are_grey(records, tmp_path):
     rows = [{"label": f"row {number}", "dataset": "PG19", "perplexity": {"64": 9.0, "256": 8.0}} for number in range(5)]
     plot_perplexity(records, LABELS, rows, [str(tmp_path / "plot.svg")])
-    measured, grey = colors_of_lines(tmp_path / "plot.svg") - {to_hex(GREY)}, to_hex(GREY)
+    measured, gray = colors_of_lines(tmp_path / "plot.svg") - {to_hex(GRAY)}, to_hex(GRAY)
     assert len(measured) == 3
-    assert grey in colors_of_lines(tmp_path / "plot.svg")
+    assert gray in colors_of_lines(tmp_path / "plot.svg")
 
 
 def labels_beside(labels: dict[str, float]) -> dict[str, float]:
