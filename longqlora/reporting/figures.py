@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as pyplot
-from cycler import cycler
+from matplotlib import cycler
 from matplotlib.colors import to_rgb
 
 STRONG = ["#3f90da", "#e76300", "#832db6", "#bd1f01", "#2f9e8f", "#a96b59", "#c98b00", "#d45fa8"]
