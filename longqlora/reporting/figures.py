@@ -9,8 +9,8 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as pyplot
-from matplotlib import cycler
 from matplotlib.colors import to_rgb
+from matplotlib.rcsetup import cycler
 
 STRONG = ["#3f90da", "#e76300", "#832db6", "#bd1f01", "#2f9e8f", "#a96b59", "#c98b00", "#d45fa8"]
 """Told apart with all kinds of color vision, on white and on black; most are of Petroff 2021, arXiv:2107.02270."""
