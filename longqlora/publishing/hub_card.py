@@ -1,0 +1,148 @@
+"""The model card on the Hugging Face Hub: the card of the model folder, and the results of the evaluation.
+
+The folder's card is written before the evaluation, which reads the folder. So the results are added when the model is published,
+to the metadata (``model-index``), from which the hub shows them beside the model, and to the text.
+"""
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
+
+TASK = "text-generation"
+TABLES = ("perplexity.md", "harness.md")
+FOLDER = "<this folder>"  # what the folder's card calls the model in its examples
+
+
+@dataclass(frozen=True)
+class License:
+    """The license of a model, as the metadata of the hub has it.
+
+    Attributes:
+        license: the hub's id of it, such as ``apache-2.0``, or ``other``.
+        license_name, license_link: of a license that the hub has no id of.
+    """
+
+    license: str
+    license_name: str | None = None
+    license_link: str | None = None
+
+
+def license_in(card: ModelCardData | None, repository: str = "") -> License | None:
+    """The license that a model card names; None if it names none.
+
+    Args:
+        card: the metadata of the card.
+        repository: hub id of the model, where a license link that is a file name points to.
+    """
+    if card is None or not isinstance(card.license, str):
+        return None
+    link = card.license_link
+    if link and "://" not in link and repository:
+        link = f"{constants.ENDPOINT}/{repository}/blob/main/{link}"
+    return License(card.license, card.license_name, link)
+
+
+def hub_card(results: Path, system: str, *, repository: str, license: License | None, base: str | None) -> ModelCard:
+    """The model card of a system, with the results of its evaluation.
+
+    Args:
+        results: folder of the experiment.
+        system: name of the system.
+        repository: hub id that the model will have.
+        license: of the base model, which is that of the model too.
+        base: hub id of the base model; None if it has none.
+
+    Raises:
+        ValueError: if the metadata of the folder's card, or a record of the evaluation, is damaged.
+    """
+    card = ModelCard((results / "models" / system / "README.md").read_text(encoding="utf-8"))
+    data = card.data
+    data.base_model = base
+    if license:
+        data.license, data.license_name, data.license_link = license.license, license.license_name, license.license_link
+    if found := list(evaluation_results(results, system)):
+        data.eval_results, data.model_name = found, repository.split("/")[1]
+    body, section = card.text.replace(FOLDER, repository), evaluation_section(results)
+    first = body.find("\n## ")
+    text = body[:first] + "\n" + section + body[first:] if section and first > 0 else f"{body}\n\n{section}"
+    return ModelCard(f"---\n{data}\n---\n{text}")
+
+
+def evaluation_section(results: Path) -> str:
+    """The tables of the experiment and a link to its report, in Markdown; empty if there are none."""
+    tables = [file.read_text(encoding="utf-8").strip() for name in TABLES if (file := results / "tables" / name).is_file()]
+    report = "The whole report is in [report.html](report.html): download it, and open it in a browser."
+    parts = tables + ([report] if (results / "report.html").is_file() else [])
+    return "\n\n".join(["## Evaluation", *parts]) + "\n" if parts else ""
+
+
+def evaluation_results(results: Path, system: str) -> Iterator[EvalResult]:
+    """Yield the results of a system that are in the tables of the experiment, as the hub's metadata has them.
+
+    The values are read from the system's own records, because the tables have the means over several seeds.
+
+    Args:
+        results: folder of the experiment.
+        system: name of the system.
+    """
+    cells = {(row["dataset"], row["eval_length"]): row["dataset_label"] for row in table(results, "perplexity") if row["dataset"]}
+    for (dataset, length), label in cells.items():
+        if record := read_record(results / "perplexity" / system / dataset / f"{length}.json"):
+            yield result(dataset, label, "perplexity", record["perplexity"], record["eval_length"])
+    for length in unique(row["eval_length"] for row in table(results, "retrieval")):
+        if record := read_record(results / "retrieval" / system / f"{length}.json"):
+            tasks = ", ".join(unique(cell["task"] for cell in record["cells"]))
+            yield result("retrieval", f"synthetic retrieval ({tasks})", "accuracy", record["accuracy"], record["eval_length"])
+    for task in unique(row["requested"] for row in table(results, "harness")):
+        if record := read_record(results / "harness" / system / f"{task}.json"):
+            yield from harness_results(record, task)
+
+
+def harness_results(record: dict, task: str) -> Iterator[EvalResult]:
+    """Yield the scores on a task of lm-evaluation-harness: of the task itself, or without one, of those in its group."""
+    own = [found for found in record["results"] if found["task"] == task]
+    for found in own or record["results"]:
+        metric = found["metric"] if found["filter"] == "none" else f"{found['metric']} ({found['filter']})"
+        yield result(found["task"], f"{found['task']} (lm-evaluation-harness)", metric, found["value"], found["eval_length"])
+
+
+def result(dataset: str, label: str, metric: str, value: float, length: int | None) -> EvalResult:
+    """A value of the evaluation in the form of the hub's metadata; the hub shows its metric's name."""
+    return EvalResult(
+        task_type=TASK,
+        dataset_type=dataset,
+        dataset_name=label,
+        metric_type=metric.partition(" ")[0],
+        metric_name=f"{metric} at {length} tokens" if length else metric,
+        metric_value=round(value, 4) if math.isfinite(value) else str(value),  # the hub's metadata are JSON: no infinity
+        metric_args={"context_length": length} if length else None,
+    )
+
+
+def table(results: Path, name: str) -> list[dict[str, str]]:
+    """The rows of a table of the experiment, as the text that they are in CSV; none if there is no such table."""
+    file = results / "tables" / f"{name}.csv"
+    if not file.is_file():
+        return []
+    with file.open(encoding="utf-8", newline="") as rows:
+        return list(csv.DictReader(rows))
+
+
+def read_record(file: Path) -> dict | None:
+    """A record of the evaluation; None if the system was not measured."""
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: is not JSON ({error}); delete it and run the workflow again") from None
+
+
+def unique(values: Iterator[str]) -> list[str]:
+    """Values without repetitions, in their order."""
+    return list(dict.fromkeys(values))

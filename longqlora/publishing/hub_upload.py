@@ -1,0 +1,377 @@
+"""Publishing a trained system on the Hugging Face Hub: a plan of what would be sent, and its upload in one commit.
+
+The repository gets the model folder, with the results of the evaluation in the model card (:mod:`longqlora.publishing.hub_card`),
+the adapter in ``adapter/`` and the report of the experiment. Only files that are known by name are sent, never checkpoints or
+logs, and paths of this machine are removed from their text.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from longqlora.modeling.model_files import VOCABULARY, check_safetensors, tokenizer_files, weight_files
+from longqlora.publishing.hub_card import License, hub_card, license_in
+
+TIMEOUT = 10  # seconds, of a question to the hub
+LOGIN = "log in on this machine with a token that may write (hf auth login, or set HF_TOKEN)"
+ADAPTER = "adapter"  # folder of the repository
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+REPLACED = ("*.safetensors", "*.safetensors.index.json", f"{ADAPTER}/*")
+"""Files of the repository that an upload replaces as a whole: old ones besides the new weights could be loaded in their place."""
+VERBATIM = VOCABULARY + ("chat_template.jinja",)  # the paths in them, if any, are not of this machine
+SYSTEM_FOLDERS = ("bin", "boot", "dev", "etc", "lib", "lib64", "proc", "run", "sbin", "sys", "usr")  # the same on all machines
+USERS_FOLDERS = ("data", "gpfs", "home", "lustre", "mnt", "project", "projects", "root", "scratch", "tmp", "Users", "work")
+ABSOLUTE_PATH = re.compile(r"(?:(?<=file://)|(?<![\w.…~/:<>-]))/([\w.@+~-]+)/(?:[\w.@+~-]+/)*([\w.@+~*-]+)")
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What to publish, and as what.
+
+    Attributes:
+        results: folder of the experiment.
+        system: name of the system.
+        repository: hub id, owner/name.
+        private: whether a repository that is not there yet is created as a private one.
+        license: id of the license on the hub; None for that of the base model.
+        base: hub id of the base model; None for that which the experiment has.
+    """
+
+    results: Path
+    system: str
+    repository: str
+    private: bool = False
+    license: str | None = None
+    base: str | None = None
+
+
+@dataclass(frozen=True)
+class UploadPlan:
+    """What would be sent to the hub.
+
+    Attributes:
+        publication: what was asked for.
+        card: the model card.
+        files: a file of this machine or its contents, by the path in the repository.
+        notes: what to know of it.
+        problems: what keeps it from being published.
+        commit: the newest commit of the repository; None if the repository is not there, or could not be asked for.
+        state: of the repository, in words.
+        old_files: files of the repository that would be deleted.
+    """
+
+    publication: Publication
+    card: ModelCard
+    files: dict[str, Path | bytes]
+    notes: list[str]
+    problems: list[str]
+    commit: str | None = None
+    state: str = ""
+    old_files: tuple[str, ...] = ()
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------------
+
+
+def plan_upload(publication: Publication) -> UploadPlan:
+    """Find what would be sent to the hub, without sending anything.
+
+    Raises:
+        ValueError: if the experiment has no such system, a file is missing or damaged, or a name is illegal.
+    """
+    for key, name in (("--repo", publication.repository), ("--base", publication.base)):
+        if name is not None:
+            check_hub_name(key, name)
+    results, system, notes = publication.results, publication.system, []
+    files: dict[str, Path | bytes] = {file.name: file for file in files_of_model(results, system)}
+    paths_of_base = list(base_paths(results, system))
+    own_card = ModelCard((results / "models" / system / "README.md").read_text(encoding="utf-8"))
+    base = publication.base or own_card.data.base_model
+    license = License(publication.license) if publication.license else license_of(base, paths_of_base[-1])
+    card = hub_card(results, system, repository=publication.repository, license=license, base=base)
+    shown_base = base or Path(paths_of_base[-1]).name
+    files["README.md"] = without_base_path(str(card), paths_of_base[-1], shown_base).encode()
+    if (adapter := results / "adapters" / system).is_dir():
+        fits = shown_base if len(paths_of_base) == 1 else Path(paths_of_base[0]).name
+        files |= {f"{ADAPTER}/{file.name}": file for file in files_of_adapter(adapter)}
+        files[f"{ADAPTER}/{ADAPTER_FILES[0]}"] = adapter_config(adapter, fits)
+        if not base or len(paths_of_base) > 1:
+            notes.append(f"{ADAPTER}/{ADAPTER_FILES[0]} names the model that it was trained on as {fits}, which is no hub id")
+    if (report := results / "report.html").is_file():
+        files[report.name] = report
+    else:
+        notes.append(f"there is no {report}, so none is sent")
+    for name in sorted(files):
+        if Path(name).name not in VERBATIM and not name.endswith(".safetensors"):
+            files[name], found = without_local_paths(files[name])
+            notes += [f"{name}: {path} is sent as {short}" for path, short in found.items()]
+    if not base:
+        notes.append(f"the base model, {paths_of_base[-1]}, has no hub id: give it with --base if it has one")
+    problems = [] if license else [f"the license of {shown_base} is not known: give it with --license, such as apache-2.0"]
+    return with_repository(UploadPlan(publication, card, dict(sorted(files.items())), notes, problems))
+
+
+def check_hub_name(key: str, name: str) -> None:
+    """Check that a name can be that of a repository.
+
+    Raises:
+        ValueError: if it cannot; the message names the argument.
+    """
+    if name.count("/") != 1:
+        raise ValueError(f"{key} {name}: is not a repository's name; write it as owner/name")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"{key} {name}: {error}") from None
+
+
+def files_of_model(results: Path, system: str) -> list[Path]:
+    """The files of a model folder that belong to the model, after a check that it is complete.
+
+    Raises:
+        ValueError: if it is not, or the experiment has no such system.
+    """
+    folder = results / "models" / system
+    if not folder.is_dir():
+        there = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
+        known = f"trained systems there: {', '.join(there)}" if there else f"{folder.parent} holds no trained system"
+        raise ValueError(f"{folder}: there is no such model folder; {known}")
+    weights = weight_files(folder)
+    for file in weights:
+        check_safetensors(file)
+    tokenizer = tokenizer_files(str(folder), with_chat_template=True)
+    needed = [folder / name for name in ("README.md", "config.json", "generation_config.json")]
+    missing = [file.name for file in needed if not file.is_file()]
+    missing += [] if any(file.name in VOCABULARY for file in tokenizer) else ["tokenizer.json"]
+    if missing:
+        raise ValueError(f"{folder}: is incomplete, {' and '.join(missing)} is missing; run the workflow again")
+    more = [*folder.glob("*.safetensors.index.json"), *folder.glob("merge_report.json")]
+    return [*needed, *weights, *tokenizer, *more]
+
+
+def files_of_adapter(folder: Path) -> list[Path]:
+    """The files of an adapter.
+
+    Raises:
+        ValueError: if one is missing or damaged.
+    """
+    files = [folder / name for name in ADAPTER_FILES]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ValueError(f"{folder}: is incomplete, {' and '.join(missing)} is missing; run the workflow again")
+    check_safetensors(files[1])
+    return files
+
+
+def base_paths(results: Path, system: str) -> Iterator[str]:
+    """Yield the models that a system was trained on, as its training cards have them: the newest first, the base model last."""
+    while True:
+        card = results / "training" / f"{system}.json"
+        if not card.is_file():
+            raise ValueError(f"{card}: the training card of {system} is missing; run the workflow again")
+        base = json.loads(card.read_text(encoding="utf-8"))["base_model"]
+        yield base
+        path = Path(base)
+        if path.parent.name != "weights" or path.parent.parent.name != results.resolve().name:
+            return
+        system = path.name
+
+
+def license_of(base: str | None, path: str) -> License | None:
+    """The license of the base model, by its model card: on the hub, or in a folder; None if none is found.
+
+    Args:
+        base: hub id; None if it has none.
+        path: of the base model, as the training has it.
+    """
+    if base:
+        try:
+            return license_in(HfApi().model_info(base, timeout=TIMEOUT).card_data, base)
+        except Exception:  # without a network, it is one of the HTTP library that huggingface_hub uses
+            return None
+    card = Path(path) / "README.md"
+    return license_in(ModelCard(card.read_text(encoding="utf-8")).data) if card.is_file() else None
+
+
+# --- text without paths of this machine ------------------------------------------------------------------------------------
+
+
+def without_base_path(card: str, path: str, base: str) -> str:
+    """A model card that names the base model by its hub id, or the name of its folder, in the place of its path."""
+    return card.replace(f"`{path}`", f"`{base}`")
+
+
+def adapter_config(folder: Path, base: str) -> bytes:
+    """The ``adapter_config.json`` of an adapter for another name of its base model."""
+    config = json.loads((folder / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
+    return json.dumps(config | {"base_model_name_or_path": base}, indent=2).encode()
+
+
+def without_local_paths(content: Path | bytes) -> tuple[Path | bytes, dict[str, str]]:
+    """A text without the folders of its absolute paths, and these paths with what is in their place.
+
+    A path is absolute if it has at least two parts, and the first is a usual place of users' files, or a folder of this machine
+    that is not one of the system.
+    """
+    text = (content if isinstance(content, bytes) else content.read_bytes()).decode("utf-8")
+    found: dict[str, str] = {}
+
+    def shorten(match: re.Match) -> str:
+        first, last = match[1], match[2]
+        if first in SYSTEM_FOLDERS or not (first in USERS_FOLDERS or Path("/", first).is_dir()):
+            return match[0]
+        found[match[0]] = f"…/{last}"
+        return found[match[0]]
+
+    short = ABSOLUTE_PATH.sub(shorten, text)
+    return (short.encode() if found else content), found
+
+
+# --- the hub ---------------------------------------------------------------------------------------------------------------
+
+
+def with_repository(plan: UploadPlan) -> UploadPlan:
+    """The plan with what the hub says of the repository; without a network, or if it is hidden from this user, it says that."""
+    asked = plan.publication
+    visibility = "private" if asked.private else "public"
+    try:
+        info = HfApi().model_info(asked.repository, timeout=TIMEOUT)
+    except RepositoryNotFoundError:
+        hidden = "" if get_token() else " unless a private one is there, which only a login shows"
+        return replace(plan, state=f"would be created, {visibility}{hidden}")
+    except Exception as error:  # without a network, it is one of the HTTP library that huggingface_hub uses
+        return replace(plan, state=f"would be created, {visibility}, unless it is there (the hub was not asked: {reason_of(error)})")
+    names = [sibling.rfilename for sibling in info.siblings or []]
+    old = [name for name in names if name not in plan.files and any(fnmatch(name, pattern) for pattern in REPLACED)]
+    problems = list(plan.problems)
+    if asked.private and not info.private:
+        problems.append(f"{asked.repository} is there and public: make it private in its settings, or leave out --private")
+    state = f"is there, {'private' if info.private else 'public'}, with {len(names)} files"
+    return replace(plan, state=state, commit=info.sha, old_files=tuple(old), problems=problems)
+
+
+def upload(plan: UploadPlan) -> tuple[str, bool]:
+    """Send the files of a plan to the hub in one commit; files that are there already are not sent again.
+
+    Returns:
+        The address of the repository, and whether anything has changed there.
+
+    Raises:
+        ValueError: if the plan has problems, there is no login, the hub refuses something, or the upload was cut off.
+    """
+    name = plan.publication.repository
+    if plan.problems:
+        raise ValueError("; ".join(plan.problems))
+    if not get_token():
+        raise ValueError(f"publishing needs a login: {LOGIN}")
+    operations = [CommitOperationAdd(path, content) for path, content in plan.files.items()]
+    deletions = [CommitOperationDelete(path) for path in plan.old_files]
+    with explained(name):
+        if plan.commit is None:
+            HfApi().create_repo(name, private=plan.publication.private, exist_ok=True)
+        message = f"Publish {plan.publication.system} with longqlora"
+        commit = HfApi().create_commit(name, [*operations, *deletions], commit_message=message)
+    return f"{constants.ENDPOINT}/{name}", commit.oid != plan.commit
+
+
+@contextmanager
+def explained(repository: str) -> Iterator[None]:
+    """Say what a refusal of the hub, or an upload that was cut off, means.
+
+    Raises:
+        ValueError: in the place of any error of the block.
+    """
+    again = "run the same command again: large files that have arrived are not sent again"
+    try:
+        yield
+    except HfHubHTTPError as error:
+        status, reason, owner = error.response.status_code, reason_of(error), repository.partition("/")[0]
+        means = {
+            401: f"the hub does not accept the token of this machine: {LOGIN}",
+            403: f"the token of this machine may not write to {owner} ({reason}): use one with write access, of {owner} or a member",
+            409: f"{repository} has changed during the upload ({reason}); {again}",
+            412: f"{repository} has changed during the upload ({reason}); {again}",
+        }
+        answer = f"the hub answers {status} ({reason})" + (f"; {again}" if status >= 500 else "")
+        raise ValueError(f"{repository} was not published: {means.get(status, answer)}") from error
+    except ValueError as error:  # metadata that the hub does not accept
+        raise ValueError(f"{repository} was not published: {error}") from error
+    except Exception as error:  # of the HTTP library, or of the one that transfers large files
+        raise ValueError(f"{repository} was not published, the upload was cut off ({reason_of(error)}); {again}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of an error, or of the error that caused it: what the hub or the network says."""
+    while error.__cause__ and not isinstance(error, HfHubHTTPError):
+        error = error.__cause__
+    text = getattr(error, "server_message", None) or str(error) or type(error).__name__
+    return text.strip().splitlines()[0]
+
+
+# --- the command -----------------------------------------------------------------------------------------------------------
+
+
+def add_publish_command(subparsers: Any) -> None:
+    """Add ``longqlora publish`` to the commands of a program."""
+    parser = subparsers.add_parser(
+        "publish",
+        help="publish a trained system on the Hugging Face Hub",
+        description="Show what would be published of a trained system on the Hugging Face Hub, and with --really publish it.",
+    )
+    parser.add_argument("results", type=Path, help="folder of the experiment, such as results/demo")
+    parser.add_argument("--system", required=True, help="name of the trained system")
+    parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="repository on the hub; created if it is not there")
+    parser.add_argument("--private", action="store_true", help="create the repository as a private one")
+    parser.add_argument("--license", metavar="ID", help="license on the hub, such as apache-2.0 (default: that of the base model)")
+    parser.add_argument("--base", metavar="OWNER/NAME", help="hub id of the base model, if it was trained from a local folder")
+    parser.add_argument("--really", action="store_true", help="publish; without it, nothing is sent")
+    parser.set_defaults(run=publish_command)
+
+
+def publish_command(arguments: argparse.Namespace) -> int:
+    """Print the plan, and carry it out with ``--really``; return the exit status."""
+    given = {"private": arguments.private, "license": arguments.license, "base": arguments.base}
+    try:
+        plan = plan_upload(Publication(arguments.results, arguments.system, arguments.repo, **given))
+        print(describe_plan(plan))
+        if not arguments.really:
+            print("\nNothing was sent." + (" Add --really to publish." if not plan.problems else ""))
+            return 1 if plan.problems else 0
+        address, changed = upload(plan)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"\nPublished: {address}" if changed else f"\nNothing has changed since the last upload: {address}")
+    return 0
+
+
+def describe_plan(plan: UploadPlan) -> str:
+    """A plan in words: the repository, the files with their sizes in bytes, the metadata of the model card, and what to know."""
+    sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in plan.files.items()}
+    width, digits = max(map(len, sizes)), len(f"{sum(sizes.values()):,}")
+    lines = [f"repository: {plan.publication.repository} {plan.state}", "", "files, in bytes:"]
+    lines += [f"  {name:{width}}  {size:{digits},}" for name, size in sizes.items()]
+    lines += [f"  {'total':{width}}  {sum(sizes.values()):{digits},}"]
+    lines += [f"  {name} is deleted" for name in plan.old_files]
+    data = plan.card.data
+    metadata = {key: value for key, value in data.to_dict().items() if key != "model-index"}
+    lines += ["", "metadata of the model card:", *(f"  {key}: {shown(value)}" for key, value in metadata.items())]
+    for found in data.eval_results or []:
+        lines.append(f"  result: {found.metric_name}, {found.dataset_name}: {found.metric_value}")
+    lines += [""] if plan.notes or plan.problems else []
+    return "\n".join([*lines, *(f"note: {note}" for note in plan.notes), *(f"problem: {problem}" for problem in plan.problems)])
+
+
+def shown(value: Any) -> str:
+    """A value of the metadata in one line."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
