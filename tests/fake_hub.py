@@ -1,17 +1,21 @@
-"""A small Hugging Face Hub for tests: a web server of this machine with the requests that huggingface_hub makes to read files.
+"""A small Hugging Face Hub for tests: a web server of this machine with the requests that huggingface_hub makes to read files,
+and to publish them (by Git LFS, not by Xet).
 
 Set ``HF_ENDPOINT`` to the server's address before huggingface_hub is imported, or see the fixture ``hub``.
 """
 
 import json
+from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from hashlib import sha1
+from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from urllib.parse import unquote, urlsplit
+
+import yaml
 
 TOKEN = "hf_valid"
 
@@ -40,12 +44,21 @@ class Repository:
 
 @dataclass
 class FakeHub:
-    """The repositories by kind and id (``models/owner/name``), and the requests so far (method and path)."""
+    """The repositories by kind and id (``models/owner/name``), and the requests so far (method and path).
+
+    Attributes:
+        owner: who may write with :data:`TOKEN`, to repositories of this name alone.
+        large: contents of the large files that have arrived, by their SHA-256.
+        refused: status of the answer to requests that begin with a text (method and path); 0 cuts the connection.
+    """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     address: str = ""
     is_down: bool = False
+    owner: str = "me"
+    large: dict[str, bytes] = field(default_factory=dict)
+    refused: dict[str, int] = field(default_factory=dict)
 
     def add(self, name: str, files: dict[str, bytes] | Path, revision: str = "main", **flags) -> str:
         """Add a repository or a revision of one, or a commit to a revision; return the commit's hash.
@@ -103,7 +116,90 @@ class HubHandler(BaseHTTPRequestHandler):
         else:
             self.refuse(404, "EntryNotFound")
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        path = urlsplit(self.path).path
+        if "/paths-info/" in path:
+            self.do_GET()  # a question
+            return
+        self.hub.requests.append(f"{self.command} {path}")
+        refused = [status for start, status in self.hub.refused.items() if f"{self.command} {path}".startswith(start)]
+        if refused == [0]:
+            self.close_connection = True  # in the middle of the body
+            return
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        parts = path.strip("/").split("/")
+        if refused:
+            self.refuse(refused[0], "", "said the test")
+        elif parts[0] == "lfs":
+            self.hub.large[sha256(body).hexdigest()] = body
+            self.send(b"", 200 if sha256(body).hexdigest() == parts[1] else 400)
+        elif path == "/api/validate-yaml":
+            self.answer_metadata(json.loads(body)["content"])
+        elif (self.headers.get("Authorization") or "").removeprefix("Bearer ") != TOKEN:
+            self.refuse(401, "", "Invalid credentials in Authorization header")
+        elif path == "/api/repos/create":
+            self.create(**json.loads(body))
+        elif path.endswith("/info/lfs/objects/batch"):
+            self.answer_batch(json.loads(body)["objects"])
+        elif parts[1] == "models" and parts[4] in ("preupload", "commit"):
+            repository = self.hub.repositories[f"models/{parts[2]}/{parts[3]}"]
+            if parts[4] == "preupload":
+                self.answer_preupload(repository.commits[repository.refs["main"]], json.loads(body)["files"])
+            else:
+                self.commit("/".join(parts[2:4]), repository, [json.loads(line) for line in body.splitlines()])
+
+    do_PUT = do_POST
+
+    def answer_metadata(self, card: str) -> None:
+        """Check the metadata of a model card; only the license, by a few that the hub knows."""
+        license = yaml.safe_load(card.split("---")[1]).get("license")
+        errors = [] if license in (None, "apache-2.0", "llama2", "other") else [{"message": f"license {license} is unknown"}]
+        self.send(json.dumps({"errors": errors, "warnings": []}).encode(), 400 if errors else 200)
+
+    def create(self, name: str, organization: str, visibility: str | None = None, **_) -> None:
+        """Create a repository."""
+        if organization != self.hub.owner:
+            self.refuse(403, "", f"You don't have the rights to create a model under the namespace {organization}")
+        elif f"models/{organization}/{name}" in self.hub.repositories:
+            self.refuse(409, "", "You already created this model repo")
+        else:
+            self.hub.add(f"models/{organization}/{name}", {".gitattributes": b""}, private=visibility == "private")
+            self.send(json.dumps({"url": f"{self.hub.address}/{organization}/{name}"}).encode())
+
+    def answer_batch(self, objects: list[dict]) -> None:
+        """Say where large files are sent to that have not arrived yet."""
+        for each in objects:
+            if each["oid"] not in self.hub.large:
+                each["actions"] = {"upload": {"href": f"{self.hub.address}/lfs/{each['oid']}"}}
+        self.send(json.dumps({"transfer": "basic", "objects": objects}).encode())
+
+    def answer_preupload(self, there: dict[str, bytes], files: list[dict]) -> None:
+        """Say how each file is sent, and the digest that its present version has."""
+        answers = []
+        for name in (file["path"] for file in files):
+            is_large = name.endswith(".safetensors")
+            content = there.get(name)
+            digest = content and (sha256(content) if is_large else sha1(b"blob %d\0" % len(content) + content)).hexdigest()
+            answers.append(
+                {"path": name, "uploadMode": "lfs" if is_large else "regular", "shouldIgnore": False, "oid": digest or None}
+            )
+        self.send(json.dumps({"files": answers}).encode())
+
+    def commit(self, name: str, repository: Repository, lines: list[dict]) -> None:
+        """Make a commit."""
+        files = dict(repository.commits[repository.refs["main"]])
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.large[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
+        commit = self.hub.add(f"models/{name}", files)
+        self.send(json.dumps({"commitUrl": f"{self.hub.address}/{name}/commit/{commit}", "commitOid": commit}).encode())
 
     def log_message(self, *_) -> None:
         pass
@@ -149,7 +245,9 @@ class HubHandler(BaseHTTPRequestHandler):
             self.send(json.dumps([entry for entry in listing(files, "", True) if entry["path"] in asked]).encode())
             return
         siblings = [{"rfilename": file} for file in files]
+        card = files.get("README.md", b"").decode().split("---")
         flags = {"private": repository.private, "gated": "manual" if repository.gated else False}
+        flags["cardData"] = yaml.safe_load(card[1]) if len(card) > 2 else None
         self.send(json.dumps({"id": name, "sha": commit, "siblings": siblings, "tags": [], "downloads": 0, **flags}).encode())
 
     def answer_file(self, kind: str, name: str, revision: str, file: str) -> None:

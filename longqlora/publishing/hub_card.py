@@ -1,20 +1,21 @@
 """The model card on the Hugging Face Hub: the card of the model folder, and the results of the evaluation.
 
-The folder's card is written before the evaluation, which reads the folder. So the results are added when the model is published,
-to the metadata (``model-index``), from which the hub shows them beside the model, and to the text.
+The folder's card is written before the evaluation, which reads the folder. So the results are added when the model is
+published: to the metadata (``model-index``), from which the hub shows them beside the model, and to the text.
 """
 
 import csv
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
+from huggingface_hub import CardData, EvalResult, ModelCard, constants
 
 TASK = "text-generation"
-TABLES = ("perplexity.md", "harness.md")
 FOLDER = "<this folder>"  # what the folder's card calls the model in its examples
 
 
@@ -32,19 +33,20 @@ class License:
     license_link: str | None = None
 
 
-def license_in(card: ModelCardData | None, repository: str = "") -> License | None:
+def license_in(card: CardData | None, repository: str = "") -> License | None:
     """The license that a model card names; None if it names none.
 
     Args:
         card: the metadata of the card.
         repository: hub id of the model, where a license link that is a file name points to.
     """
-    if card is None or not isinstance(card.license, str):
+    known = card.to_dict() if card else {}
+    if not isinstance(known.get("license"), str):
         return None
-    link = card.license_link
+    link = known.get("license_link")
     if link and "://" not in link and repository:
         link = f"{constants.ENDPOINT}/{repository}/blob/main/{link}"
-    return License(card.license, card.license_name, link)
+    return License(known["license"], known.get("license_name"), link)
 
 
 def hub_card(results: Path, system: str, *, repository: str, license: License | None, base: str | None) -> ModelCard:
@@ -61,28 +63,29 @@ def hub_card(results: Path, system: str, *, repository: str, license: License | 
         ValueError: if the metadata of the folder's card, or a record of the evaluation, is damaged.
     """
     card = ModelCard((results / "models" / system / "README.md").read_text(encoding="utf-8"))
-    data = card.data
+    data: Any = card.data
     data.base_model = base
     if license:
         data.license, data.license_name, data.license_link = license.license, license.license_name, license.license_link
-    if found := list(evaluation_results(results, system)):
-        data.eval_results, data.model_name = found, repository.split("/")[1]
-    body, section = card.text.replace(FOLDER, repository), evaluation_section(results)
-    first = body.find("\n## ")
-    text = body[:first] + "\n" + section + body[first:] if section and first > 0 else f"{body}\n\n{section}"
-    return ModelCard(f"---\n{data}\n---\n{text}")
+    found = {name: list(read(results, system)) for name, read in RESULTS.items()}
+    if any(found.values()):
+        data.eval_results, data.model_name = [each for several in found.values() for each in several], repository.split("/")[1]
+    body, section = card.text.replace(FOLDER, repository), evaluation_section(results, [name for name in found if found[name]])
+    before, heading, after = body.partition("\n## ")
+    return ModelCard(f"---\n{data}\n---\n{before}\n{section}{heading}{after}")
 
 
-def evaluation_section(results: Path) -> str:
-    """The tables of the experiment and a link to its report, in Markdown; empty if there are none."""
-    tables = [file.read_text(encoding="utf-8").strip() for name in TABLES if (file := results / "tables" / name).is_file()]
-    report = "The whole report is in [report.html](report.html): download it, and open it in a browser."
-    parts = tables + ([report] if (results / "report.html").is_file() else [])
+def evaluation_section(results: Path, tables: list[str]) -> str:
+    """Tables of the experiment, by their names, and a link to its report, in Markdown; empty if there are none."""
+    files = [results / "tables" / f"{name}.md" for name in tables]
+    parts = [re.sub(r"^# .*\n", "", file.read_text(encoding="utf-8")).strip() for file in files if file.is_file()]
+    if (results / "report.html").is_file():
+        parts.append("The whole report is in [report.html](report.html): download it, and open it in a browser.")
     return "\n\n".join(["## Evaluation", *parts]) + "\n" if parts else ""
 
 
-def evaluation_results(results: Path, system: str) -> Iterator[EvalResult]:
-    """Yield the results of a system that are in the tables of the experiment, as the hub's metadata has them.
+def perplexity_results(results: Path, system: str) -> Iterator[EvalResult]:
+    """Yield perplexity and retrieval accuracy of a system, at the lengths in the tables of the experiment.
 
     The values are read from the system's own records, because the tables have the means over several seeds.
 
@@ -90,7 +93,9 @@ def evaluation_results(results: Path, system: str) -> Iterator[EvalResult]:
         results: folder of the experiment.
         system: name of the system.
     """
-    cells = {(row["dataset"], row["eval_length"]): row["dataset_label"] for row in table(results, "perplexity") if row["dataset"]}
+    cells = {
+        (row["dataset"], row["eval_length"]): row["dataset_label"] for row in table(results, "perplexity") if row["dataset"]
+    }
     for (dataset, length), label in cells.items():
         if record := read_record(results / "perplexity" / system / dataset / f"{length}.json"):
             yield result(dataset, label, "perplexity", record["perplexity"], record["eval_length"])
@@ -98,17 +103,25 @@ def evaluation_results(results: Path, system: str) -> Iterator[EvalResult]:
         if record := read_record(results / "retrieval" / system / f"{length}.json"):
             tasks = ", ".join(unique(cell["task"] for cell in record["cells"]))
             yield result("retrieval", f"synthetic retrieval ({tasks})", "accuracy", record["accuracy"], record["eval_length"])
+
+
+def harness_results(results: Path, system: str) -> Iterator[EvalResult]:
+    """Yield the scores of a system on tasks of lm-evaluation-harness: for a group without one, on its tasks."""
     for task in unique(row["requested"] for row in table(results, "harness")):
-        if record := read_record(results / "harness" / system / f"{task}.json"):
-            yield from harness_results(record, task)
+        record = read_record(results / "harness" / system / f"{task}.json") or {"results": []}
+        own = [found for found in record["results"] if found["task"] == task]
+        for found in own or record["results"]:
+            metric = found["metric"] if found["filter"] == "none" else f"{found['metric']} ({found['filter']})"
+            yield result(
+                found["task"], f"{found['task']} (lm-evaluation-harness)", metric, found["value"], found["eval_length"]
+            )
 
 
-def harness_results(record: dict, task: str) -> Iterator[EvalResult]:
-    """Yield the scores on a task of lm-evaluation-harness: of the task itself, or without one, of those in its group."""
-    own = [found for found in record["results"] if found["task"] == task]
-    for found in own or record["results"]:
-        metric = found["metric"] if found["filter"] == "none" else f"{found['metric']} ({found['filter']})"
-        yield result(found["task"], f"{found['task']} (lm-evaluation-harness)", metric, found["value"], found["eval_length"])
+def answer_results(results: Path, system: str) -> Iterator[EvalResult]:
+    """Yield the perplexity of held-out answers under a system that was trained on instructions."""
+    for row in table(results, "answers"):
+        if row["system"] == system:
+            yield result("answers", "answers of held-out conversations", "perplexity", float(row["perplexity_after"]), None)
 
 
 def result(dataset: str, label: str, metric: str, value: float, length: int | None) -> EvalResult:
@@ -146,3 +159,7 @@ def read_record(file: Path) -> dict | None:
 def unique(values: Iterator[str]) -> list[str]:
     """Values without repetitions, in their order."""
     return list(dict.fromkeys(values))
+
+
+RESULTS = {"perplexity": perplexity_results, "harness": harness_results, "answers": answer_results}
+"""How the results of a system are read that are in a table of the experiment, by the table's name."""

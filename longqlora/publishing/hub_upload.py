@@ -1,13 +1,11 @@
 """Publishing a trained system on the Hugging Face Hub: a plan of what would be sent, and its upload in one commit.
 
-The repository gets the model folder, with the results of the evaluation in the model card (:mod:`longqlora.publishing.hub_card`),
-the adapter in ``adapter/`` and the report of the experiment. Only files that are known by name are sent, never checkpoints or
-logs, and paths of this machine are removed from their text.
+The repository gets the model folder, with the results of the evaluation in its model card, the adapter in ``adapter/`` and the
+report of the experiment. Only files that are known by name are sent, never checkpoints or logs, and paths of this machine are
+removed from their text.
 """
 
 import argparse
-import json
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,19 +18,23 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from longqlora.modeling.model_files import VOCABULARY, check_safetensors, tokenizer_files, weight_files
 from longqlora.publishing.hub_card import License, hub_card, license_in
+from longqlora.publishing.hub_files import (
+    ADAPTER_FILES,
+    VERBATIM,
+    adapter_config,
+    base_paths,
+    files_of_adapter,
+    files_of_model,
+    without_base_path,
+    without_local_paths,
+)
 
 TIMEOUT = 10  # seconds, of a question to the hub
 LOGIN = "log in on this machine with a token that may write (hf auth login, or set HF_TOKEN)"
 ADAPTER = "adapter"  # folder of the repository
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 REPLACED = ("*.safetensors", "*.safetensors.index.json", f"{ADAPTER}/*")
-"""Files of the repository that an upload replaces as a whole: old ones besides the new weights could be loaded in their place."""
-VERBATIM = VOCABULARY + ("chat_template.jinja",)  # the paths in them, if any, are not of this machine
-SYSTEM_FOLDERS = ("bin", "boot", "dev", "etc", "lib", "lib64", "proc", "run", "sbin", "sys", "usr")  # the same on all machines
-USERS_FOLDERS = ("data", "gpfs", "home", "lustre", "mnt", "project", "projects", "root", "scratch", "tmp", "Users", "work")
-ABSOLUTE_PATH = re.compile(r"(?:(?<=file://)|(?<![\w.…~/:<>-]))/([\w.@+~-]+)/(?:[\w.@+~-]+/)*([\w.@+~*-]+)")
+"""Files of the repository that an upload replaces as a whole, because old weights could be loaded in the place of new ones."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,8 @@ def plan_upload(publication: Publication) -> UploadPlan:
     results, system, notes = publication.results, publication.system, []
     files: dict[str, Path | bytes] = {file.name: file for file in files_of_model(results, system)}
     paths_of_base = list(base_paths(results, system))
-    own_card = ModelCard((results / "models" / system / "README.md").read_text(encoding="utf-8"))
-    base = publication.base or own_card.data.base_model
+    own: Any = ModelCard((results / "models" / system / "README.md").read_text(encoding="utf-8")).data
+    base = publication.base or own.base_model
     license = License(publication.license) if publication.license else license_of(base, paths_of_base[-1])
     card = hub_card(results, system, repository=publication.repository, license=license, base=base)
     shown_base = base or Path(paths_of_base[-1]).name
@@ -136,57 +138,6 @@ def check_hub_name(key: str, name: str) -> None:
         raise ValueError(f"{key} {name}: {error}") from None
 
 
-def files_of_model(results: Path, system: str) -> list[Path]:
-    """The files of a model folder that belong to the model, after a check that it is complete.
-
-    Raises:
-        ValueError: if it is not, or the experiment has no such system.
-    """
-    folder = results / "models" / system
-    if not folder.is_dir():
-        there = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
-        known = f"trained systems there: {', '.join(there)}" if there else f"{folder.parent} holds no trained system"
-        raise ValueError(f"{folder}: there is no such model folder; {known}")
-    weights = weight_files(folder)
-    for file in weights:
-        check_safetensors(file)
-    tokenizer = tokenizer_files(str(folder), with_chat_template=True)
-    needed = [folder / name for name in ("README.md", "config.json", "generation_config.json")]
-    missing = [file.name for file in needed if not file.is_file()]
-    missing += [] if any(file.name in VOCABULARY for file in tokenizer) else ["tokenizer.json"]
-    if missing:
-        raise ValueError(f"{folder}: is incomplete, {' and '.join(missing)} is missing; run the workflow again")
-    more = [*folder.glob("*.safetensors.index.json"), *folder.glob("merge_report.json")]
-    return [*needed, *weights, *tokenizer, *more]
-
-
-def files_of_adapter(folder: Path) -> list[Path]:
-    """The files of an adapter.
-
-    Raises:
-        ValueError: if one is missing or damaged.
-    """
-    files = [folder / name for name in ADAPTER_FILES]
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise ValueError(f"{folder}: is incomplete, {' and '.join(missing)} is missing; run the workflow again")
-    check_safetensors(files[1])
-    return files
-
-
-def base_paths(results: Path, system: str) -> Iterator[str]:
-    """Yield the models that a system was trained on, as its training cards have them: the newest first, the base model last."""
-    while True:
-        card = results / "training" / f"{system}.json"
-        if not card.is_file():
-            raise ValueError(f"{card}: the training card of {system} is missing; run the workflow again")
-        base = json.loads(card.read_text(encoding="utf-8"))["base_model"]
-        yield base
-        path = Path(base)
-        if path.parent.name != "weights" or path.parent.parent.name != results.resolve().name:
-            return
-        system = path.name
-
-
 def license_of(base: str | None, path: str) -> License | None:
     """The license of the base model, by its model card: on the hub, or in a folder; None if none is found.
 
@@ -203,40 +154,6 @@ def license_of(base: str | None, path: str) -> License | None:
     return license_in(ModelCard(card.read_text(encoding="utf-8")).data) if card.is_file() else None
 
 
-# --- text without paths of this machine ------------------------------------------------------------------------------------
-
-
-def without_base_path(card: str, path: str, base: str) -> str:
-    """A model card that names the base model by its hub id, or the name of its folder, in the place of its path."""
-    return card.replace(f"`{path}`", f"`{base}`")
-
-
-def adapter_config(folder: Path, base: str) -> bytes:
-    """The ``adapter_config.json`` of an adapter for another name of its base model."""
-    config = json.loads((folder / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
-    return json.dumps(config | {"base_model_name_or_path": base}, indent=2).encode()
-
-
-def without_local_paths(content: Path | bytes) -> tuple[Path | bytes, dict[str, str]]:
-    """A text without the folders of its absolute paths, and these paths with what is in their place.
-
-    A path is absolute if it has at least two parts, and the first is a usual place of users' files, or a folder of this machine
-    that is not one of the system.
-    """
-    text = (content if isinstance(content, bytes) else content.read_bytes()).decode("utf-8")
-    found: dict[str, str] = {}
-
-    def shorten(match: re.Match) -> str:
-        first, last = match[1], match[2]
-        if first in SYSTEM_FOLDERS or not (first in USERS_FOLDERS or Path("/", first).is_dir()):
-            return match[0]
-        found[match[0]] = f"…/{last}"
-        return found[match[0]]
-
-    short = ABSOLUTE_PATH.sub(shorten, text)
-    return (short.encode() if found else content), found
-
-
 # --- the hub ---------------------------------------------------------------------------------------------------------------
 
 
@@ -250,7 +167,9 @@ def with_repository(plan: UploadPlan) -> UploadPlan:
         hidden = "" if get_token() else " unless a private one is there, which only a login shows"
         return replace(plan, state=f"would be created, {visibility}{hidden}")
     except Exception as error:  # without a network, it is one of the HTTP library that huggingface_hub uses
-        return replace(plan, state=f"would be created, {visibility}, unless it is there (the hub was not asked: {reason_of(error)})")
+        return replace(
+            plan, state=f"would be created, {visibility}, unless it is there (the hub was not asked: {reason_of(error)})"
+        )
     names = [sibling.rfilename for sibling in info.siblings or []]
     old = [name for name in names if name not in plan.files and any(fnmatch(name, pattern) for pattern in REPLACED)]
     problems = list(plan.problems)
@@ -298,7 +217,7 @@ def explained(repository: str) -> Iterator[None]:
         status, reason, owner = error.response.status_code, reason_of(error), repository.partition("/")[0]
         means = {
             401: f"the hub does not accept the token of this machine: {LOGIN}",
-            403: f"the token of this machine may not write to {owner} ({reason}): use one with write access, of {owner} or a member",
+            403: f"the token of this machine may not write to {owner} ({reason}); it needs write access",
             409: f"{repository} has changed during the upload ({reason}); {again}",
             412: f"{repository} has changed during the upload ({reason}); {again}",
         }
@@ -332,7 +251,9 @@ def add_publish_command(subparsers: Any) -> None:
     parser.add_argument("--system", required=True, help="name of the trained system")
     parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="repository on the hub; created if it is not there")
     parser.add_argument("--private", action="store_true", help="create the repository as a private one")
-    parser.add_argument("--license", metavar="ID", help="license on the hub, such as apache-2.0 (default: that of the base model)")
+    parser.add_argument(
+        "--license", metavar="ID", help="license on the hub, such as apache-2.0 (default: that of the base model)"
+    )
     parser.add_argument("--base", metavar="OWNER/NAME", help="hub id of the base model, if it was trained from a local folder")
     parser.add_argument("--really", action="store_true", help="publish; without it, nothing is sent")
     parser.set_defaults(run=publish_command)
@@ -356,14 +277,14 @@ def publish_command(arguments: argparse.Namespace) -> int:
 
 
 def describe_plan(plan: UploadPlan) -> str:
-    """A plan in words: the repository, the files with their sizes in bytes, the metadata of the model card, and what to know."""
+    """A plan in words: the repository, the files with their sizes, the metadata of the model card, and what to know of it."""
     sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in plan.files.items()}
     width, digits = max(map(len, sizes)), len(f"{sum(sizes.values()):,}")
     lines = [f"repository: {plan.publication.repository} {plan.state}", "", "files, in bytes:"]
     lines += [f"  {name:{width}}  {size:{digits},}" for name, size in sizes.items()]
     lines += [f"  {'total':{width}}  {sum(sizes.values()):{digits},}"]
     lines += [f"  {name} is deleted" for name in plan.old_files]
-    data = plan.card.data
+    data: Any = plan.card.data
     metadata = {key: value for key, value in data.to_dict().items() if key != "model-index"}
     lines += ["", "metadata of the model card:", *(f"  {key}: {shown(value)}" for key, value in metadata.items())]
     for found in data.eval_results or []:
