@@ -6,6 +6,7 @@ removed from their text.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,7 +122,7 @@ def plan_upload(publication: Publication) -> UploadPlan:
     if not base:
         notes.append(f"the base model, {paths_of_base[-1]}, has no hub id: give it with --base if it has one")
     problems = [] if license else [f"the license of {shown_base} is not known: give it with --license, such as apache-2.0"]
-    return with_repository(UploadPlan(publication, card, dict(sorted(files.items())), notes, problems))
+    return ask_hub(UploadPlan(publication, card, dict(sorted(files.items())), notes, problems))
 
 
 def check_hub_name(key: str, name: str) -> None:
@@ -157,26 +158,35 @@ def license_of(base: str | None, path: str) -> License | None:
 # --- the hub ---------------------------------------------------------------------------------------------------------------
 
 
-def with_repository(plan: UploadPlan) -> UploadPlan:
-    """The plan with what the hub says of the repository; without a network, or if it is hidden from this user, it says that."""
-    asked = plan.publication
+def ask_hub(plan: UploadPlan) -> UploadPlan:
+    """The plan with what the hub says of the repository and the model card, or why it was not asked."""
+    asked, problems = plan.publication, list(plan.problems)
     visibility = "private" if asked.private else "public"
     try:
+        problems += metadata_problems(plan.card)
         info = HfApi().model_info(asked.repository, timeout=TIMEOUT)
     except RepositoryNotFoundError:
-        hidden = "" if get_token() else " unless a private one is there, which only a login shows"
-        return replace(plan, state=f"would be created, {visibility}{hidden}")
+        hidden = "" if get_token() else ", unless it is there and private, which only a login shows"
+        return replace(plan, state=f"would be created, {visibility}{hidden}", problems=problems)
     except Exception as error:  # without a network, it is one of the HTTP library that huggingface_hub uses
         return replace(
-            plan, state=f"would be created, {visibility}, unless it is there (the hub was not asked: {reason_of(error)})"
+            plan, state=f"would be created, {visibility}, unless it is there (the hub could not be asked: {reason_of(error)})"
         )
     names = [sibling.rfilename for sibling in info.siblings or []]
     old = [name for name in names if name not in plan.files and any(fnmatch(name, pattern) for pattern in REPLACED)]
-    problems = list(plan.problems)
     if asked.private and not info.private:
         problems.append(f"{asked.repository} is there and public: make it private in its settings, or leave out --private")
     state = f"is there, {'private' if info.private else 'public'}, with {len(names)} files"
     return replace(plan, state=state, commit=info.sha, old_files=tuple(old), problems=problems)
+
+
+def metadata_problems(card: ModelCard) -> Iterator[str]:
+    """Yield what the hub does not accept in the metadata of a model card."""
+    try:
+        card.validate()
+    except ValueError as error:  # with the hub's answer as its text
+        messages = "; ".join(each["message"] for each in json.loads(str(error))["errors"])
+        yield f"the hub does not accept the metadata of the model card: {messages}"
 
 
 def upload(plan: UploadPlan) -> tuple[str, bool]:
@@ -240,9 +250,9 @@ def reason_of(error: BaseException) -> str:
 # --- the command -----------------------------------------------------------------------------------------------------------
 
 
-def add_publish_command(subparsers: Any) -> None:
-    """Add ``longqlora publish`` to the commands of a program."""
-    parser = subparsers.add_parser(
+def add_publish_command(commands: Any) -> None:
+    """``longqlora publish results/<experiment>``."""
+    parser = commands.add_parser(
         "publish",
         help="publish a trained system on the Hugging Face Hub",
         description="Show what would be published of a trained system on the Hugging Face Hub, and with --really publish it.",
@@ -259,21 +269,22 @@ def add_publish_command(subparsers: Any) -> None:
     parser.set_defaults(run=publish_command)
 
 
-def publish_command(arguments: argparse.Namespace) -> int:
-    """Print the plan, and carry it out with ``--really``; return the exit status."""
-    given = {"private": arguments.private, "license": arguments.license, "base": arguments.base}
+def publish_command(options: argparse.Namespace) -> None:
+    """Print the plan, and carry it out with ``--really``; end the process with status 1 if it cannot be carried out."""
+    asked = {"private": options.private, "license": options.license, "base": options.base}
     try:
-        plan = plan_upload(Publication(arguments.results, arguments.system, arguments.repo, **given))
-        print(describe_plan(plan))
-        if not arguments.really:
-            print("\nNothing was sent." + (" Add --really to publish." if not plan.problems else ""))
-            return 1 if plan.problems else 0
-        address, changed = upload(plan)
+        plan = plan_upload(Publication(options.results, options.system, options.repo, **asked))
+        print(describe_plan(plan), flush=True)
+        if options.really:
+            address, changed = upload(plan)
+            print(f"\nPublished: {address}" if changed else f"\nNothing has changed since the last upload: {address}")
+        else:
+            print("\nNothing was sent." + ("" if plan.problems else " Add --really to publish."))
+            if plan.problems:
+                sys.exit(1)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"\nPublished: {address}" if changed else f"\nNothing has changed since the last upload: {address}")
-    return 0
+        print(f"longqlora publish: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def describe_plan(plan: UploadPlan) -> str:
