@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from longqlora.publishing.hub_card import License, hub_card, license_in
@@ -236,13 +236,15 @@ def explained(repository: str) -> Iterator[None]:
     except ValueError as error:  # metadata that the hub does not accept
         raise ValueError(f"{repository} was not published: {error}") from error
     except Exception as error:  # of the HTTP library, or of the one that transfers large files
-        raise ValueError(f"{repository} was not published, the upload was cut off ({reason_of(error)}); {again}") from error
+        raise ValueError(f"{repository} was not published, the connection failed ({reason_of(error)}); {again}") from error
 
 
 def reason_of(error: BaseException) -> str:
     """The first line of an error, or of the error that caused it: what the hub or the network says."""
     while error.__cause__ and not isinstance(error, HfHubHTTPError):
         error = error.__cause__
+    if isinstance(error, OfflineModeIsEnabled):
+        return "it is switched off, by HF_HUB_OFFLINE"
     text = getattr(error, "server_message", None) or str(error) or type(error).__name__
     return text.strip().splitlines()[0]
 

@@ -234,7 +234,7 @@ def test_an_upload_that_is_cut_off_is_finished_by_the_next_one(publish, hub, log
     hub.refused = {"PUT /lfs/": 0}
     status, printed = publish("--really")
     assert status == 1
-    assert "me/mine was not published, the upload was cut off" in printed
+    assert "me/mine was not published, the connection failed (" in printed
     assert "run the same command again" in printed
     assert files_of(hub) == {}
     hub.refused = {}
