@@ -71,8 +71,8 @@ def hub_card(results: Path, system: str, *, repository: str, license: License | 
     if any(found.values()):
         data.eval_results, data.model_name = [each for several in found.values() for each in several], repository.split("/")[1]
     body, section = card.text.replace(FOLDER, repository), evaluation_section(results, [name for name in found if found[name]])
-    before, heading, after = body.partition("\n## ")
-    return ModelCard(f"---\n{data}\n---\n{before}\n{section}{heading}{after}")
+    before, heading, after = body.partition("\n## ")  # the results come first
+    return ModelCard(f"---\n{data}\n---\n{before}{section}{heading}{after}")
 
 
 def evaluation_section(results: Path, tables: list[str]) -> str:
@@ -81,7 +81,7 @@ def evaluation_section(results: Path, tables: list[str]) -> str:
     parts = [re.sub(r"^# .*\n", "", file.read_text(encoding="utf-8")).strip() for file in files if file.is_file()]
     if (results / "report.html").is_file():
         parts.append("The whole report is in [report.html](report.html): download it, and open it in a browser.")
-    return "\n\n".join(["## Evaluation", *parts]) + "\n" if parts else ""
+    return "\n" + "\n\n".join(["## Evaluation", *parts]) + "\n" if parts else ""
 
 
 def perplexity_results(results: Path, system: str) -> Iterator[EvalResult]:

@@ -296,7 +296,7 @@ def test_an_illegal_name(publish, hub, repo):
 
 
 def test_a_system_that_is_not_there(publish, hub, results):
-    status, printed = publish(system="extendet")
+    status, printed = publish(system="extende")
     assert status == 1
     assert "trained systems there: extended" in printed
 
