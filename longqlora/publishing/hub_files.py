@@ -1,6 +1,7 @@
 """The files of a trained system that are published, and their text without paths of this machine."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 VERBATIM = (*VOCABULARY, "chat_template.jinja")  # the paths in them, if any, are not of this machine
 SYSTEM_FOLDERS = ("bin", "boot", "dev", "etc", "lib", "lib64", "proc", "run", "sbin", "sys", "usr")  # the same on all machines
 USERS_FOLDERS = ("data", "gpfs", "home", "lustre", "mnt", "project", "projects", "root", "scratch", "tmp", "Users", "work")
-ABSOLUTE_PATH = re.compile(r"(?:(?<=file://)|(?<![\w.…~/:<>-]))/([\w.@+~-]+)/(?:[\w.@+~-]+/)*([\w.@+~*-]+)")
+ABSOLUTE_PATH = re.compile(r"(?:(?<=file://)|(?<![\w.…~/:<>+-]))/([\w.@+~-]+)/(?:[\w.@+~-]+/)*([\w.@+~*-]+)")
 
 
 def files_of_model(results: Path, system: str) -> list[Path]:
@@ -87,7 +88,7 @@ def without_local_paths(content: Path | bytes) -> tuple[Path | bytes, dict[str, 
 
     def shorten(match: re.Match) -> str:
         first, last = match[1], match[2]
-        if first in SYSTEM_FOLDERS or not (first in USERS_FOLDERS or Path("/", first).is_dir()):
+        if first in SYSTEM_FOLDERS or not (first in USERS_FOLDERS or os.path.isdir(f"/{first}")):
             return match[0]
         found[match[0]] = f"…/{last}"
         return found[match[0]]

@@ -30,6 +30,7 @@ def test_absolute_paths_lose_their_folders(text, expected):
         "<p>a</p></div>/b/c",
         "</data/a/b",  # a tag
         "/home",
+        "data:image/png;base64,/" + "m+TE9YnieDmMggJjKIiQxiIoOY" * 20 + "/a+/tmp/a/b",  # too long for the name of a folder
     ],
 )
 def test_other_text_stays(text):
