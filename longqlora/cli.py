@@ -1,0 +1,99 @@
+"""The command ``longqlora``: a subcommand for what is done outside of the workflow.
+
+A subcommand's modules are imported when it runs, because they import torch.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a subcommand.
+
+    Args:
+        arguments: of the command line; None: those of this process.
+    """
+    options = parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except BrokenPipeError:  # a reader such as head has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ValueError, OSError, MemoryError, ImportError) as error:
+        sys.exit(f"longqlora: {error}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The subcommands with their options."""
+    top = argparse.ArgumentParser(prog="longqlora", description="Tools for models whose context was extended.")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add_chat(commands)
+    add_generate(commands)
+    return top
+
+
+def add_chat(commands) -> None:
+    """``longqlora chat MODEL``."""
+    chat = commands.add_parser("chat", help="talk to a model about long texts", description="Talk to a chat model.")
+    chat.set_defaults(run=run_chat)
+    add_model_options(chat)
+    chat.add_argument("--file", action="append", default=[], metavar="TEXT", help="text to talk about; may be given repeatedly")
+    chat.add_argument("--truncate", action="store_true", help="cut the texts at the end of a sentence so that they fit")
+    chat.add_argument("--web", action="store_true", help="open a page on this machine (needs the extra web)")
+    chat.add_argument("--port", type=int, default=7860, help="of the page (default: %(default)s)")
+
+
+def add_generate(commands) -> None:
+    """``longqlora generate MODEL --prompt-file TEXT``."""
+    generate = commands.add_parser("generate", help="continue a text", description="Continue a text, without a chat template.")
+    generate.set_defaults(run=run_generate)
+    add_model_options(generate)
+    generate.add_argument("--prompt-file", required=True, metavar="TEXT", help="text to continue; - reads the standard input")
+    generate.add_argument("--truncate", action="store_true", help="cut the text at the end of a sentence so that it fits")
+
+
+def add_model_options(command: argparse.ArgumentParser) -> None:
+    """The model, and how it generates."""
+    command.add_argument("model", metavar="MODEL", help="folder of a model (results/<experiment>/models/<system>) or hub id")
+    command.add_argument("--adapter", metavar="FOLDER", help="adapter to put on it (results/<experiment>/adapters/<system>)")
+    command.add_argument("--4bit", dest="four_bit", action="store_true", help="quantize the weights to 4 bit (NF4)")
+    command.add_argument(
+        "--max-new-tokens", type=positive, default=512, metavar="N", help="of an answer (default: %(default)s)"
+    )
+    command.add_argument(
+        "--temperature",
+        type=temperature,
+        metavar="T",
+        help="of sampling; 0: the most likely token (default: the model's settings)",
+    )
+    command.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+def temperature(text: str) -> float:
+    """A finite number from 0 on."""
+    if not 0 <= (number := float(text)) < float("inf"):
+        raise ValueError
+    return number
+
+
+def run_chat(options: argparse.Namespace) -> None:
+    """Talk to a model in the terminal, or on a page."""
+    from longqlora.chat.commands import chat
+
+    chat(options)
+
+
+def run_generate(options: argparse.Namespace) -> None:
+    """Continue a text."""
+    from longqlora.chat.commands import generate
+
+    generate(options)
