@@ -47,7 +47,7 @@ def chat(options: Namespace) -> None:
     if options.web:
         from longqlora.chat.web import serve
 
-        serve(generator, documents, options.port)
+        serve(generator, documents, options.port, is_truncated=options.truncate)
     else:
         from longqlora.chat.terminal import talk
 

@@ -20,7 +20,7 @@ from longqlora.chat.chat_model import ChatModel
 from longqlora.jobs.memory import memory_explained
 
 SMALLEST_CHUNK, LARGEST_CHUNK = 128, 4096  # tokens that are read at once
-CHUNK_SECONDS = 0.5  # chunks grow while they take less: between two of them, reading can be stopped and its progress is shown
+CHUNK_SECONDS = 1.0  # chunks grow while they take less: between two of them, reading can be stopped and its progress is shown
 
 End = Literal["end", "length", "context", "stopped"]
 

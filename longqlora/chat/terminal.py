@@ -41,7 +41,7 @@ class Screen:
             self.out.write(CONTROL.sub("", piece) if self.out.isatty() else piece)
             self.out.flush()
         elif self.err.isatty():
-            print(f"\rreading: {piece.read:,} of {piece.prompt:,} tokens", end="", file=self.err, flush=True)
+            print(f"\r{progress(piece)}", end="", file=self.err, flush=True)
 
     def clear_progress(self) -> None:
         """Remove the progress of reading."""
@@ -168,6 +168,11 @@ def ask_line(screen: Screen, prompt: str) -> str:
         return input(prompt)
     print(prompt, end="", file=screen.err, flush=True)
     return input()
+
+
+def progress(piece: Progress) -> str:
+    """How much of a prompt is read."""
+    return f"reading: {piece.read:,} of {piece.prompt:,} tokens"
 
 
 def account(statistics: Statistics, context: int) -> str:

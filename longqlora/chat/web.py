@@ -1,0 +1,89 @@
+"""A page to talk to a model, on this machine only, with Gradio (the extra ``web``). It asks no other machine for anything."""
+
+import os
+from collections.abc import Generator
+from importlib.util import find_spec
+from tempfile import TemporaryDirectory
+from threading import Lock
+from typing import Any
+
+from longqlora.chat.conversation import Conversation
+from longqlora.chat.documents import Document, read_document, truncate_documents, with_documents
+from longqlora.chat.generation import TextGenerator
+from longqlora.chat.terminal import account, progress
+
+HOST = "127.0.0.1"  # reachable from this machine only
+
+
+def check_installed() -> None:
+    """Check that Gradio is installed.
+
+    Raises:
+        ImportError: if it is not.
+    """
+    if find_spec("gradio") is None:
+        raise ImportError('--web needs Gradio: pip install "longqlora[web]" -c constraints.txt')
+
+
+def serve(generator: TextGenerator, documents: list[Document], port: int, *, is_truncated: bool) -> None:
+    """Serve the page until Ctrl-C.
+
+    Args:
+        generator: answers.
+        documents: come before the first question of each conversation.
+        port: of the address.
+        is_truncated: whether uploaded texts are cut so that they fit.
+
+    Raises:
+        OSError: if the port is in use.
+    """
+    with TemporaryDirectory(prefix="longqlora-") as uploads:
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": uploads}  # read when gradio is imported
+        page = make_page(generator, documents, is_truncated)
+        print(f"http://{HOST}:{port} (Ctrl-C ends it)", flush=True)
+        page.launch(server_name=HOST, server_port=port, share=False, quiet=True, ssr_mode=False, footer_links=[])
+
+
+def make_page(generator: TextGenerator, documents: list[Document], is_truncated: bool):
+    """The page, as a Gradio app: a conversation, a field for messages and text files, and the tokens used and left."""
+    import gradio
+
+    tokenizer, context = generator.chat_model.tokenizer, generator.chat_model.context
+    one_at_a_time = Lock()  # also if the page is open twice
+
+    def message_of(content: list[dict[str, Any]]) -> str:
+        """The text of a message, after the text files that were uploaded with it."""
+        files = [read_document(part["file"]["path"]) for part in content if part["type"] == "file"]
+        files = truncate_documents(files, tokenizer, context) if is_truncated else files
+        text = "\n\n".join(part["text"] for part in content if part["type"] == "text")
+        return with_documents(files, [{"role": "user", "content": text}])[0]["content"]
+
+    def answer(message: dict[str, Any], history: list[dict[str, Any]]) -> Generator[tuple[str, str]]:
+        """Yield the answer so far, and a line about tokens."""
+        question = [{"type": "file", "file": {"path": path}} for path in message["files"]]
+        question.append({"type": "text", "text": message["text"]})
+        conversation = Conversation(generator, documents)
+        text = ""
+        with one_at_a_time:
+            try:
+                conversation.messages = [turn | {"content": message_of(turn["content"])} for turn in history]
+                for piece in conversation.ask(message_of(question)):
+                    text += piece if isinstance(piece, str) else ""
+                    yield text, "writing" if isinstance(piece, str) else progress(piece)
+            except (ValueError, MemoryError) as error:
+                raise gradio.Error(str(error), duration=None) from None
+            yield text, account(generator.statistics, context)
+
+    with gradio.Blocks(title="longqlora", fill_height=True) as page:
+        names = "".join(f", {document.name}" for document in documents)
+        status = gradio.Markdown(f"{generator.chat_model.source.path}{names}: a context of {context:,} tokens", render=False)
+        field = gradio.MultimodalTextbox(
+            file_types=["text", ".md", ".txt"],
+            file_count="multiple",
+            placeholder="Message, or a text file",
+            lines=2,
+            render=False,
+        )
+        gradio.ChatInterface(answer, multimodal=True, textbox=field, additional_outputs=[status], fill_height=True)
+        status.render()
+    return page
