@@ -35,9 +35,9 @@ def chat(options: Namespace) -> None:
     check_given(options)
     documents = [read_document(path) for path in options.file]
     if options.web:
-        from longqlora.chat.web import check_installed
+        from longqlora.chat.web import check_page
 
-        check_installed()
+        check_page(options.port)
     chat_model = find_model(options, is_chat=True)
     documents = fitting(documents, chat_model, options.truncate)
     load(chat_model, options.seed)

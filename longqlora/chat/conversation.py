@@ -57,7 +57,7 @@ class Conversation:
         """The message that a prompt does not fit, with what can be done."""
         advice = "shorten the message"
         if self.messages:
-            advice += ", or begin a new conversation with /clear, which keeps the files"
+            advice += ", or begin a new conversation, which keeps the files"
         elif self.documents:
             advice += " or the files (--truncate cuts them at the end of a sentence)"
         return (

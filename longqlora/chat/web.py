@@ -1,6 +1,7 @@
 """A page to talk to a model, on this machine only, with Gradio (the extra ``web``). It asks no other machine for anything."""
 
 import os
+import socket
 from collections.abc import Generator
 from importlib.util import find_spec
 from tempfile import TemporaryDirectory
@@ -15,14 +16,21 @@ from longqlora.chat.terminal import account, progress
 HOST = "127.0.0.1"  # reachable from this machine only
 
 
-def check_installed() -> None:
-    """Check that Gradio is installed.
+def check_page(port: int) -> None:
+    """Check that a page can be served.
 
     Raises:
-        ImportError: if it is not.
+        ImportError: if Gradio is not installed.
+        OSError: if the port cannot be used.
     """
     if find_spec("gradio") is None:
         raise ImportError('--web needs Gradio: pip install "longqlora[web]" -c constraints.txt')
+    with socket.socket() as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a page that was closed just now is no hindrance
+        try:
+            tried.bind((HOST, port))
+        except (OSError, OverflowError) as error:
+            raise OSError(f"port {port} of {HOST} cannot be used ({error}); choose another one with --port") from None
 
 
 def serve(generator: TextGenerator, documents: list[Document], port: int, *, is_truncated: bool) -> None:
@@ -33,9 +41,6 @@ def serve(generator: TextGenerator, documents: list[Document], port: int, *, is_
         documents: come before the first question of each conversation.
         port: of the address.
         is_truncated: whether uploaded texts are cut so that they fit.
-
-    Raises:
-        OSError: if the port is in use.
     """
     with TemporaryDirectory(prefix="longqlora-") as uploads:
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": uploads}  # read when gradio is imported
@@ -71,19 +76,19 @@ def make_page(generator: TextGenerator, documents: list[Document], is_truncated:
                     text += piece if isinstance(piece, str) else ""
                     yield text, "writing" if isinstance(piece, str) else progress(piece)
             except (ValueError, MemoryError) as error:
-                raise gradio.Error(str(error), duration=None) from None
+                raise gradio.Error(str(error), duration=None, print_exception=False) from None
             yield text, account(generator.statistics, context)
 
     with gradio.Blocks(title="longqlora", fill_height=True) as page:
         names = "".join(f", {document.name}" for document in documents)
         status = gradio.Markdown(f"{generator.chat_model.source.path}{names}: a context of {context:,} tokens", render=False)
-        field = gradio.MultimodalTextbox(
-            file_types=["text", ".md", ".txt"],
-            file_count="multiple",
-            placeholder="Message, or a text file",
-            lines=2,
+        field = gradio.MultimodalTextbox(file_count="multiple", placeholder="Message; text files can be added", render=False)
+        answers = gradio.Chatbot(
+            show_label=False,
+            scale=1,
+            render_markdown=False,  # an image in an answer would be loaded from another machine
             render=False,
         )
-        gradio.ChatInterface(answer, multimodal=True, textbox=field, additional_outputs=[status], fill_height=True)
+        gradio.ChatInterface(answer, multimodal=True, chatbot=answers, textbox=field, additional_outputs=[status])
         status.render()
     return page
