@@ -8,6 +8,7 @@ change with the length, so there each prompt is read anew.
 
 import time
 from collections.abc import Callable, Generator
+from copy import copy
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Event, Thread
@@ -167,7 +168,8 @@ class TextGenerator:
         """Continue a prompt, and complete the statistics."""
         model: Any = self.chat_model.model
         statistics, first = self.statistics, None
-        room = self.chat_model.context - len(prompt)
+        settings = copy(self.chat_model.settings)
+        settings.max_new_tokens = min(self.max_new_tokens, self.chat_model.context - len(prompt))
 
         def should_stop(ids: torch.Tensor, *_, **__) -> torch.Tensor:  # [1, n] -> [1], called after each token
             nonlocal first
@@ -181,14 +183,13 @@ class TextGenerator:
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            generation_config=self.chat_model.settings,
-            max_new_tokens=min(self.max_new_tokens, room),
+            generation_config=settings,
             cache=self.cache,
             stopping_criteria=[should_stop],
             streamer=Pieces(self.chat_model.tokenizer, pass_on),
         )[0].tolist()
         self.cached = output[: self.cache.get_seq_length()]
-        if output[-1] in self.chat_model.settings.eos_token_id:
+        if output[-1] in settings.eos_token_id:
             statistics.end = "end"
         elif not stop.is_set():
             statistics.end = "context" if len(output) == self.chat_model.context else "length"

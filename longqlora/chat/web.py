@@ -4,6 +4,7 @@ import os
 import socket
 from collections.abc import Generator
 from importlib.util import find_spec
+from itertools import pairwise
 from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Any
@@ -14,6 +15,7 @@ from longqlora.chat.generation import TextGenerator
 from longqlora.chat.terminal import account, progress
 
 HOST = "127.0.0.1"  # reachable from this machine only
+REFUSED = "Not answered"  # title of what is shown in the place of an answer
 
 
 def check_page(port: int) -> None:
@@ -63,21 +65,21 @@ def make_page(generator: TextGenerator, documents: list[Document], is_truncated:
         text = "\n\n".join(part["text"] for part in content if part["type"] == "text")
         return with_documents(files, [{"role": "user", "content": text}])[0]["content"]
 
-    def answer(message: dict[str, Any], history: list[dict[str, Any]]) -> Generator[tuple[str, str]]:
+    def answer(message: dict[str, Any], history: list[dict[str, Any]]) -> Generator[tuple[Any, str]]:
         """Yield the answer so far, and a line about tokens."""
-        question = [{"type": "file", "file": {"path": path}} for path in message["files"]]
+        question: list[dict[str, Any]] = [{"type": "file", "file": {"path": path}} for path in message["files"]]
         question.append({"type": "text", "text": message["text"]})
         conversation = Conversation(generator, documents)
         text = ""
         with one_at_a_time:
             try:
-                conversation.messages = [turn | {"content": message_of(turn["content"])} for turn in history]
+                conversation.messages = [turn | {"content": message_of(turn["content"])} for turn in answered(history)]
                 for piece in conversation.ask(message_of(question)):
                     text += piece if isinstance(piece, str) else ""
                     yield text, "writing" if isinstance(piece, str) else progress(piece)
+                yield text, account(generator.statistics, context)
             except (ValueError, MemoryError) as error:
-                raise gradio.Error(str(error), duration=None, print_exception=False) from None
-            yield text, account(generator.statistics, context)
+                yield {"role": "assistant", "content": str(error), "metadata": {"title": REFUSED}}, REFUSED
 
     with gradio.Blocks(title="longqlora", fill_height=True) as page:
         names = "".join(f", {document.name}" for document in documents)
@@ -92,3 +94,14 @@ def make_page(generator: TextGenerator, documents: list[Document], is_truncated:
         gradio.ChatInterface(answer, multimodal=True, chatbot=answers, textbox=field, additional_outputs=[status])
         status.render()
     return page
+
+
+def answered(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Role and content of the questions that were answered, at least in part, and of their answers."""
+    kept = []
+    for question, answer in pairwise(history):
+        is_refused = (answer.get("metadata") or {}).get("title") == REFUSED
+        has_text = any(part["type"] == "text" and part["text"] for part in answer["content"])
+        if (question["role"], answer["role"]) == ("user", "assistant") and has_text and not is_refused:
+            kept += [{"role": turn["role"], "content": turn["content"]} for turn in (question, answer)]
+    return kept
