@@ -3,6 +3,7 @@
 import logging
 import signal
 import sys
+import warnings
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
@@ -97,6 +98,7 @@ def find_model(options: Namespace, *, is_chat: bool) -> "ChatModel":
     from longqlora.chat.chat_model import find_chat_model
 
     transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore", FutureWarning)  # they are for those who write code
     return find_chat_model(
         options.model,
         adapter=options.adapter,
