@@ -84,10 +84,13 @@ def make_page(generator: TextGenerator, documents: list[Document], is_truncated:
     with gradio.Blocks(title="longqlora", fill_height=True) as page:
         names = "".join(f", {document.name}" for document in documents)
         status = gradio.Markdown(f"{generator.chat_model.source.path}{names}: a context of {context:,} tokens", render=False)
-        field = gradio.MultimodalTextbox(file_count="multiple", placeholder="Message; text files can be added", render=False)
+        field = gradio.MultimodalTextbox(
+            file_count="multiple", placeholder="Message; text files can be added", stop_btn=True, render=False
+        )
         answers = gradio.Chatbot(
             show_label=False,
             scale=1,
+            buttons=["copy", "copy_all"],  # none that shares a conversation on the internet
             render_markdown=False,  # an image in an answer would be loaded from another machine
             render=False,
         )
