@@ -60,6 +60,7 @@ def check_inputs(experiment: Experiment) -> Iterator[str]:
             if name in experiment.untrained and system.target_context == context_in(config):
                 yield f"untrained_rows: {system.target_context} is the base model's own context, which needs no extension"
     yield from check_evaluator(experiment)
+    yield from check_served_models(experiment)
     yield from check_vocabularies(experiment)
     config = model_config(experiment, experiment.base_model)
     if config and config.get("vocab_size"):
@@ -173,6 +174,25 @@ def check_evaluator(experiment: Experiment) -> Iterator[str]:
             f"evaluation.key_tokens.system: {key_tokens.system!r} has a context of {context} tokens, less than the longest of "
             f"evaluation.lengths, {longest}"
         )
+
+
+def check_served_models(experiment: Experiment) -> Iterator[str]:
+    """Yield which models cannot be written as GGUF files, and that there is no converter."""
+    serving = experiment.serving
+    if serving and serving.converter and not Path(serving.converter).is_file():
+        yield f"serving.converter: no such file: {serving.converter}"
+    for name in experiment.served:
+        system = experiment.systems.get(name)
+        if system is None or system.training is None:  # told by check_served
+            continue
+        config = after_training(model_config(experiment, system.model) or {"model_type": ROPE_FAMILIES[0]}, system)
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if rope.get("rope_type", rope.get("type")) == "dynamic":
+            yield (
+                f"serving.systems: {name!r} has rope_scaling: dynamic, which depends on the length of each sequence. llama.cpp has no "
+                "such scaling, and its converter drops it without a word. Train it with yarn, linear or ntk, or list in "
+                "serving.systems only systems that can be served"
+            )
 
 
 # --- models ----------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ def check_values(config: Configuration, experiment: Experiment) -> Iterator[str]
     yield from check_harness(experiment)
     yield from check_key_tokens(experiment)
     yield from check_ablations(config, experiment)
+    yield from check_served(experiment)
     yield from check_pretraining(experiment)
     datasets = experiment.evaluation.datasets
     yield from check_distinct("evaluation.datasets", "label", [dataset.label for dataset in datasets.values()])
@@ -156,6 +157,16 @@ def check_ablations(config: Configuration, experiment: Experiment) -> Iterator[s
             yield f"ablations.{name}.grid.rope_scaling: best cannot be combined with systems.{ablation.system}.rope_factor"
         if not experiment.ablations[name].axes:
             yield f"ablations.{name}.grid: names no setting (legal: {', '.join(type(ablation.grid).model_fields)})"
+
+
+def check_served(experiment: Experiment) -> Iterator[str]:
+    """Yield which systems cannot be written as GGUF files, because they are not trained here."""
+    trained = [name for name in experiment.listed if experiment.systems[name].training]
+    for name in experiment.served:
+        if name not in trained:
+            yield f"serving.systems: {name!r} is not a trained system (legal: {', '.join(trained) or 'none'})"
+    if experiment.serving and not trained and not experiment.serving.systems:
+        yield "serving: no system is trained, so there is no model to serve; remove the section"
 
 
 def check_system(name: str, config: Configuration, experiment: Experiment) -> Iterator[str]:

@@ -16,6 +16,7 @@ from longqlora.config.settings import (
     RetrievalSettings,
     RopeScaling,
     Section,
+    ServingSettings,
     SftSettings,
     TrainingSettings,
 )
@@ -99,6 +100,7 @@ class Experiment(Section):
     retrieval_lengths: list[int]
     filler: str
     merge: MergeSettings
+    serving: ServingSettings | None
     ablations: dict[str, Ablation]
     published: list[PublishedRow]
 
@@ -162,6 +164,13 @@ class Experiment(Section):
         lengths = harness.lengths or self.evaluation.lengths
         cells: dict[str, tuple[str, int | None]] = {task: (task, None) for task in harness.tasks}
         return cells | {f"{task}-{length}": (task, length) for task in harness.long_tasks for length in lengths}
+
+    @property
+    def served(self) -> list[str]:
+        """Names of the trained systems that are written as GGUF files."""
+        if self.serving is None:
+            return []
+        return self.serving.systems or [name for name in self.listed if self.systems[name].training]
 
     @property
     def pretrained(self) -> str:

@@ -79,7 +79,7 @@ def complete(config: Configuration) -> Experiment:
         pretraining=complete_pretraining(config.pretraining) if config.pretraining else None,
         **{
             name: getattr(config, name)
-            for name in ("seed", "device", "max_malformed_share", "decontamination", "merge", "published")
+            for name in ("seed", "device", "max_malformed_share", "decontamination", "merge", "serving", "published")
         },
     )
 

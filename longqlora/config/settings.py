@@ -21,6 +21,7 @@ TrainingData = Literal["corpus", "sft"]
 Optimizer = Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch"]
 ProtocolName = Literal["exact", "longqlora", "longlora"]
 RetrievalTask = Literal["passkey", "single_needle", "multi_key", "multi_value", "induction"]
+GgufFormat = Literal["f16", "q8_0"]
 DEFAULT_ROPE_SCALING: RopeScaling = "linear"  # Position Interpolation
 InstructionSchema = Literal[
     "natural_questions",
@@ -487,6 +488,21 @@ class RetrievalSection(Section):
     )
 
 
+class ServingSettings(Section):
+    """GGUF files of trained systems for llama.cpp, each checked against transformers."""
+
+    gguf: Annotated[list[GgufFormat], AT_LEAST_ONE, DISTINCT] = Field(
+        default=["f16", "q8_0"], description="Formats of the weights: f16 (16 bit) and q8_0 (8 bit)."
+    )
+    systems: Annotated[list[Text], AT_LEAST_ONE, DISTINCT] | None = Field(
+        default=None, description="Names of trained systems; by default all that the configuration lists."
+    )
+    converter: Text | None = Field(
+        default=None,
+        description="Path of llama.cpp's convert_hf_to_gguf.py; by default that of the package convert-hf-to-gguf (the extra gguf).",
+    )
+
+
 class AblationGrid(Section):
     """Values by setting; every combination is a cell of the grid."""
 
@@ -551,6 +567,9 @@ class Configuration(Section):
     evaluation: EvaluationSettings = Field(description="How perplexity is measured.")
     retrieval: RetrievalSection = Field(default=RetrievalSection(), description="How retrieval is measured.")
     merge: MergeSettings = Field(default=MergeSettings(), description="When a merged model is good enough to publish.")
+    serving: ServingSettings | None = Field(
+        default=None, description="Makes GGUF files for llama.cpp and checks them; needs the extra gguf."
+    )
     ablations: dict[Name, AblationSection] = Field(default={}, description="Grids of settings, made by the target ablations.")
     published: list[PublishedRow] = Field(default=[], description="Reference rows from the literature.")
 

@@ -1,0 +1,26 @@
+"""``config.json`` as every reader of a published model understands it.
+
+transformers 5 keeps all that concerns RoPE in ``rope_parameters``. transformers 4, versions of vLLM that build on it, and llama.cpp's
+converter before December 2025 do not know that key: without ``rope_theta`` and ``rope_scaling`` at the top level, they would
+compute with a theta of 10000 and no scaling, and say nothing. llama.cpp's converter also looks for
+``original_max_position_embeddings`` there, and takes 8192 for llama3 if it finds none.
+"""
+
+NOT_OF_THE_SCALING = ("rope_theta", "partial_rotary_factor")
+
+
+def served_config(config: dict) -> dict:
+    """A configuration with the same RoPE in the old keys, too. transformers computes the same with it.
+
+    Args:
+        config: a ``config.json`` of transformers 5.
+    """
+    rope = config.get("rope_parameters")
+    if not rope:
+        return config
+    added = {"rope_theta": rope["rope_theta"]}
+    if rope.get("rope_type", "default") != "default":
+        added["rope_scaling"] = {key: value for key, value in rope.items() if key not in NOT_OF_THE_SCALING}
+    if "original_max_position_embeddings" in rope:
+        added["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+    return config | added
