@@ -33,6 +33,7 @@ if SFT:
 include: "workflow/rules/train.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/serve.smk"
 include: "workflow/rules/html_report.smk"
 
 
@@ -57,6 +58,7 @@ rule all:
         rules.plot_loss.output if LISTED_TRAINED else [],
         rules.report_answers.output if CHAT else [],
         rules.report_harness.output if HARNESS else [],
+        served_files if EXPERIMENT.serving else [],
         rules.data.input,
         rules.render_report.output,
     localrule: True

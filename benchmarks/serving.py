@@ -1,10 +1,10 @@
 """What llama.cpp computes with a model whose context is extended, compared with transformers, by RoPE scaling.
 
-    python benchmarks/serving.py MODEL TEXT --scaling linear:512 yarn:512 theta:512:8000 [--format f16 q8_0] [--lengths 64 128 256]
+    python benchmarks/serving.py MODEL TEXT --scaling linear:512 yarn:512 theta:512:8000 --format f16 q8_0 --lengths 64 128 256
 
 MODEL is a folder with a base model, TEXT a text file; its beginning is read. A scaling is a name, the target context and, for
-theta, the new rope_theta. ``none`` is the model as it is. Every scaling is put into ``config.json`` as the workflow does, without
-training; ``--wrong`` writes another scaling into the GGUF file, to see what the serving check makes of it.
+theta, the new rope_theta. ``none`` is the model as it is. Each scaling is put into ``config.json`` as by the
+workflow, without training. ``--wrong`` puts another scaling into the GGUF file, to see what the serving check makes of it.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def measure(options: argparse.Namespace, folder: Path, scaling: str, gguf_format
     text = Path(options.text).read_text(encoding="utf-8")
     tokens = torch.tensor(load_tokenizer(str(model))(text)["input_ids"])
     begin = time.perf_counter()
-    record = {"format": gguf_format, "base_context": min(options.lengths), **compare(gguf, str(model), tokens, options.lengths)}
+    record = {"format": gguf_format, **compare(gguf, str(model), tokens, options.lengths)}
     return record | {"seconds": time.perf_counter() - begin, "problems": list(differences(record))}
 
 
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--converter", help="path of a convert_hf_to_gguf.py")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    print("| scaling | format | window | perplexity | in llama.cpp | KL divergence | same most likely token | frequencies | passes |")
+    print("| scaling | format | window | perplexity | in llama.cpp | KL divergence | same top token | frequencies | passes |")
     print("|:---|:---|---:|---:|---:|---:|---:|---:|:---|")
     for scaling in options.scaling:
         for gguf_format in options.format:

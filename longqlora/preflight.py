@@ -189,9 +189,9 @@ def check_served_models(experiment: Experiment) -> Iterator[str]:
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if rope.get("rope_type", rope.get("type")) == "dynamic":
             yield (
-                f"serving.systems: {name!r} has rope_scaling: dynamic, which depends on the length of each sequence. llama.cpp has no "
-                "such scaling, and its converter drops it without a word. Train it with yarn, linear or ntk, or list in "
-                "serving.systems only systems that can be served"
+                f"serving.systems: {name!r} has rope_scaling: dynamic, which depends on the length of each sequence. llama.cpp "
+                "has no such scaling, and its converter drops it without a message. Train it with yarn, linear or ntk, or list "
+                "only other systems in serving.systems"
             )
 
 

@@ -499,7 +499,7 @@ class ServingSettings(Section):
     )
     converter: Text | None = Field(
         default=None,
-        description="Path of llama.cpp's convert_hf_to_gguf.py; by default that of the package convert-hf-to-gguf (the extra gguf).",
+        description="Path of llama.cpp's convert_hf_to_gguf.py; by default the package convert-hf-to-gguf (the extra gguf).",
     )
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from longqlora.config.settings import GgufFormat
 
 DYNAMIC = (
-    "dynamic scaling depends on the length of each sequence, which llama.cpp does not have: its converter drops the scaling without "
-    "a word. Train with rope_scaling: yarn, linear or ntk"
+    "its dynamic scaling depends on the length of each sequence. llama.cpp has no such scaling, and its converter drops it "
+    "without a message. Train with rope_scaling: yarn, linear or ntk"
 )
 UNKNOWN_SPLITTING = (
-    "llama.cpp's converter does not know how this tokenizer splits texts into words. A newer one may: let serving.converter name "
-    "the convert_hf_to_gguf.py of a current checkout of llama.cpp"
+    "llama.cpp's converter does not know how its tokenizer splits texts into words. A newer converter may: let "
+    "serving.converter name the convert_hf_to_gguf.py of a current checkout of llama.cpp"
 )
 
 
@@ -70,8 +70,8 @@ def program_arguments(arguments: list[str]) -> Iterator[None]:
 def splitting_recognized(model: str) -> Iterator[None]:
     """Let the converter recognize a tokenizer that splits texts as GPT-2 does from its ``tokenizer.json``.
 
-    The converter knows tokenizers by a digest of the tokens of one text. It refuses any that was trained for a new model, and some
-    that differ have the same digest. It keeps to the digest for all others. The serving check compares the tokens of both.
+    By itself, the converter knows tokenizers by a digest of the tokens of one text. It does not know a tokenizer that was
+    trained for a new model, and confuses some that give other tokens of other texts. The serving check compares the tokens.
 
     Raises:
         ValueError: if the converter does not know the tokenizer.

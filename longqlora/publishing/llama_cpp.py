@@ -5,7 +5,6 @@ here are described in llama.cpp's ``include/llama.h``.
 """
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -66,7 +65,7 @@ class GgufModel:
         params = LIB.llama_context_default_params()
         params.n_ctx = len(tokens)
         params.n_batch = params.n_ubatch = TOKENS_PER_BATCH
-        params.n_threads = params.n_threads_batch = int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
+        params.n_threads = params.n_threads_batch = torch.get_num_threads()
         context = LIB.llama_init_from_model(self.model, params)
         if context == FFI.NULL:
             raise MemoryError(f"llama.cpp has no memory for {len(tokens)} tokens: {last_message()}")

@@ -35,7 +35,7 @@ def model_card(stages: list[Stage]) -> str:
         tags=["long-context", "longqlora"],
         base_model=split_revision(base_model)[0] if is_hub_id(base_model) else None,
     )
-    parts = [f"---\n{metadata}\n---", f"# {stages[-1].label}", describe(stages), usage(stages)]
+    parts = [f"---\n{metadata}\n---", f"# {stages[-1].label}", describe(stages), usage(stages), serving(card)]
     if len(stages) > 1:
         parts.append(stage_table(stages))
     parts.append(training_table(card))
@@ -85,6 +85,29 @@ def usage(stages: list[Stage]) -> str:
         'tokenizer = AutoTokenizer.from_pretrained("<this folder>")\n```'
         f"\n\nIt needs no code but transformers.{prompt}"
     )
+
+
+def serving(card: dict) -> str:
+    """The commands that serve the model at its full context, as far as a server has its RoPE scaling."""
+    scaling, context = card["rope_scaling"], card["target_context"]
+    transformers = "transformers serve <this folder>"
+    vllm = f"vllm serve <this folder> --max-model-len {context}"
+    llama_cpp = (
+        "python convert_hf_to_gguf.py <this folder> --outtype f16 --outfile model.gguf\n"
+        f"llama-server --model model.gguf --ctx-size {context}"
+    )
+    if scaling == "dynamic":
+        return (
+            f"## Serve it\n\n```bash\n{transformers}\n```\n\n`dynamic` scaling depends on the length of each sequence. vLLM "
+            "scales all lengths alike, and llama.cpp drops the scaling: both compute something else, without a message."
+        )
+    notes = {
+        "linear": "Without `--max-model-len`, vLLM multiplies the context by the factor again, and offers too much.",
+        "ntk": "The scaling is a larger `rope_theta`, which every server reads.",
+        "theta": "The scaling is a larger `rope_theta`, which every server reads.",
+    }
+    note = f"\n\n{notes[scaling]}" if scaling in notes else ""
+    return f"## Serve it\n\n```bash\n{transformers}\n{vllm}\n{llama_cpp}\n```{note}"
 
 
 def stage_table(stages: list[Stage]) -> str:

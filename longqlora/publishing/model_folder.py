@@ -15,6 +15,7 @@ from longqlora.data.tokenizers import load_tokenizer
 from longqlora.modeling.generation_settings import generation_settings, stop_tokens
 from longqlora.modeling.model_files import weight_files
 from longqlora.publishing.model_card import Stage, model_card
+from longqlora.publishing.served_config import served_config
 
 
 def publish_model(*, weights: str, output: str, base_model: str, tokenizer: str, stages: list[Stage]) -> None:
@@ -30,7 +31,8 @@ def publish_model(*, weights: str, output: str, base_model: str, tokenizer: str,
     folder, last = Path(output), stages[-1]
     target_context = last.card["target_context"]
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(Path(weights) / "config.json", folder)
+    config = json.loads((Path(weights) / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(served_config(config), indent=2) + "\n", encoding="utf-8")
     files = weight_files(Path(weights))
     for file in [*files, *Path(weights).glob("*.safetensors.index.json")]:
         link_or_copy(file, folder / file.name)

@@ -1,9 +1,9 @@
 """``config.json`` as every reader of a published model understands it.
 
-transformers 5 keeps all that concerns RoPE in ``rope_parameters``. transformers 4, versions of vLLM that build on it, and llama.cpp's
-converter before December 2025 do not know that key: without ``rope_theta`` and ``rope_scaling`` at the top level, they would
-compute with a theta of 10000 and no scaling, and say nothing. llama.cpp's converter also looks for
-``original_max_position_embeddings`` there, and takes 8192 for llama3 if it finds none.
+transformers 5 keeps all that concerns RoPE in ``rope_parameters``. transformers 4, versions of vLLM that build on it, and
+llama.cpp's converter before December 2025 do not know that key. Without ``rope_theta`` and ``rope_scaling`` at the top level,
+they compute with a theta of 10000 and no scaling, and say nothing. Older converters of llama.cpp also look for
+``original_max_position_embeddings`` there, and take 8192 for llama3 if they find none.
 """
 
 NOT_OF_THE_SCALING = ("rope_theta", "partial_rotary_factor")

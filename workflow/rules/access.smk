@@ -5,6 +5,7 @@ from snakemake.settings.types import DeploymentMethod
 
 from longqlora.access import access_problems
 from longqlora.evaluation.harness_tasks import task_problems
+from longqlora.publishing.gguf_packages import package_problems
 
 
 onstart:
@@ -16,6 +17,9 @@ onstart:
     if problems:
         raise WorkflowError(f"no job has started, because these cannot be read:\n{ConfigError(problems)}")
     uses_conda = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method  # then jobs have other packages
-    if not uses_conda and any(job.rule.name == "evaluate_harness" for job in workflow.dag.needrun_jobs()):
-        if unknown := list(task_problems(EXPERIMENT.evaluation.harness)):
-            raise WorkflowError(f"no job has started:\n{ConfigError(unknown)}")
+    needed = set() if uses_conda else {job.rule.name for job in workflow.dag.needrun_jobs()}
+    unknown = list(task_problems(EXPERIMENT.evaluation.harness)) if "evaluate_harness" in needed else []
+    if {"convert_gguf", "check_gguf"} & needed:
+        unknown += package_problems(EXPERIMENT.serving.converter)
+    if unknown:
+        raise WorkflowError(f"no job has started:\n{ConfigError(unknown)}")

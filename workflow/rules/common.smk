@@ -254,6 +254,14 @@ def answer_reports(wildcards):
     return rules.report_answers.output
 
 
+def served_files(wildcards):
+    """The GGUF files of the published models, and the table of their check."""
+    if not EXPERIMENT.serving:
+        raise WorkflowError("no GGUF files are configured; add the section serving:, for example serving: {gguf: [q8_0]}")
+    files = expand(rules.convert_gguf.output, system=EXPERIMENT.served, format=EXPERIMENT.serving.gguf)
+    return files + list(rules.report_serving.output)
+
+
 def ablation_records(wildcards):
     """The records of perplexity of a grid."""
     cells = EXPERIMENT.ablations[wildcards.ablation].rows

@@ -16,6 +16,8 @@ def results_to_look_at():
     }
     if HARNESS:
         files[rules.report_harness.output.markdown] = "scores on the tasks of lm-evaluation-harness"
+    if EXPERIMENT.serving:
+        files[rules.report_serving.output.markdown] = "GGUF files in llama.cpp compared with transformers"
     ablations = expand(rules.report_ablation.output.markdown, ablation=EXPERIMENT.ablations)
     files |= dict.fromkeys(ablations, "table of an ablation")
     if CHAT:
