@@ -13,6 +13,7 @@ positions do (benchmarks/RESULTS.md has measurements of both).
 import copy
 import logging
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ def check_serving(*, gguf: str, gguf_format: GgufFormat, model: str, data: str, 
     with memory_explained(f"reading {lengths[-1]} tokens at once with {model} in float32", MEMORY_ADVICE):
         compared = compare(gguf, model, tokens, lengths)
     scaling = {key: cards[-1][key] for key in ("rope_scaling", "rope_factor", "rope_theta", "target_context")}
-    record = {"format": gguf_format, **scaling, "base_context": base_context, "held_out": is_held_out, **compared}
+    about = {"format": gguf_format, "base_context": base_context, "held_out": is_held_out}
+    record = about | scaling | compared | {"llama_cpp_version": version("llama-cpp-py-sync")}
     if problems := list(differences(record)):
         raise ServedDifferently("\n".join(f"{gguf}: {problem}" for problem in problems))
     return record
@@ -233,6 +235,6 @@ def differences(record: dict) -> Iterator[str]:
             yield (
                 f"in windows of {window['window']} tokens, next-token distributions differ from those of transformers by a KL "
                 f"divergence of {window['kl_divergence']:.3g} nats, more than the {limit:g} that rounding to "
-                f"{record['format']} may cause (perplexity {window['gguf_perplexity']:.4g} instead of {window['perplexity']:.4g}): "
-                "do not serve this file"
+                f"{record['format']} may cause (perplexity {window['gguf_perplexity']:.4g} instead of "
+                f"{window['perplexity']:.4g}): do not serve this file"
             )
