@@ -152,9 +152,9 @@ def test_the_rule_graph_has_the_rules_of_the_workflow():
     shown = set(re.findall(r"\w+", graph))
     rules = "\n".join(path.read_text() for path in (ROOT / "workflow/rules").glob("*.smk"))
     named = set(re.findall(r"^ *(?:rule|use rule \w+ as) (\w+)", rules, re.MULTILINE))
-    targets = {"data", "train", "evaluate", "answers", "ablations", "perplexity_report"}
+    targets = {"data", "train", "evaluate", "answers", "ablations", "perplexity_report", "gguf"}
     elsewhere = {"retokenize_evaluation_set", "report_ablation", "pretrain_model", "choose_scaling", "find_key_tokens"}
-    elsewhere |= {"evaluate_harness", "report_harness"}
+    elsewhere |= {"evaluate_harness", "report_harness", "convert_gguf", "check_gguf", "report_serving"}
     assert shown == named - targets - elsewhere
 
 

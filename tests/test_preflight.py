@@ -429,3 +429,31 @@ def test_advice_names_no_model_that_no_rule_makes(demo, elsewhere):
         ConfigError, match=r"no rule makes results/demo/weights/bas(; did you mean results/demo/weights/chat\?)?$"
     ):
         check(demo)
+
+
+# --- served models ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_system_with_dynamic_scaling_is_not_served(demo):
+    demo["systems"]["longer"] = {"target_context": 512, "rope_scaling": "dynamic", "training": {}}
+    with pytest.raises(ConfigError, match=r"^serving\.systems: 'longer' has rope_scaling: dynamic, .* yarn, linear or ntk"):
+        check(demo | {"serving": {}})
+    assert check(demo | {"serving": {"systems": ["longqlora"]}}).served == ["longqlora"]
+
+
+def test_a_model_that_is_stored_with_dynamic_scaling_is_not_served(demo, tmp_path):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 500.0}
+    demo["base_model"] = {"path": local_model(tmp_path / "scaled", rope_parameters=rope), "tokenizer": "demo/model"}
+    demo["systems"] = {"x": {"target_context": 512, "rope_scaling": "dynamic", "training": {}}}
+    with pytest.raises(ConfigError, match=r"^serving\.systems: 'x' has rope_scaling: dynamic"):
+        check(demo | {"serving": {}, "retrieval": {"tasks": []}})
+
+
+def test_a_converter_that_is_not_there_is_named(demo):
+    with pytest.raises(ConfigError, match=r"^serving\.converter: no such file: llama\.cpp/convert_hf_to_gguf\.py$"):
+        check(demo | {"serving": {"converter": "llama.cpp/convert_hf_to_gguf.py"}})
+
+
+def test_without_a_section_nothing_is_served(demo):
+    assert check(demo).served == []
+    assert "longqlora-512" in check(demo | {"serving": {}}).served

@@ -48,6 +48,8 @@ def test_the_papers_run_has_the_published_hyper_parameters(root):
             {"protocol": "longqlora", "stride": 64},
             r"^evaluation\.stride: in the protocol longqlora the stride is",
         ),
+        ("serving", {"systems": ["base"]}, r"^serving\.systems: 'base' is not a trained system \(legal: .*longqlora.*\)$"),
+        ("serving", {"gguf": ["q4_k"]}, r"^serving\.gguf\[0\]: .*'f16' or 'q8_0'"),
         ("evaluation", {"harness": {}}, r"^evaluation\.harness: names no task; give tasks or long_tasks$"),
         (
             "evaluation",

@@ -106,3 +106,20 @@ def test_the_card_of_a_model_that_was_trained_in_stages_has_each_with_its_data_s
 def test_the_card_of_a_chat_model_that_was_trained_further_on_texts_names_its_chat_template():
     chat = CARD | {"settings": SETTINGS.model_dump() | {"data": "sft"}}
     assert "Its prompt is the tokenizer's chat template" in model_card([Stage("chat", chat), Stage("further", CARD)])
+
+
+@pytest.mark.parametrize(
+    ("scaling", "present", "absent"),
+    [
+        ("yarn", "vllm serve <this folder> --max-model-len 8192\n", "multiplies"),
+        ("linear", "Without `--max-model-len`, vLLM multiplies the context by the factor again", "which every server reads"),
+        ("llama3", "llama-server --model model.gguf --ctx-size 8192\n", "multiplies"),
+        ("theta", "larger `rope_theta`, which every server reads", "multiplies"),
+        ("dynamic", "llama.cpp drops the scaling", "vllm serve"),
+    ],
+)
+def test_the_card_has_the_commands_of_the_servers_that_have_the_scaling(scaling, present, absent):
+    text = card_of("x", CARD | {"rope_scaling": scaling})
+    assert "transformers serve <this folder>\n" in text
+    assert present in text
+    assert absent not in text
