@@ -179,7 +179,8 @@ def compare_frequencies(model: PreTrainedModel, gguf: str) -> dict[str, Any]:
     """
     reader = GGUFReader(gguf)
     rope, config = rope_in_file(reader), copy.deepcopy(model.config)
-    config.rope_parameters, ours = dict(rope), model.base_model.rotary_emb
+    config.rope_parameters = dict(rope)
+    ours: Any = model.base_model.rotary_emb
     theirs = type(ours)(config)
     frequencies = theirs.inv_freq  # [width of a head / 2]
     for tensor in reader.tensors:

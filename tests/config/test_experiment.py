@@ -48,8 +48,6 @@ def test_the_papers_run_has_the_published_hyper_parameters(root):
             {"protocol": "longqlora", "stride": 64},
             r"^evaluation\.stride: in the protocol longqlora the stride is",
         ),
-        ("serving", {"systems": ["base"]}, r"^serving\.systems: 'base' is not a trained system \(legal: .*longqlora.*\)$"),
-        ("serving", {"gguf": ["q4_k"]}, r"^serving\.gguf\[0\]: .*'f16' or 'q8_0'"),
         ("evaluation", {"harness": {}}, r"^evaluation\.harness: names no task; give tasks or long_tasks$"),
         (
             "evaluation",
@@ -417,3 +415,24 @@ def test_each_task_of_the_harness_is_measured_once_and_long_ones_at_each_length(
     del demo["evaluation"]["harness"]["lengths"]
     lengths = demo["evaluation"]["lengths"]
     assert list(load_experiment(demo).harness_cells) == ["arc_easy", *(f"ruler-{length}" for length in lengths)]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"systems": ["base"]}, r"^serving\.systems: 'base' is not a trained system \(legal: longlora-lora, .*\)$"),
+        ({"gguf": ["q4_k"]}, r"^serving\.gguf\[0\]: .*f16.*q8_0"),
+        ({"gguf": []}, r"^serving\.gguf: "),
+    ],
+)
+def test_only_trained_systems_are_served_in_known_formats(demo, values, message):
+    with pytest.raises(ConfigError, match=message):
+        load_experiment(demo | {"serving": values})
+
+
+def test_without_a_trained_system_there_is_nothing_to_serve(demo):
+    demo["systems"] = {"base": {}}
+    with pytest.raises(
+        ConfigError, match=r"^serving: no system is trained, so there is no model to serve; remove the section$"
+    ):
+        load_experiment(demo | {"serving": {}})
