@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -31,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_chat(commands)
     add_generate(commands)
+    add_publish(commands)
     return top
 
 
@@ -52,6 +54,27 @@ def add_generate(commands) -> None:
     add_model_options(generate)
     generate.add_argument("--prompt-file", required=True, metavar="TEXT", help="text to continue; - reads the standard input")
     generate.add_argument("--truncate", action="store_true", help="cut the text at the end of a sentence so that it fits")
+
+
+def add_publish(commands) -> None:
+    """``longqlora publish results/<experiment>``."""
+    publish = commands.add_parser(
+        "publish",
+        help="publish a trained system on the Hugging Face Hub",
+        description="Show what would be published of a trained system on the Hugging Face Hub, and with --really publish it.",
+    )
+    publish.set_defaults(run=run_publish)
+    publish.add_argument("results", type=Path, help="folder of the experiment, such as results/demo")
+    publish.add_argument("--system", required=True, metavar="NAME", help="name of the trained system")
+    publish.add_argument(
+        "--repo", required=True, metavar="OWNER/NAME", help="repository on the hub; created if it is not there"
+    )
+    publish.add_argument("--private", action="store_true", help="create the repository as a private one")
+    publish.add_argument(
+        "--license", metavar="ID", help="license on the hub, such as apache-2.0 (default: that of the base model)"
+    )
+    publish.add_argument("--base", metavar="OWNER/NAME", help="hub id of the base model, if it was trained from a local folder")
+    publish.add_argument("--really", action="store_true", help="publish; without it, nothing is sent")
 
 
 def add_model_options(command: argparse.ArgumentParser) -> None:
@@ -97,3 +120,10 @@ def run_generate(options: argparse.Namespace) -> None:
     from longqlora.chat.commands import generate
 
     generate(options)
+
+
+def run_publish(options: argparse.Namespace) -> None:
+    """Show what would be published of a system, or publish it."""
+    from longqlora.publishing.hub_upload import publish_command
+
+    publish_command(options)

@@ -252,40 +252,21 @@ def reason_of(error: BaseException) -> str:
 # --- the command -----------------------------------------------------------------------------------------------------------
 
 
-def add_publish_command(commands: Any) -> None:
-    """``longqlora publish results/<experiment>``."""
-    parser = commands.add_parser(
-        "publish",
-        help="publish a trained system on the Hugging Face Hub",
-        description="Show what would be published of a trained system on the Hugging Face Hub, and with --really publish it.",
-    )
-    parser.add_argument("results", type=Path, help="folder of the experiment, such as results/demo")
-    parser.add_argument("--system", required=True, help="name of the trained system")
-    parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="repository on the hub; created if it is not there")
-    parser.add_argument("--private", action="store_true", help="create the repository as a private one")
-    parser.add_argument(
-        "--license", metavar="ID", help="license on the hub, such as apache-2.0 (default: that of the base model)"
-    )
-    parser.add_argument("--base", metavar="OWNER/NAME", help="hub id of the base model, if it was trained from a local folder")
-    parser.add_argument("--really", action="store_true", help="publish; without it, nothing is sent")
-    parser.set_defaults(run=publish_command)
-
-
 def publish_command(options: argparse.Namespace) -> None:
-    """Print the plan, and carry it out with ``--really``; end the process with status 1 if it cannot be carried out."""
+    """Print the plan, and carry it out with ``--really``; a dry run that finds problems ends with status 1.
+
+    Raises:
+        ValueError: if there is nothing to publish, or it cannot be published.
+    """
     asked = {"private": options.private, "license": options.license, "base": options.base}
-    try:
-        plan = plan_upload(Publication(options.results, options.system, options.repo, **asked))
-        print(describe_plan(plan), flush=True)
-        if options.really:
-            address, changed = upload(plan)
-            print(f"\nPublished: {address}" if changed else f"\nNothing has changed since the last upload: {address}")
-        else:
-            print("\nNothing was sent." + ("" if plan.problems else " Add --really to publish."))
-            if plan.problems:
-                sys.exit(1)
-    except ValueError as error:
-        print(f"longqlora publish: {error}", file=sys.stderr)
+    plan = plan_upload(Publication(options.results, options.system, options.repo, **asked))
+    print(describe_plan(plan), flush=True)
+    if options.really:
+        address, changed = upload(plan)
+        print(f"\nPublished: {address}" if changed else f"\nNothing has changed since the last upload: {address}")
+        return
+    print("\nNothing was sent." + ("" if plan.problems else " Add --really to publish."))
+    if plan.problems:
         sys.exit(1)
 
 

@@ -28,6 +28,7 @@ STAGES = {
     "retrieval": ("evaluate_retrieval",),
     "tasks of lm-evaluation-harness": ("evaluate_harness",),
     "answers": ("evaluate_answers",),
+    "GGUF files and their check": ("convert_gguf", "check_gguf"),
 }
 """Folders or files in ``benchmarks/`` by the stage of the workflow; all others are tables and plots."""
 OTHER_STAGE = "tables and plots"
@@ -125,6 +126,12 @@ def merges(sources: Sources) -> dict | None:
         for label, report in reports.items()
     ]
     return {"rows": rows, "all_held_out": all(row["held_out"] for row in rows)} if rows else None
+
+
+def serving(sources: Sources) -> dict | None:
+    """GGUF files in llama.cpp compared with transformers."""
+    table = sources.text("tables/serving.md")
+    return None if table is None else {"table": table}
 
 
 def data(sources: Sources) -> dict | None:
@@ -236,6 +243,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Sources], Any]]] = {
     "ablations": ("Ablations", ablations),
     "training": ("Training", training),
     "merges": ("Merges", merges),
+    "serving": ("Served by llama.cpp", serving),
     "answers": ("Answers", answers),
     "data": ("Training data", data),
     "cost": ("Time and memory", cost),

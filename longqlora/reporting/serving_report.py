@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas
 
+from longqlora.reporting.notation import markdown_table
 from longqlora.reporting.records import Labels
 
 CAPTION = (
@@ -54,5 +55,5 @@ def render_serving(rows: pandas.DataFrame, *, csv: str, markdown: str) -> None:
             "same most likely token": rows["top_1_agreement"].map("{:.1%}".format),
         }
     )
-    table = shown.to_markdown(index=False, colalign=["left"] * 3 + ["right"] * 6, disable_numparse=True)
+    table = markdown_table(shown.set_index("system"))
     Path(markdown).write_text(f"{table}\n\n{CAPTION}\n", encoding="utf-8")

@@ -1,4 +1,3 @@
-import argparse
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +9,7 @@ from fake_hub import TOKEN, FakeHub
 from huggingface_hub import ModelCard, constants, utils
 from safetensors.numpy import save_file
 
-from longqlora.publishing.hub_upload import add_publish_command
+from longqlora.cli import main
 
 SENT = {
     "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -91,15 +90,12 @@ def publish(results, capsys):
     """A function that runs the command; it returns the exit status and what was printed, with that of stderr at the end."""
 
     def run(*more: str, system: str = "extended", repo: str = "me/mine") -> tuple[int, str]:
-        parser = argparse.ArgumentParser()
-        add_publish_command(parser.add_subparsers())
-        options = parser.parse_args(["publish", str(results), "--system", system, "--repo", repo, *more])
         try:
-            options.run(options)
-            status = 0
-        except SystemExit as end:
-            status = end.code
-        return status, "".join(capsys.readouterr())
+            main(["publish", str(results), "--system", system, "--repo", repo, *more])
+            status, message = 0, ""
+        except SystemExit as end:  # with a message, which Python prints and whose status is 1
+            status, message = (end.code, "") if isinstance(end.code, int) else (1, str(end.code))
+        return status, "".join(capsys.readouterr()) + message
 
     return run
 

@@ -12,6 +12,7 @@ PARTS = [  # tables, plots and records that the report shows: those of the defau
     [rules.build_sft_set.output.card, rules.plot_sft_shares.output] if SFT else [],
     [rules.report_answers.input, rules.report_answers.output] if CHAT else [],
     [rules.plot_loss.input, rules.plot_loss.output] if LISTED_TRAINED else [],
+    rules.report_serving.output if EXPERIMENT.serving else [],
     [f"{RESULTS}/merges/{name}.json" for name in LISTED_TRAINED if name in ADAPTED],
 ]
 ABLATIONS = [rules.report_ablation.output.markdown, rules.report_ablation.output.svg]

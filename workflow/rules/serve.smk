@@ -57,6 +57,12 @@ if EXPERIMENT.serving:
         output:
             csv=f"{RESULTS}/tables/serving.csv",
             markdown=f"{RESULTS}/tables/serving.md",
+            html=report(
+                f"{RESULTS}/tables/serving.html",
+                caption="../report/table_serving.rst",
+                category="Serving",
+                labels={"content": "GGUF files in llama.cpp"},
+            ),
         log:
             f"{RESULTS}/logs/report_serving.log",
         benchmark:
