@@ -34,8 +34,7 @@ def test_every_imported_package_is_a_declared_dependency(root, project):
     paths = [root / "Snakefile", *(root / "workflow/rules").glob("*.smk")]
     paths += [path for folder in ("longqlora", "workflow/scripts", "benchmarks") for path in (root / folder).rglob("*.py")]
     own = {"longqlora", *(path.stem for path in (root / "benchmarks").glob("*.py"))}
-    own.add("lm_eval")  # of the extra harness; imported only where a configuration asks for it, and it is installed
-    own.add("gradio")  # of the extra web; imported only for a page, and it is installed
+    own |= {"lm_eval", "gradio", "llama_cpp_py_sync"}  # of extras; imported only where they are asked for and installed
     distributions = packages_distributions()
     declared = {canonicalize_name(Requirement(text).name) for text in project["dependencies"]}
     for path in paths:

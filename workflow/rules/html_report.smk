@@ -3,7 +3,8 @@
 DESIGN = [Path(workflow.basedir) / "longqlora/reporting" / name for name in ("report.html.jinja", "report.css")]
 LENGTHS_OF_JOBS = map(str, {*LENGTHS, *EXPERIMENT.retrieval_lengths})
 SCALINGS = [Path(record).stem for record in map(scaling_record, SYSTEMS) if record]
-JOBS = {*SYSTEMS, *DATASETS, *LENGTHS_OF_JOBS, *SCALINGS, *HARNESS, *EXPERIMENT.ablations, *(SHARDS if CORPUS else [])}
+SERVED = expand("{system}-{format}", system=EXPERIMENT.served, format=EXPERIMENT.serving.gguf if EXPERIMENT.serving else [])
+JOBS = {*SYSTEMS, *DATASETS, *LENGTHS_OF_JOBS, *SCALINGS, *HARNESS, *EXPERIMENT.ablations, *SERVED, *(SHARDS if CORPUS else [])}
 PARTS = [  # tables, plots and records that the report shows: those of the default targets
     [rules.render_table.output, rules.plot_perplexity.output, rules.plot_loss_by_position.output],
     rules.report_retrieval.output if EXPERIMENT.retrieval.tasks else [],
