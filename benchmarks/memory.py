@@ -4,9 +4,9 @@
     python benchmarks/memory.py --steps 7b/8192 --compute-type float16               # as on a V100
     python benchmarks/memory.py --steps 7b/32768 --forms current --attention sdpa
 
-The step runs through the functions that train (``add_adapter``, the attention, the chunked loss, activation checkpointing) on
-fake tensors, which have a shape and a type but no memory. Every storage counts from the operation that makes it until it is
-freed. A step is the second micro-step of several (forward and backward), so gradients are there already.
+The step runs through the functions that train (``add_adapter``, the attention, the MLPs in tiles, the chunked loss, activation
+checkpointing) on fake tensors, which have a shape and a type but no memory. Every storage counts from the operation that makes
+it until it is freed. A step is the second micro-step of several (forward and backward), so gradients are there already.
 
 Counted is what torch's allocator would hold. Not counted: the optimizer's paged state (a column of its own), the CUDA context,
 workspaces inside kernels (cuBLAS, attention), fragmentation. The fake device is a CPU, so operations take the CPU's path where
@@ -41,6 +41,7 @@ from longqlora.jobs.machine import versions
 from longqlora.modeling.attention import register_shifted_sparse_attention
 from longqlora.modeling.chunked_loss import use_chunked_loss
 from longqlora.modeling.devices import dtype_name
+from longqlora.modeling.tiled_mlp import tile_mlps
 from longqlora.training.adapters import FLOAT32, BaseDtypes, add_adapter, base_dtypes
 
 CPU = torch.device("cpu")
@@ -158,6 +159,7 @@ def build_step(trace: MemoryTrace, shape: str, tokens: int, dtypes: BaseDtypes, 
     name = register_shifted_sparse_attention(GROUP_RATIO, tokens) if attention == "shifted_sparse" else attention
     model = use_chunked_loss(build_model(shape, "nf4", tokens, CPU, name))
     model = add_adapter(model, ADAPTER, base=dtypes)
+    tile_mlps(model)
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False}, offload=offload)
     return model.train()
 

@@ -23,6 +23,7 @@ from longqlora.modeling.attention import register_shifted_sparse_attention
 from longqlora.modeling.chunked_loss import use_chunked_loss
 from longqlora.modeling.devices import compute_dtype, dtype_name, find_device, keep_freed_memory, weight_dtype
 from longqlora.modeling.rope import extend_context
+from longqlora.modeling.tiled_mlp import tile_mlps
 from longqlora.training.adapters import FLOAT32, add_adapter, base_dtypes
 
 
@@ -200,6 +201,8 @@ def prepare_case(case: Case, shape: str, precision: str, length: int, device: to
     # ours trains in the dtypes of the device, the others in float32, as peft prepares a 4-bit base
     dtypes = base_dtypes(device) if case.is_ours else FLOAT32
     model = add_adapter(model, ADAPTER, base=dtypes if precision == "nf4" else None)
+    if case.is_ours:
+        tile_mlps(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": case.reentrant})
     if case.reentrant:
         model.enable_input_require_grads()

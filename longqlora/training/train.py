@@ -35,6 +35,7 @@ from longqlora.modeling.devices import compute_dtype, dtype_name, find_device, k
 from longqlora.modeling.loading import load_config, load_model, stored_dtype
 from longqlora.modeling.model_files import weight_files
 from longqlora.modeling.rope import scaling_problems
+from longqlora.modeling.tiled_mlp import tile_mlps
 from longqlora.training.adapters import FLOAT32, add_adapter, base_dtypes
 from longqlora.training.arguments import training_arguments
 from longqlora.training.progress import LogProgress, ResumableTensorBoard, trace_of
@@ -214,17 +215,19 @@ def make_trainable(base_model: str, extension: RopeExtension, settings: Training
         attn_implementation=attention,
     )
     use_chunked_loss(model)
-    if settings.method == "full":
-        return model
-    # DeepSpeed casts the whole model itself, and keeps float32 copies of the trained weights
-    dtypes = FLOAT32 if settings.zero_stage else base_dtypes(device)
-    return add_adapter(
-        model,
-        settings,
-        base=dtypes if settings.method == "qlora" else None,
-        trained=None if settings.zero_stage else torch.float32,
-        revision=split_revision(base_model)[1] if is_hub_id(base_model) else None,
-    )
+    if settings.method != "full":
+        # DeepSpeed casts the whole model itself, and keeps float32 copies of the trained weights
+        dtypes = FLOAT32 if settings.zero_stage else base_dtypes(device)
+        model = add_adapter(
+            model,
+            settings,
+            base=dtypes if settings.method == "qlora" else None,
+            trained=None if settings.zero_stage else torch.float32,
+            revision=split_revision(base_model)[1] if is_hub_id(base_model) else None,
+        )
+    if settings.activation_checkpointing and settings.zero_stage != 3:  # which gathers the weights of whole modules
+        tile_mlps(model)
+    return model
 
 
 def memory_advice(extension: RopeExtension, settings: TrainingSettings) -> tuple[str, str]:
