@@ -44,8 +44,8 @@ def measuring(benchmark):
 
 
 def test_every_script_finds_what_it_imports(root, benchmark):
-    names = [path.stem for path in (root / "benchmarks").glob("*.py")]
-    assert {"data", "gpu_check"} < set(names)
+    names = {path.stem for path in (root / "benchmarks").glob("*.py")} - {"serving"}  # needs the extra gguf
+    assert {"data", "gpu_check"} < names
     for name in names:
         importlib.import_module(name)
 
