@@ -207,7 +207,7 @@ def make_trainable(base_model: str, extension: RopeExtension, settings: Training
     attention = FULL
     if settings.attention == "shifted_sparse":
         attention = register_shifted_sparse_attention(settings.group_ratio, extension.target_context)
-    model = load_model(
+    model: Any = load_model(
         base_model,
         device=device,
         precision=BASE_PRECISION[settings.method],
