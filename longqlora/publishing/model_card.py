@@ -98,8 +98,8 @@ def serving(card: dict) -> str:
     )
     if scaling == "dynamic":
         return (
-            f"## Serve it\n\n```bash\n{transformers}\n```\n\n`dynamic` scaling depends on the length of each sequence. vLLM "
-            "scales all lengths alike, and llama.cpp drops the scaling: both compute something else, without a message."
+            f"## Serve it\n\n```bash\n{transformers}\n```\n\n`dynamic` scaling depends on the length of each sequence. Beyond "
+            "the original context, vLLM's results are not numbers. llama.cpp drops the scaling. Neither says so."
         )
     notes = {
         "linear": "Without `--max-model-len`, vLLM multiplies the context by the factor again, and offers too much.",

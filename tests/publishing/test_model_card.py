@@ -115,7 +115,7 @@ def test_the_card_of_a_chat_model_that_was_trained_further_on_texts_names_its_ch
         ("linear", "Without `--max-model-len`, vLLM multiplies the context by the factor again", "which every server reads"),
         ("llama3", "llama-server --model model.gguf --ctx-size 8192\n", "multiplies"),
         ("theta", "larger `rope_theta`, which every server reads", "multiplies"),
-        ("dynamic", "llama.cpp drops the scaling", "vllm serve"),
+        ("dynamic", "Beyond the original context, vLLM's results are not numbers", "vllm serve"),
     ],
 )
 def test_the_card_has_the_commands_of_the_servers_that_have_the_scaling(scaling, present, absent):
