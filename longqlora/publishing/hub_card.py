@@ -17,6 +17,7 @@ from huggingface_hub import CardData, EvalResult, ModelCard, constants
 
 TASK = "text-generation"
 FOLDER = "<this folder>"  # what the folder's card calls the model in its examples
+CONVERTER = "python convert_hf_to_gguf.py"
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,16 @@ def hub_card(results: Path, system: str, *, repository: str, license: License | 
     found = {name: list(read(results, system)) for name, read in RESULTS.items()}
     if any(found.values()):
         data.eval_results, data.model_name = [each for several in found.values() for each in several], repository.split("/")[1]
-    body, section = card.text.replace(FOLDER, repository), evaluation_section(results, [name for name in found if found[name]])
-    before, heading, after = body.partition("\n## ")  # the results come first
+    section = evaluation_section(results, [name for name in found if found[name]])
+    before, heading, after = for_repository(card.text, repository).partition("\n## ")  # the results come first
     return ModelCard(f"---\n{data}\n---\n{before}{section}{heading}{after}")
+
+
+def for_repository(text: str, repository: str) -> str:
+    """A card whose examples load the model from the hub; llama.cpp's converter needs a folder, so the model is downloaded."""
+    name = repository.split("/")[1]
+    downloaded = f"hf download {repository} --local-dir {name}\n{CONVERTER} {name}"
+    return text.replace(f"{CONVERTER} {FOLDER}", downloaded).replace(FOLDER, repository)
 
 
 def evaluation_section(results: Path, tables: list[str]) -> str:

@@ -48,6 +48,13 @@ def test_without_an_evaluation_the_card_stays_as_it_is(results):
     assert card.text == CARD.split("---\n")[2].replace("<this folder>", "me/mine")
 
 
+def test_the_model_is_downloaded_before_it_is_converted(results):
+    commands = "vllm serve <this folder>\npython convert_hf_to_gguf.py <this folder> --outtype f16\n"
+    write(results / "models/mine/README.md", CARD + commands)
+    downloaded = "hf download me/mine --local-dir mine\npython convert_hf_to_gguf.py mine --outtype f16"
+    assert card_of(results).text.endswith(f"vllm serve me/mine\n{downloaded}\n")
+
+
 def test_perplexities_of_the_table_are_in_the_metadata_and_the_table_is_before_the_training(results):
     measure(results)
     card = card_of(results)
