@@ -4,6 +4,7 @@ A subcommand's modules are imported when it runs, because they import torch.
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -43,8 +44,8 @@ def add_chat(commands) -> None:
     add_model_options(chat)
     chat.add_argument("--file", action="append", default=[], metavar="TEXT", help="text to talk about; may be given repeatedly")
     chat.add_argument("--truncate", action="store_true", help="cut the texts at the end of a sentence so that they fit")
-    chat.add_argument("--web", action="store_true", help="open a page on this machine (needs the extra web)")
-    chat.add_argument("--port", type=int, default=7860, help="of the page (default: %(default)s)")
+    chat.add_argument("--web", action="store_true", help="serve a page on this machine (needs the extra web)")
+    chat.add_argument("--port", type=int, default=7860, help="port of the page (default: %(default)s)")
 
 
 def add_generate(commands) -> None:
@@ -80,31 +81,35 @@ def add_publish(commands) -> None:
 def add_model_options(command: argparse.ArgumentParser) -> None:
     """The model, and how it generates."""
     command.add_argument("model", metavar="MODEL", help="folder of a model (results/<experiment>/models/<system>) or hub id")
-    command.add_argument("--adapter", metavar="FOLDER", help="adapter to put on it (results/<experiment>/adapters/<system>)")
+    command.add_argument("--adapter", metavar="FOLDER", help="adapter for the model (results/<experiment>/adapters/<system>)")
     command.add_argument("--4bit", dest="four_bit", action="store_true", help="quantize the weights to 4 bit (NF4)")
     command.add_argument(
-        "--max-new-tokens", type=positive, default=512, metavar="N", help="of an answer (default: %(default)s)"
+        "--max-new-tokens", type=positive, default=512, metavar="N", help="longest answer, in tokens (default: %(default)s)"
     )
     command.add_argument(
         "--temperature",
         type=temperature,
         metavar="T",
-        help="of sampling; 0: the most likely token (default: the model's settings)",
+        help="temperature of sampling; 0 always takes the most likely token (default: that of the model's generation settings)",
     )
-    command.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="seed of sampling (default: %(default)s)")
 
 
 def positive(text: str) -> int:
     """A whole number from 1 on."""
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text}")
+    return int(text)
 
 
 def temperature(text: str) -> float:
     """A finite number from 0 on."""
-    if not 0 <= (number := float(text)) < float("inf"):
-        raise ValueError
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 on, not {text}")
     return number
 
 

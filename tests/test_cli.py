@@ -58,13 +58,14 @@ def test_what_is_no_model_is_refused_with_what_to_do(capsys, tmp_path, tokenizer
         ("file",): "file is a file; give the folder of a model",
         (".",): "is not the folder of a model: it holds no config.json",
         ("weights/long",): "holds no tokenizer (tokenizer.json); the published model is in models/long",
-        ("adapter",): "is an adapter, not a model; put it on its base: longqlora chat my/base --adapter adapter",
+        ("adapter",): "adapter is an adapter, not a model; name its base as the model: my/base --adapter adapter",
         ("base", "--adapter", "base"): "it is a model: longqlora chat base",
         ("base", "--adapter", "nowhere"): "there is no folder nowhere",
         ("base",): "base has no chat template, so it is a base model, which continues texts: longqlora generate base",
         ("base", "--file", "binary"): "binary: is a binary file",
-        ("base", "--max-new-tokens", "0"): "invalid positive value",
-        ("base", "--temperature", "-1"): "invalid temperature value",
+        ("base", "--max-new-tokens", "0"): "--max-new-tokens: must be a whole number from 1 on, not 0",
+        ("base", "--temperature", "-1"): "--temperature: must be a number from 0 on, not -1",
+        ("base", "--temperature", "hot"): "--temperature: must be a number from 0 on, not hot",
     }.items():
         assert message in refusal(capsys, "chat", *given)
     assert base

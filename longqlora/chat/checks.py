@@ -28,7 +28,7 @@ def model_problems(path: str) -> Iterator[str]:
         yield f"{path} is a file; give the folder of a model, or a hub id (owner/name)"
     elif (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
         base = json.loads((folder / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path") or "BASE_MODEL"
-        yield f"{path} is an adapter, not a model; put it on its base: longqlora chat {base} --adapter {path}"
+        yield f"{path} is an adapter, not a model; name its base as the model: {base} --adapter {path}"
     elif not (folder / "config.json").is_file():
         yield f"{path} is not the folder of a model: it holds no config.json"
     else:

