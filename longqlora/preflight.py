@@ -31,6 +31,7 @@ from longqlora.modeling.model_files import (
 )
 from longqlora.modeling.rope import LARGER_THETA, context_in, scaling_problems
 from longqlora.modeling.scaling_candidates import candidates, choice_problems
+from longqlora.publishing.gguf import DYNAMIC
 
 SIZES = (
     "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "vocab_size",
@@ -183,16 +184,12 @@ def check_served_models(experiment: Experiment) -> Iterator[str]:
         yield f"serving.converter: no such file: {serving.converter}"
     for name in experiment.served:
         system = experiment.systems.get(name)
-        if system is None or system.training is None:  # told by check_served
+        if system is None or system.training is None:  # check_served reports it
             continue
         config = after_training(model_config(experiment, system.model) or {"model_type": ROPE_FAMILIES[0]}, system)
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if rope.get("rope_type", rope.get("type")) == "dynamic":
-            yield (
-                f"serving.systems: {name!r} has rope_scaling: dynamic, which depends on the length of each sequence. llama.cpp "
-                "has no such scaling, and its converter drops it without a message. Train it with yarn, linear or ntk, or list "
-                "only other systems in serving.systems"
-            )
+            yield f"serving.systems: {name!r} cannot be converted: {DYNAMIC}, or list only other systems in serving.systems"
 
 
 # --- models ----------------------------------------------------------------------------------------------------------------

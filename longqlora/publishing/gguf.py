@@ -11,7 +11,7 @@ from pathlib import Path
 from longqlora.config.settings import GgufFormat
 
 DYNAMIC = (
-    "its dynamic scaling depends on the length of each sequence. llama.cpp has no such scaling, and its converter drops it "
+    "its dynamic scaling depends on the length of each sequence; llama.cpp has no such scaling, and its converter drops it "
     "without a message. Train with rope_scaling: yarn, linear or ntk"
 )
 UNKNOWN_SPLITTING = (
