@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.rcsetup import cycler
 
 STRONG = ["#3f90da", "#e76300", "#832db6", "#bd1f01", "#2f9e8f", "#a96b59", "#c98b00", "#d45fa8"]
-"""Told apart with all kinds of color vision, on white and on black; most are of Petroff 2021, arXiv:2107.02270."""
+"""Different for all kinds of color vision, on white and on black; most are from Petroff 2021, arXiv:2107.02270."""
 
 
 def mixed(color: str, other: str) -> tuple[float, ...]:

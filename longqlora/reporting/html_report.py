@@ -1,8 +1,8 @@
 """The report of an experiment: one HTML file without scripts that loads nothing, for a browser and for paper."""
 
 import re
-from collections.abc import Iterator
 from html import escape
+from itertools import count
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -51,13 +51,13 @@ def render_markdown(text: str) -> Markup:
 
 
 def gibibytes(number: float) -> str:
-    """A number of bytes."""
+    """A number of bytes in GiB."""
     return f"{number / 2**30:.2f} GiB"
 
 
 def numbered_svg():
     """A filter of the template that puts drawings into the page; each has ids of its own."""
-    numbers: Iterator[int] = iter(range(1_000_000))
+    numbers = count()
     return lambda path, title: inline_svg(path.read_text(encoding="utf-8"), f"plot-{next(numbers)}-", title)
 
 

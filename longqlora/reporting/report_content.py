@@ -40,15 +40,8 @@ OTHER_STAGE = "tables and plots"
 def perplexity(sources: Sources) -> dict | None:
     """The table of the experiment, and perplexity as plots."""
     table = sources.text("tables/perplexity.md")
-    return (
-        None
-        if table is None
-        else {
-            "table": table,
-            "by_length": sources.find("plots/perplexity.svg"),
-            "by_position": sources.find("plots/loss_by_position.svg"),
-        }
-    )
+    plots = {"by_length": sources.find("plots/perplexity.svg"), "by_position": sources.find("plots/loss_by_position.svg")}
+    return None if table is None else {"table": table, **plots}
 
 
 def price(sources: Sources) -> dict | None:
@@ -89,12 +82,12 @@ def harness(sources: Sources) -> dict | None:
 
 def ablations(sources: Sources) -> list[dict] | None:
     """The table and the plot of each grid."""
-    tables = {name: sources.text(f"tables/ablations/{name}.md") for name in sources.experiment["ablations"]}
-    return [
-        {"name": name, "title": sources.experiment["ablations"][name]["label"], "table": without_title(table),
-         "plot": sources.find(f"plots/ablations/{name}.svg")}
-        for name, table in tables.items() if table
-    ] or None  # fmt: skip
+    found = []
+    for name, ablation in sources.experiment["ablations"].items():
+        if table := sources.text(f"tables/ablations/{name}.md"):
+            plot = sources.find(f"plots/ablations/{name}.svg")
+            found.append({"title": ablation["label"], "table": without_title(table), "plot": plot})
+    return found or None
 
 
 def without_title(markdown: str) -> str:
@@ -137,6 +130,8 @@ def serving(sources: Sources) -> dict | None:
 def data(sources: Sources) -> dict | None:
     """The data cards of the training texts and of the instruction set, with plots of lengths and shares."""
     corpus, sft = sources.record("corpus/sample.json"), sources.record("sft/records.json")
+    if not corpus and not sft:
+        return None
     return {
         "corpus": corpus and card_table({**corpus["sources"], "total": corpus["total"]}),
         "corpus_card": corpus,
@@ -144,7 +139,7 @@ def data(sources: Sources) -> dict | None:
         "sft": sft and card_table(sft["sources"]),
         "sft_card": sft,
         "shares": sources.find("plots/sft_shares.svg"),
-    } if corpus or sft else None  # fmt: skip
+    }
 
 
 def card_table(rows: dict[str, dict[str, int]]) -> dict:
@@ -192,9 +187,8 @@ def stage_row(stage: str, runs: list[dict[str, str]]) -> dict:
     """Number, time (seconds) and peak memory (MiB) of the jobs of a stage; Snakemake writes a dash for what it did not see."""
     memory = [float(run["max_rss"]) for run in runs if run["max_rss"] not in ("-", "NA")]
     seconds = [float(run["s"]) for run in runs]
-    return {
-        "stage": stage, "jobs": len(runs), "seconds": sum(seconds), "longest": max(seconds), "memory": max(memory, default=None)
-    }  # fmt: skip
+    times = {"seconds": sum(seconds), "longest": max(seconds)}
+    return {"stage": stage, "jobs": len(runs), **times, "memory": max(memory, default=None)}
 
 
 def provenance(sources: Sources) -> dict:
@@ -207,7 +201,7 @@ def provenance(sources: Sources) -> dict:
         "trained on": distinct(machine_row(card["machine"]) for card in cards.values()),
         "trained with": distinct(version_row(card["versions"]) for card in cards.values()),
         "report made with": [version_row(sources.versions)],
-        "commit of the report": [sources.checkout] if sources.checkout else [],
+        "commit of the report's code": [sources.checkout] if sources.checkout else [],
     }
     if sources.find("tables/perplexity.csv"):
         digests = sources.frame("tables/perplexity.csv")["code_digest"].dropna()

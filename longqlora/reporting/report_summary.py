@@ -102,11 +102,7 @@ def facts(best: list[dict], prices: pandas.DataFrame) -> list[dict]:
     for price in prices.to_dict("records"):
         if (price["label"], price["dataset_label"]) == (cell["label"], cell["dataset_label"]):
             shown.append(
-                (
-                    f"change at {tokens(price['eval_length'])}",
-                    format_price(price, MARKDOWN),
-                    "of its perplexity from the base model's",
-                )
+                (f"change at {tokens(price['eval_length'])}", format_price(price, MARKDOWN), "compared with the base model")
             )
     return [{"name": name, "value": unbroken(value), "of": of} for name, value, of in shown]
 

@@ -50,6 +50,6 @@ def test_the_whole_configuration_and_the_digests_are_there(tmp_path):
     write_training(tmp_path)
     found = collect(sources_of(tmp_path, checkout="v0.2.0-3-gabc"))["provenance"]
     assert "seed: 1\n" in found["configuration"]
-    assert found["facts"]["commit of the report"] == ["v0.2.0-3-gabc"]
+    assert found["facts"]["commit of the report's code"] == ["v0.2.0-3-gabc"]
     assert found["facts"]["training data"] == ["corpus.bin, SHA-256 " + "ab" * 32]
     assert found["files"][0]["sha256"] == "cd" * 32

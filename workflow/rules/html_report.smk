@@ -41,9 +41,9 @@ rule render_report:
         *code_of("render_report"),
         design=dict(zip([path.name for path in DESIGN], FACTS.find("sha256", DESIGN, digest_of_file))),
         configuration=digest_of_values(EXPERIMENT.model_dump(mode="json")),
-        ablations=FACTS.fingerprint(MADE_ABLATIONS),  # shown if they are there, but not asked for, because `all` does not
+        ablations=FACTS.fingerprint(MADE_ABLATIONS),  # shown if they are there, but not made, because `all` does not make them
         base=labels_of_rows()["system"].get(EXPERIMENT.base_row),
-        # Snakemake does not compare params that are functions of the input; the digests above stand for them
+        # Snakemake does not compare params that are functions of the input; the digests above make it run again
         experiment=lambda wildcards, input: EXPERIMENT.model_dump(mode="json"),
         extras=lambda wildcards, input: MADE_ABLATIONS,
         results=lambda wildcards, input: RESULTS,
