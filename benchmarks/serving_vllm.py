@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def measure(folder: str, tokens: list[int]) -> dict:
-    """What vLLM and transformers make of a model; see the module."""
+    """What vLLM and transformers compute with a model; see the module."""
     import torch
     import transformers
     import vllm

@@ -28,9 +28,9 @@ class ChatModel:
         source: what is loaded, and how.
         tokenizer: of transformers.
         settings: how it generates: stop tokens and sampling.
-        context: tokens that it can read and generate in all.
-        exact_up_to: length of a sequence, in tokens, up to which keys and values stay right while it grows; beyond it, a
-            scaling of :data:`LENGTH_DEPENDENT` changes them. None: they always stay right.
+        context: largest number of tokens of a prompt and its continuation together.
+        exact_up_to: largest length of a sequence, in tokens, at which cached keys and values are still right; beyond it, a
+            scaling of :data:`LENGTH_DEPENDENT` changes them. None: they are always right.
         model: in evaluation mode, once it is loaded.
     """
 
@@ -65,7 +65,7 @@ class ChatModel:
 def find_chat_model(
     path: str, *, adapter: str | None = None, four_bit: bool = False, is_chat: bool = True, temperature: float | None = None
 ) -> ChatModel:
-    """Find out all about a model but its weights.
+    """Load everything of a model but its weights: configuration, tokenizer and generation settings.
 
     Args:
         path: directory or hub id, see :func:`longqlora.chat.checks.model_problems`.

@@ -1,4 +1,4 @@
-"""What a user names on the command line, checked before torch is imported: the folder of a model, an adapter."""
+"""Checks of the model and the adapter that a user names on the command line, before torch is imported."""
 
 import json
 import logging
@@ -65,7 +65,7 @@ def training_card(adapter: str, model: str) -> dict | None:
 
     Args:
         adapter: its folder.
-        model: that it is put on; a warning says if it was trained on another one.
+        model: the model that it is put on; a warning says if the adapter was trained on another one.
     """
     folder = Path(adapter).resolve()
     file = folder.parent.parent / "training" / f"{folder.name}.json"

@@ -11,8 +11,8 @@ class Conversation:
     """Questions and answers about some documents.
 
     Args:
-        generator: answers.
-        documents: come before the first question.
+        generator: generates the answers.
+        documents: precede the first question.
 
     Attributes:
         messages: role and content of each, in order.
@@ -30,8 +30,8 @@ class Conversation:
     def ask(self, question: str) -> Generator[Progress | str]:
         """Yield the progress of reading, then the pieces of the answer.
 
-        Question and answer are added to the conversation, the answer as far as it has come if this iterator is closed. A
-        question without any answer is not added.
+        Question and answer are added to the conversation. If this iterator is closed early, the answer is what was generated
+        until then. A question without any answer is not added.
 
         Raises:
             ValueError: if the conversation with the question does not fit into the context.

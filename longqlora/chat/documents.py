@@ -1,4 +1,4 @@
-"""Texts that a user gives, the prompts that are made of them, and cutting texts that do not fit into the context."""
+"""Texts that a user gives, the prompts made of them, and how texts are cut that do not fit into the context."""
 
 from pathlib import Path
 from typing import NamedTuple

@@ -68,7 +68,7 @@ class TextGenerator:
     """Generates with a model, one prompt after another.
 
     Args:
-        chat_model: generates, by its own generation settings.
+        chat_model: the model, with its generation settings.
         max_new_tokens: largest number of tokens of an answer.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""A page to talk to a model, on this machine only, with Gradio (the extra ``web``). It asks no other machine for anything."""
+"""A page to talk to a model, on this machine only, with Gradio (the extra ``web``). It sends nothing to other machines."""
 
 import os
 import socket
@@ -39,9 +39,9 @@ def serve(generator: TextGenerator, documents: list[Document], port: int, *, is_
     """Serve the page until Ctrl-C.
 
     Args:
-        generator: answers.
-        documents: come before the first question of each conversation.
-        port: of the address.
+        generator: generates the answers.
+        documents: precede the first question of each conversation.
+        port: of the page.
         is_truncated: whether uploaded texts are cut so that they fit.
     """
     with TemporaryDirectory(prefix="longqlora-") as uploads:

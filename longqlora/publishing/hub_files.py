@@ -53,7 +53,11 @@ def files_of_adapter(folder: Path) -> list[Path]:
 
 
 def base_paths(results: Path, system: str) -> Iterator[str]:
-    """Yield the models that a system was trained on, as its training cards have them: the newest first, the base model last."""
+    """Yield the models that a system was trained on, as its training cards have them: the newest first, the base model last.
+
+    Raises:
+        ValueError: if a training card is missing.
+    """
     while True:
         card = results / "training" / f"{system}.json"
         if not card.is_file():
@@ -78,7 +82,7 @@ def adapter_config(folder: Path, base: str) -> bytes:
 
 
 def without_local_paths(content: Path | bytes) -> tuple[Path | bytes, dict[str, str]]:
-    """A text without the folders of its absolute paths, and these paths with what is in their place.
+    """A text without the folders of its absolute paths, and these paths with what replaces them.
 
     A path is absolute if it has at least two parts, and the first is a usual place of users' files, or a folder of this machine
     that is not one of the system.

@@ -67,9 +67,9 @@ class UploadPlan:
         publication: what was asked for.
         card: the model card.
         files: a file of this machine or its contents, by the path in the repository.
-        notes: what to know of it.
-        problems: what keeps it from being published.
-        commit: the newest commit of the repository; None if the repository is not there, or could not be asked for.
+        notes: what the user should know.
+        problems: why it cannot be published.
+        commit: the newest commit of the repository; None if the repository is not there, or the hub could not be asked.
         state: of the repository, in words.
         old_files: files of the repository that would be deleted.
     """
@@ -110,7 +110,7 @@ def plan_upload(publication: Publication) -> UploadPlan:
         files |= {f"{ADAPTER}/{file.name}": file for file in files_of_adapter(adapter)}
         files[f"{ADAPTER}/{ADAPTER_FILES[0]}"] = adapter_config(adapter, fits)
         if not base or len(paths_of_base) > 1:
-            notes.append(f"{ADAPTER}/{ADAPTER_FILES[0]} names the model that it was trained on as {fits}, which is no hub id")
+            notes.append(f"the base model in {ADAPTER}/{ADAPTER_FILES[0]} is {fits!r}, which is no hub id")
     if (report := results / "report.html").is_file():
         files[report.name] = report
     else:
@@ -159,7 +159,7 @@ def license_of(base: str | None, path: str) -> License | None:
 
 
 def ask_hub(plan: UploadPlan) -> UploadPlan:
-    """The plan with what the hub says of the repository and the model card, or why it was not asked."""
+    """The plan with what the hub says of the repository and the model card, or why it could not be asked."""
     asked, problems = plan.publication, list(plan.problems)
     visibility = "private" if asked.private else "public"
     try:
@@ -271,7 +271,7 @@ def publish_command(options: argparse.Namespace) -> None:
 
 
 def describe_plan(plan: UploadPlan) -> str:
-    """A plan in words: the repository, the files with their sizes, the metadata of the model card, and what to know of it."""
+    """A plan in words: the repository, the files with their sizes, the metadata of the model card, notes and problems."""
     sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in plan.files.items()}
     width, digits = max(map(len, sizes)), len(f"{sum(sizes.values()):,}")
     lines = [f"repository: {plan.publication.repository} {plan.state}", "", "files, in bytes:"]

@@ -1,4 +1,4 @@
-"""The serving check: whether llama.cpp computes with a GGUF file what transformers computes with the published model.
+"""The serving check: does llama.cpp compute with a GGUF file what transformers computes with the published model?
 
 Three things are compared, each on its own, because each can go wrong without a message:
 
@@ -35,7 +35,7 @@ MAX_KL_DIVERGENCE: dict[GgufFormat, float] = {"f16": 1e-3, "q8_0": 2e-2}  # nats
 MAX_FREQUENCY_DIFFERENCE = 1e-4  # relative; the file has float32
 SHARES_OF_CONTEXT = (0.5, 1, 2)  # of the base
 MIN_TOKENS = 2048  # of each length, in several windows if they are short
-TEXT_TOKENS = 4096  # whose text is encoded by both
+TEXT_TOKENS = 4096  # of the text that both encode
 MEMORY_ADVICE = "A machine with more memory: the check holds the model in float32, and the GGUF file."
 
 
@@ -211,7 +211,7 @@ def rope_in_file(reader: GGUFReader) -> dict[str, Any]:
 
 
 def differences(record: dict) -> Iterator[str]:
-    """Yield in which way llama.cpp differs from transformers by more than rounding, and what to do.
+    """Yield how llama.cpp differs from transformers by more than rounding, and what to do.
 
     Args:
         record: see :func:`check_serving`.
