@@ -34,7 +34,8 @@ def test_every_imported_package_is_a_declared_dependency(root, project):
     paths = [root / "Snakefile", *(root / "workflow/rules").glob("*.smk")]
     paths += [path for folder in ("longqlora", "workflow/scripts", "benchmarks") for path in (root / folder).rglob("*.py")]
     own = {"longqlora", *(path.stem for path in (root / "benchmarks").glob("*.py"))}
-    own |= {"lm_eval", "gradio", "llama_cpp_py_sync"}  # of extras; imported only where they are asked for and installed
+    own |= {"conversion", "gguf", "gradio", "llama_cpp_py_sync", "lm_eval"}  # of extras; imported only where they are asked for
+    own.add("vllm")  # has an environment of its own
     distributions = packages_distributions()
     declared = {canonicalize_name(Requirement(text).name) for text in project["dependencies"]}
     for path in paths:
