@@ -96,6 +96,7 @@ def make_page(generator: TextGenerator, documents: list[Document], is_truncated:
         )
         gradio.ChatInterface(answer, multimodal=True, chatbot=answers, textbox=field, additional_outputs=[status])
         status.render()
+        field.stop(lambda: "stopped", None, status, api_visibility="undocumented")
     return page
 
 

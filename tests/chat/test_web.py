@@ -2,6 +2,7 @@
 
 import shutil
 import socket
+import time
 from threading import Thread
 
 import pytest
@@ -46,14 +47,20 @@ def test_a_port_that_is_in_use_is_found_before_the_model_is_loaded():
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory, tokenizer):
-    """The page of a tiny model with 512 tokens of context."""
-    gradio = pytest.importorskip("gradio", reason="gradio is not installed (the extra web)")
+def generator(tmp_path_factory, tokenizer):
+    """A tiny model with 512 tokens of context."""
     chat_model = find_chat_model(save_chat_model(tmp_path_factory.mktemp("model"), tokenizer))
     chat_model.load()
+    return TextGenerator(chat_model, 12)
+
+
+@pytest.fixture(scope="module")
+def address(generator):
+    """The page of the model."""
+    gradio = pytest.importorskip("gradio", reason="gradio is not installed (the extra web)")
     with socket.create_server((HOST, 0)) as free:
         port = free.getsockname()[1]
-    arguments = (TextGenerator(chat_model, 12), [Document("notes", "A text.")], port)
+    arguments = (generator, [Document("notes", "A text.")], port)
     Thread(target=serve, args=arguments, kwargs={"is_truncated": False}, daemon=True).start()
     yield f"http://{HOST}:{port}"
     gradio.close_all()
@@ -86,3 +93,38 @@ def test_an_answer_streams_in_a_browser_and_nothing_leaves_this_machine(address,
     hosts = {url.split("/")[2] for url in requests if url.startswith(("http", "ws"))}
     assert hosts == {address.removeprefix("http://")}
     assert not problems
+
+
+@pytest.mark.process
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_the_stop_button_stops_the_model_and_the_next_question_is_answered(address, generator, monkeypatch):
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    model, forward = generator.chat_model.model, generator.chat_model.model.forward
+
+    def slowly(*arguments, **keywords):
+        time.sleep(0.05)
+        return forward(*arguments, **keywords)
+
+    monkeypatch.setattr(model, "forward", slowly)
+    monkeypatch.setattr(generator, "max_new_tokens", 400)
+    monkeypatch.setattr(generator.chat_model.settings, "eos_token_id", [511])
+    with (
+        playwright.sync_playwright() as driver,
+        driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as browser,
+    ):
+        page = browser.new_page()
+        page.goto(address)
+        field = page.get_by_role("textbox").first
+        field.fill("What is it about?")
+        field.press("Enter")
+        page.get_by_text("writing", exact=True).wait_for()
+        page.get_by_role("button", name="Stop").click()
+        page.get_by_text("stopped", exact=True).wait_for()
+        while generator.is_working():
+            page.wait_for_timeout(50)
+        assert generator.statistics.end == "stopped"
+        assert generator.statistics.generated < 300
+        generator.max_new_tokens = 5
+        field.fill("And this?")
+        field.press("Enter")
+        page.get_by_text("of 512 tokens used").wait_for()
