@@ -135,8 +135,9 @@ def fitting(documents: list[Document], chat_model: "ChatModel", is_truncated: bo
     prompt = chat_prompt(tokenizer, documents, [{"role": "user", "content": ""}])
     if documents and (too_many := excess(len(prompt), context)):
         names = " and ".join(document.name for document in documents)
+        advice = "" if is_truncated else "; --truncate cuts at the end of a sentence"
         raise ValueError(
             f"{names}: {len(prompt):,} tokens in the chat template, and one for the answer, are {too_many:,} more than the "
-            f"model's context of {context:,}; --truncate cuts at the end of a sentence"
+            f"model's context of {context:,}{advice}"
         )
     return documents

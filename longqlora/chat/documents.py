@@ -6,7 +6,7 @@ from typing import NamedTuple
 from longqlora.data.chat_template import tokenize_conversation
 from longqlora.data.shortening import cut, find_document
 
-DOCUMENTS_SHARE = 0.75  # of the context that documents may fill if they are cut; the rest is for questions and answers
+DOCUMENTS_SHARE = 0.75  # of the context that the chat template leaves: what documents that are cut may fill
 
 Message = dict[str, str]  # role and content
 
@@ -84,9 +84,11 @@ def truncate(text: str, tokenizer, num_tokens: int) -> str:
 
 
 def truncate_documents(documents: list[Document], tokenizer, context: int) -> list[Document]:
-    """Cut documents so that they leave a quarter of the context free; each keeps the same share of its tokens."""
+    """Cut documents so that a quarter of the context that the chat template leaves is free; each keeps the same share of its
+    tokens."""
     counts = [count_tokens(tokenizer, document.text) for document in documents]
-    share = DOCUMENTS_SHARE * context / max(1, sum(counts))
+    template = len(chat_prompt(tokenizer, [], [{"role": "user", "content": ""}]))  # some have a long system message
+    share = DOCUMENTS_SHARE * (context - template) / max(1, sum(counts))
     if share >= 1:
         return documents
     return [

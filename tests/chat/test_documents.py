@@ -1,8 +1,19 @@
 """Reading texts, and cutting those that do not fit."""
 
-import pytest
+from copy import deepcopy
 
-from longqlora.chat.documents import Document, count_tokens, read_document, truncate, truncate_documents, with_documents
+import pytest
+from conftest import CHATML
+
+from longqlora.chat.documents import (
+    Document,
+    chat_prompt,
+    count_tokens,
+    read_document,
+    truncate,
+    truncate_documents,
+    with_documents,
+)
 
 
 @pytest.mark.parametrize(
@@ -40,12 +51,27 @@ def test_a_text_without_sentences_is_cut_at_a_token(tokenizer):
     assert count_tokens(tokenizer, truncate("word " * 100, tokenizer, 30)) == 30
 
 
-def test_several_documents_keep_the_same_share_and_leave_room_for_the_conversation(tokenizer):
+@pytest.fixture
+def chat_tokenizer(tokenizer):
+    """A tokenizer whose chat template adds nothing."""
+    chat = deepcopy(tokenizer)
+    chat.chat_template = "{{ messages[0].content }}"
+    return chat
+
+
+def test_several_documents_keep_the_same_share_and_leave_room_for_the_conversation(chat_tokenizer):
+    tokenizer = chat_tokenizer
     documents = [Document("a", "One sentence. " * 200), Document("b", "One sentence. " * 100)]
     first, second = (count_tokens(tokenizer, document.text) for document in truncate_documents(documents, tokenizer, 400))
     assert 280 < first + second <= 300
     assert abs(first - 2 * second) < 15
     assert truncate_documents(documents, tokenizer, 10**6) == documents
+
+
+def test_truncated_documents_fit_in_a_chat_template_with_a_long_system_message(chat_tokenizer):
+    chat_tokenizer.chat_template = "You answer questions about texts, and you are brief. " * 3 + CHATML
+    documents = truncate_documents([Document("a", "One sentence. " * 200)], chat_tokenizer, 256)
+    assert len(chat_prompt(chat_tokenizer, documents, [{"role": "user", "content": "Why?"}])) < 256
 
 
 def test_documents_come_before_the_first_question_with_their_names_if_there_are_several():
