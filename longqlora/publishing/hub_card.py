@@ -5,7 +5,6 @@ published: to the metadata (``model-index``), from which the hub shows them besi
 """
 
 import csv
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CardData, EvalResult, ModelCard, constants
+
+from longqlora.publishing.hub_files import read_json
 
 TASK = "text-generation"
 FOLDER = "<this folder>"  # what the folder's card calls the model in its examples
@@ -156,12 +157,7 @@ def table(results: Path, name: str) -> list[dict[str, str]]:
 
 def read_record(file: Path) -> dict | None:
     """A record of the evaluation; None if the system was not measured."""
-    if not file.is_file():
-        return None
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: is not JSON ({error}); delete it and run the workflow again") from None
+    return read_json(file) if file.is_file() else None
 
 
 def unique(values: Iterator[str]) -> list[str]:

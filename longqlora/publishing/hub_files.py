@@ -15,6 +15,18 @@ USERS_FOLDERS = ("data", "gpfs", "home", "lustre", "mnt", "project", "projects",
 ABSOLUTE_PATH = re.compile(r"(?:(?<=file://)|(?<![\w.…~/:<>+-]))/([\w.@+~-]+)/(?:[\w.@+~-]+/)*([\w.@+~*-]+)")
 
 
+def read_json(file: Path) -> dict:
+    """The contents of a JSON file.
+
+    Raises:
+        ValueError: if it is not JSON, for example because a run was cut off while it was written.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: is not JSON ({error}); delete it and run the workflow again") from None
+
+
 def files_of_model(results: Path, system: str) -> list[Path]:
     """The files of a model folder that belong to the model, after a check that it is complete.
 
@@ -22,9 +34,9 @@ def files_of_model(results: Path, system: str) -> list[Path]:
         ValueError: if it is not, or the experiment has no such system.
     """
     folder = results / "models" / system
-    if not folder.is_dir():
-        there = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
-        known = f"trained systems there: {', '.join(there)}" if there else f"{folder.parent} holds no trained system"
+    there = sorted(path.name for path in (results / "models").glob("*") if path.is_dir())
+    if system not in there:
+        known = f"trained systems there: {', '.join(there)}" if there else f"{results}/models holds no trained system"
         raise ValueError(f"{folder}: there is no such model folder; {known}")
     weights = weight_files(folder)
     for file in weights:
@@ -35,6 +47,7 @@ def files_of_model(results: Path, system: str) -> list[Path]:
     missing += [] if any(file.name in VOCABULARY for file in tokenizer) else ["tokenizer.json"]
     if missing:
         raise ValueError(f"{folder}: is incomplete, {' and '.join(missing)} is missing; run the workflow again")
+    read_json(folder / "config.json")
     more = [*folder.glob("*.safetensors.index.json"), *folder.glob("merge_report.json")]
     return [*needed, *weights, *tokenizer, *more]
 
@@ -62,7 +75,7 @@ def base_paths(results: Path, system: str) -> Iterator[str]:
         card = results / "training" / f"{system}.json"
         if not card.is_file():
             raise ValueError(f"{card}: the training card of {system} is missing; run the workflow again")
-        base = json.loads(card.read_text(encoding="utf-8"))["base_model"]
+        base = read_json(card)["base_model"]
         yield base
         path = Path(base)
         if path.parent.name != "weights" or path.parent.parent.name != results.resolve().name:
@@ -77,7 +90,7 @@ def without_base_path(card: str, path: str, base: str) -> str:
 
 def adapter_config(folder: Path, base: str) -> bytes:
     """The ``adapter_config.json`` of an adapter for another name of its base model."""
-    config = json.loads((folder / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
+    config = read_json(folder / ADAPTER_FILES[0])
     return json.dumps(config | {"base_model_name_or_path": base}, indent=2).encode()
 
 

@@ -291,8 +291,9 @@ def test_an_illegal_name(publish, hub, repo):
     assert f"--repo {repo}: " in printed
 
 
-def test_a_system_that_is_not_there(publish, hub, results):
-    status, printed = publish(system="extende")
+@pytest.mark.parametrize("system", ["extende", "extended/", ""])
+def test_a_system_that_is_not_there(publish, hub, results, system):
+    status, printed = publish(system=system)
     assert status == 1
     assert "trained systems there: extended" in printed
 
@@ -304,6 +305,16 @@ def test_damaged_weights(publish, hub, results, file):
     status, printed = publish()
     assert status == 1
     assert f"{damaged}: has" in printed
+
+
+@pytest.mark.parametrize(
+    "file", ["models/extended/config.json", "training/extended.json", "adapters/extended/adapter_config.json"]
+)
+def test_a_file_that_a_crash_left_empty_is_named(publish, hub, results, file):
+    (results / file).write_text("")
+    status, printed = publish()
+    assert status == 1
+    assert f"{results / file}: is not JSON" in printed
 
 
 @pytest.mark.parametrize("file", ["models/extended/tokenizer.json", "models/extended/README.md", "training/extended.json"])
