@@ -78,14 +78,22 @@ def talk(generator: TextGenerator, documents: list[Document]) -> None:
         return
     let_lines_be_edited()
     introduce(screen, conversation)
-    is_interrupted = False
+    try:
+        answer_until_left(screen, conversation)
+    except KeyboardInterrupt:  # a second one, while the first was dealt with
+        leave()
+
+
+def answer_until_left(screen: Screen, conversation: Conversation) -> None:
+    """Read messages and show the answers. Ctrl-C stops an answer, a second one leaves."""
+    generator, is_interrupted = conversation.generator, False
     while True:
         try:
             question = read_message(screen)
             is_interrupted = False
             if question == "/clear":
                 conversation.messages = []
-                screen.note("A new conversation" + (", with the same files." if documents else "."))
+                screen.note("A new conversation" + (", with the same files." if conversation.documents else "."))
             elif question:
                 answer(screen, conversation, question)
         except EOFError:
