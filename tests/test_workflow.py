@@ -290,7 +290,7 @@ def test_snakemakes_own_output_comes_when_it_is_asked_for(project, tmp_path):
     (folder / "results/demo/plots/perplexity.png").unlink()
     run = snakemake(folder, "--quiet", "host")
     assert "rule plot_perplexity:" in run.stderr
-    assert "2 of 2 steps (100%) done" in run.stderr
+    assert "3 of 3 steps (100%) done" in run.stderr
     assert "Look at" not in run.stderr
 
 
