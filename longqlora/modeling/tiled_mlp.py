@@ -87,18 +87,20 @@ def set_random_state(device: torch.device, state: list[torch.Tensor]) -> None:
 
 
 def tile_mlps(model: PreTrainedModel, tile: int = TILE) -> None:
-    """Let the MLPs of a model train in tiles, in windows of more than ``tile`` tokens. Results and gradients are the same.
+    """Let the MLPs of a model train in tiles, in windows of more than ``tile`` tokens. But for rounding, results and gradients
+    are the same.
 
     Args:
         model: of transformers, with its adapter if it has one.
         tile: tokens of a tile.
     """
     for layer in model.get_decoder().layers:
-        layer.mlp.forward = tiled(layer.mlp, layer.mlp.forward, tile)
+        layer.mlp.forward = tiled(layer.mlp, tile)
 
 
-def tiled(mlp: torch.nn.Module, forward, tile: int):
-    """The forward pass of one MLP, ``[b, n, d] → [b, n, d]``, in tiles where gradients are computed."""
+def tiled(mlp: torch.nn.Module, tile: int):
+    """The forward pass of an MLP, ``[b, n, d] → [b, n, d]``, in tiles where gradients are computed."""
+    forward = mlp.forward
 
     def forward_in_tiles(hidden: torch.Tensor) -> torch.Tensor:
         if hidden.shape[1] <= tile or not (torch.is_grad_enabled() and hidden.requires_grad):

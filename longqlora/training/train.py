@@ -225,7 +225,7 @@ def make_trainable(base_model: str, extension: RopeExtension, settings: Training
             trained=None if settings.zero_stage else torch.float32,
             revision=split_revision(base_model)[1] if is_hub_id(base_model) else None,
         )
-    if settings.activation_checkpointing and settings.zero_stage != 3:  # which gathers the weights of whole modules
+    if settings.activation_checkpointing and settings.zero_stage != 3:  # where a weight has no elements between its uses
         tile_mlps(model)
     return model
 
