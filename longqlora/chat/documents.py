@@ -1,5 +1,7 @@
 """Texts that a user gives, the prompts made of them, and how texts are cut that do not fit into the context."""
 
+import codecs
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +10,11 @@ from longqlora.data.shortening import cut, find_document
 
 DOCUMENTS_SHARE = 0.75  # of the context that the chat template leaves: what documents that are cut may fill
 
+LARGE_FILE = 5_000_000  # bytes; more than a million tokens, which take seconds to count
+
 Message = dict[str, str]  # role and content
+
+log = logging.getLogger(__name__)
 
 
 class Document(NamedTuple):
@@ -22,26 +28,30 @@ def read_document(path: str) -> Document:
     """Read a text file.
 
     Raises:
-        ValueError: if it cannot be read, or is not text in UTF-8.
+        ValueError: if it cannot be read, or is not text in UTF-8 or UTF-16.
     """
     try:
         content = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(content) > LARGE_FILE:
+        log.warning("%s: has %d MB; to count its tokens takes a while", path, len(content) // 1_000_000)
     return Document(Path(path).name, decode(content, path))
 
 
 def decode(content: bytes, name: str) -> str:
-    """The text in a file.
+    """The text in a file, which is in UTF-16 if it begins as Windows begins such files, and otherwise in UTF-8.
 
     Raises:
-        ValueError: if it is empty, or not text in UTF-8.
+        ValueError: if it is empty, or not such a text.
     """
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
-        text = content.decode("utf-8-sig").replace("\r\n", "\n").strip()
+        text = content.decode(encoding).replace("\r\n", "\n").strip()
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{name}: is not a text in UTF-8 (byte {error.start:,} is {content[error.start]:#04x}); convert it to plain text"
+            f"{name}: is not a text in {encoding.removesuffix('-sig').upper()} "
+            f"(byte {error.start:,} is {content[error.start]:#04x}); convert it to plain text"
         ) from None
     if "\0" in text:
         raise ValueError(f"{name}: is a binary file; a plain text is needed")

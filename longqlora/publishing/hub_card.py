@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import CardData, EvalResult, ModelCard, constants
 
 from longqlora.publishing.hub_files import read_json
@@ -33,6 +34,18 @@ class License:
     license: str
     license_name: str | None = None
     license_link: str | None = None
+
+
+def read_card(file: Path) -> ModelCard:
+    """A model card.
+
+    Raises:
+        ValueError: if its metadata are no YAML.
+    """
+    try:
+        return ModelCard(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{file}: the metadata between the lines --- cannot be read: {error}") from None
 
 
 def license_in(card: CardData | None, repository: str = "") -> License | None:
@@ -64,7 +77,7 @@ def hub_card(results: Path, system: str, *, repository: str, license: License | 
     Raises:
         ValueError: if the metadata of the folder's card, or a record of the evaluation, is damaged.
     """
-    card = ModelCard((results / "models" / system / "README.md").read_text(encoding="utf-8"))
+    card = read_card(results / "models" / system / "README.md")
     data: Any = card.data
     data.base_model = base
     if license:

@@ -69,13 +69,14 @@ def base_paths(results: Path, system: str) -> Iterator[str]:
     """Yield the models that a system was trained on, as its training cards have them: the newest first, the base model last.
 
     Raises:
-        ValueError: if a training card is missing.
+        ValueError: if a training card is missing or incomplete.
     """
     while True:
         card = results / "training" / f"{system}.json"
         if not card.is_file():
             raise ValueError(f"{card}: the training card of {system} is missing; run the workflow again")
-        base = read_json(card)["base_model"]
+        if not (base := read_json(card).get("base_model")):
+            raise ValueError(f"{card}: does not say what the model was trained on (base_model); run the workflow again")
         yield base
         path = Path(base)
         if path.parent.name != "weights" or path.parent.parent.name != results.resolve().name:

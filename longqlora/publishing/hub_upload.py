@@ -19,7 +19,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from longqlora.publishing.hub_card import License, hub_card, license_in
+from longqlora.publishing.hub_card import License, hub_card, license_in, read_card
 from longqlora.publishing.hub_files import (
     ADAPTER_FILES,
     VERBATIM,
@@ -99,7 +99,7 @@ def plan_upload(publication: Publication) -> UploadPlan:
     results, system, notes = publication.results, publication.system, []
     files: dict[str, Path | bytes] = {file.name: file for file in files_of_model(results, system)}
     paths_of_base = list(base_paths(results, system))
-    own: Any = ModelCard((results / "models" / system / "README.md").read_text(encoding="utf-8")).data
+    own: Any = read_card(results / "models" / system / "README.md").data
     base = publication.base or own.base_model
     license = License(publication.license) if publication.license else license_of(base, paths_of_base[-1])
     card = hub_card(results, system, repository=publication.repository, license=license, base=base)
@@ -152,7 +152,7 @@ def license_of(base: str | None, path: str) -> License | None:
         except Exception:  # without a network, it is one of the HTTP library that huggingface_hub uses
             return None
     card = Path(path) / "README.md"
-    return license_in(ModelCard(card.read_text(encoding="utf-8")).data) if card.is_file() else None
+    return license_in(read_card(card).data) if card.is_file() else None
 
 
 # --- the hub ---------------------------------------------------------------------------------------------------------------

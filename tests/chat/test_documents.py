@@ -20,6 +20,7 @@ from longqlora.chat.documents import (
     ("content", "message"),
     [
         (b"%PDF-1.7\n\xe2\xe3", "not a text in UTF-8"),
+        (b"\xff\xfea\x00b", "not a text in UTF-16"),
         (b"text\0text", "a binary file"),
         (b" \n", "is empty"),
         (None, "cannot be read .No such file"),
@@ -36,6 +37,18 @@ def test_a_file_that_is_no_text_is_refused_with_its_name(tmp_path, content, mess
 def test_a_byte_order_mark_and_line_ends_of_windows_are_no_part_of_a_text(tmp_path):
     (tmp_path / "book.txt").write_bytes(b"\xef\xbb\xbfa\r\nb\r\n")
     assert read_document(str(tmp_path / "book.txt")) == Document("book.txt", "a\nb")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_a_text_in_utf_16_is_read(tmp_path, encoding):
+    (tmp_path / "book.txt").write_bytes("\ufeffGrüße\r\n".encode(encoding))
+    assert read_document(str(tmp_path / "book.txt")).text == "Grüße"
+
+
+def test_a_large_file_is_announced_before_its_tokens_are_counted(tmp_path, caplog):
+    (tmp_path / "book.txt").write_text("a word " * 1_000_000)
+    read_document(str(tmp_path / "book.txt"))
+    assert "book.txt: has 7 MB" in caplog.text
 
 
 def test_a_text_is_cut_at_the_end_of_a_sentence(tokenizer):

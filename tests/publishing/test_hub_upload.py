@@ -317,6 +317,22 @@ def test_a_file_that_a_crash_left_empty_is_named(publish, hub, results, file):
     assert f"{results / file}: is not JSON" in printed
 
 
+def test_a_model_card_whose_metadata_are_broken_is_named(publish, hub, results, tmp_path):
+    base = tmp_path / "home/anna/models/tiny-base/README.md"
+    for file in (base, results / "models/extended/README.md"):
+        file.write_text("---\nlicense: [mit\n---\n")
+        status, printed = publish()
+        assert status == 1
+        assert f"{file}: the metadata" in printed
+
+
+def test_a_training_card_that_does_not_name_the_base(publish, hub, results):
+    (results / "training/extended.json").write_text("{}")
+    status, printed = publish()
+    assert status == 1
+    assert "extended.json: does not say what the model was trained on" in printed
+
+
 @pytest.mark.parametrize("file", ["models/extended/tokenizer.json", "models/extended/README.md", "training/extended.json"])
 def test_a_missing_file(publish, hub, results, file):
     (results / file).unlink()
