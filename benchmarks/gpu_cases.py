@@ -27,6 +27,7 @@ from longqlora.modeling.attention import shifted_sparse_attention
 from longqlora.modeling.chunked_loss import summed_nll
 from longqlora.modeling.devices import compute_dtype, dtype_name, find_device, keep_freed_memory, weight_dtype
 from longqlora.publishing.merging import nf4_round_trip
+from longqlora.training.activations import Form
 
 AUTOCAST_TYPES = (
     "longqlora.modeling.loading",
@@ -232,23 +233,21 @@ def compare_with_float64(device: str) -> Iterator[dict]:
 
 def take_steps(
     device: str, case: str, shape: str, tokens: int, repetitions: int, paged: bool, *, dtype: str | None = None,
-    offload: bool = False, documents: int = 1, profile: bool = False,
+    form: Form | None = None, documents: int = 1, profile: bool = False,
 ) -> Iterator[dict]:  # fmt: skip
     """Steps of a case on a 4-bit base with random weights; those that train have two micro-steps.
 
     Args:
         case: of ``training_cases.CASES``.
         dtype: to compute in; None: the device's.
-        offload: on a GPU, keep the layers' inputs in the host's memory until the backward pass.
+        form: which activations are kept, see ``longqlora.training.activations``; None: the case's.
         documents: in the window, kept apart.
         profile: report the kernels that take longest as well.
     """
     where, kind, started = find_device(device), CASES[case], time.perf_counter()
     keep_freed_memory(where)
     with compute_in(dtype):
-        model = prepare_case(kind, shape, "nf4", tokens, where)
-        if offload and where.type == "cuda":
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False}, offload=True)
+        model = prepare_case(kind, shape, "nf4", tokens, where, form=form)
         if documents > 1:
             parts = torch.arange(tokens).tensor_split(documents)
             positions = torch.cat([torch.arange(len(part)) for part in parts])[None].to(where)  # [1, n]

@@ -38,6 +38,7 @@ from longqlora.evaluation.perplexity import evaluate_perplexity
 from longqlora.evaluation.retrieval import evaluate_retrieval
 from longqlora.modeling.devices import find_device
 from longqlora.publishing.merge_report import MergeFiles, merge_adapter
+from longqlora.training.activations import Form, forms_on
 from longqlora.training.pretraining import train_tokenizer
 from longqlora.training.train import TrainingFiles, train
 from longqlora.training.trainer import Interrupted
@@ -103,8 +104,8 @@ class Trainings:
         self.device, self.folder, self.base, self.data, self.tokens = device, folder, base, data, tokens
         self.settings = SETTINGS.model_copy(update=settings)
 
-    def train(self, name: str, **settings) -> dict:
-        """Train under a name; return the training card."""
+    def train(self, name: str, form: Form = "layer_inputs", **settings) -> dict:
+        """Train under a name, with the activations of a form kept; return the training card."""
         return train(
             files=TrainingFiles(
                 base_model=self.base,
@@ -118,6 +119,7 @@ class Trainings:
             progress=ProgressSettings(logging_steps=1, checkpoint_steps=2),
             seed=1,
             device=self.device,
+            form=form,
         )
 
 
@@ -247,7 +249,7 @@ def train_variants(device: str, width: int, tokens: int, rank: int, paged: bool)
             with compute_in("float16"):  # with loss scaling, on a GPU
                 return losses_of(trainings.train("float16", steps=3))
 
-        variants = VARIANTS | ({"offload_activations": {"offload_activations": True}} if device == "cuda" else {})
+        variants = VARIANTS | {f"activations: {form}": {"form": form} for form in forms_on(device) if form != "layer_inputs"}
         parts = {
             name: lambda name=name, settings=settings: losses_of(trainings.train(name, **{"steps": 2, **settings}))
             for name, settings in variants.items()

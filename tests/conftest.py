@@ -26,7 +26,7 @@ TIER_OF_MODULE = {"test_workflow": "workflow", "test_launch": "distributed"}
 
 SETTINGS = TrainingSettings(
     rank=4, dropout=0.0, steps=30, batch_size=4, gradient_accumulation=1, learning_rate=5e-3, warmup_steps=2, max_grad_norm=1.0,
-    optimizer="adamw_torch", activation_checkpointing=False,
+    optimizer="adamw_torch", memory="speed",
 )  # fmt: skip
 PROGRESS = ProgressSettings(logging_steps=1, checkpoint_steps=100)
 LONGLORA = {
@@ -155,7 +155,9 @@ def corpus(tmp_path, texts, tokenizer) -> str:
     return str(path)
 
 
-def train_tiny(base_model, data, output, /, *, target_context=128, rope_scaling="linear", device="cpu", **changes) -> dict:
+def train_tiny(
+    base_model, data, output, /, *, target_context=128, rope_scaling="linear", device="cpu", form="all", **changes
+) -> dict:
     """Train a system with :data:`SETTINGS` and :data:`PROGRESS`, some of them changed. TensorBoard events and checkpoints are
     written to folders named after the output."""
     from longqlora.training.train import TrainingFiles, train  # slow to import, and few tests train
@@ -168,4 +170,5 @@ def train_tiny(base_model, data, output, /, *, target_context=128, rope_scaling=
         progress=PROGRESS.model_copy(update=progress),
         seed=1,
         device=device,
+        form=form,
     )

@@ -291,8 +291,6 @@ def check_training(name: str, system: System, experiment: Experiment) -> Iterato
         yield f"{key}.training.full_attention_share: has no effect with attention: full"
     elif (share := training.full_attention_share) and training.steps and not round(share * training.steps):
         yield f"{key}.training.full_attention_share: {share:g} of {training.steps} steps is less than one step"
-    if training.offload_activations and not training.activation_checkpointing:
-        yield f"{key}.training.offload_activations: needs activation_checkpointing: true"
     if training.offload and not training.zero_stage:
         yield f"{key}.training.offload: needs DeepSpeed, zero_stage: 2 or 3"
     longest = experiment.sft.max_tokens if experiment.sft else 0

@@ -14,6 +14,11 @@ FORMER_KEYS = {
     "context_length": ("target_context", "it is called target_context now"),
     "demo": ("pretraining", "the demo's model and texts are in the folder demo/; the section pretraining trains a model"),
     "checkpoints_kept": ("checkpoint_steps", "it is gone; the last two checkpoints are kept"),
+    "activation_checkpointing": (
+        "memory",
+        "the key is memory now: leave it out in place of true, and write memory: speed in place of false",
+    ),
+    "offload_activations": ("memory", "the key is memory now: write memory: smallest in place of true"),
     "revision": ("tokenizer", "a revision follows the hub id, after an @ (owner/name@revision)"),
 }
 """Keys of earlier versions and of transformers: a key of the section that they were in, and what is right now."""

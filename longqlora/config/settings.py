@@ -19,6 +19,7 @@ Attention = Literal["shifted_sparse", "full"]
 Method = Literal["qlora", "lora", "full"]
 TrainingData = Literal["corpus", "sft"]
 Optimizer = Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch"]
+ActivationMemory = Literal["auto", "speed", "smallest"]
 ProtocolName = Literal["exact", "longqlora", "longlora"]
 RetrievalTask = Literal["passkey", "single_needle", "multi_key", "multi_value", "induction"]
 GgufFormat = Literal["f16", "q8_0"]
@@ -209,7 +210,7 @@ class SftSettings(Section):
 
 
 class ProgressSettings(Section):
-    """What a training logs and saves on its way; nothing here changes what is trained."""
+    """What a training checks before it starts, and logs and saves on its way; nothing here changes what is trained."""
 
     logging_steps: Count = Field(
         default=10,
@@ -217,6 +218,10 @@ class ProgressSettings(Section):
         "in between.",
     )
     checkpoint_steps: Count = Field(default=50, description="Optimizer steps between two checkpoints.")
+    check_memory: bool = Field(
+        default=True,
+        description="Before weights are loaded, estimate the peak memory, and refuse to start where the device has less.",
+    )
 
 
 class TrainingSettings(Section):
@@ -280,12 +285,10 @@ class TrainingSettings(Section):
     max_grad_norm: float = Field(default=0.3, gt=0, description="Norm to which gradients are clipped.")
     weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of the optimizer.")
     optimizer: Optimizer = Field(default="paged_adamw_32bit", description="Optimizer, by its name in transformers.")
-    activation_checkpointing: bool = Field(
-        default=True, description="Recompute activations in the backward pass: less memory, about a quarter more time."
-    )
-    offload_activations: bool = Field(
-        default=False,
-        description="Keep in CPU memory the layer inputs that activation checkpointing stores; for very long windows on a GPU.",
+    memory: ActivationMemory = Field(
+        default="auto",
+        description="Which activations are kept for the backward pass, which computes the others again: speed keeps all, "
+        "smallest as few as possible, and auto as many as fit into the memory of the GPU (or of the machine, on a CPU).",
     )
     num_processes: Count = Field(default=1, description="Processes that train together on this machine, one per GPU.")
     zero_stage: Literal[0, 2, 3] = Field(

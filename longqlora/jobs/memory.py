@@ -1,9 +1,11 @@
 """Memory of a job: its peak, and errors that name the settings to change when memory is exhausted."""
 
+import os
 import re
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -50,6 +52,34 @@ def memory_explained(what: str, advice: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise MemoryError(f"out of memory {what}. {advice} ({error})") from error
+
+
+def total_memory(device: str) -> int:
+    """Memory of a device, in bytes: of the first GPU that this process sees (``cuda``), or of this machine (``cpu``), where a
+    control group, such as a container or a job of SLURM, may allow less."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_properties(0).total_memory
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *cgroup_limits()])
+
+
+def cgroup_limits(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """Yield the limits of memory of the control groups that this process is in, in bytes.
+
+    Args:
+        groups: lists them: ``0::/path`` (version 2), or ``number:controllers:/path`` (version 1).
+        root: where they are mounted.
+    """
+    for line in groups.read_text(encoding="utf-8").splitlines() if groups.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        folder, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
+        group = folder / path.lstrip("/")
+        for parent in (group, *group.parents):  # inside of a container, only the root exists
+            with suppress(OSError, ValueError):  # ValueError: "max", which is no limit
+                yield int((parent / name).read_text(encoding="ascii"))
 
 
 def peak_memory(device: "torch.device") -> dict[str, int]:

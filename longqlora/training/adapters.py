@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from longqlora.config.settings import TrainingSettings
 from longqlora.modeling.devices import compute_dtype
+from longqlora.training.lora_forward import use_short_forward
 
 
 class BaseDtypes(NamedTuple):
@@ -80,6 +81,7 @@ def add_adapter(
     for weight in adapted.parameters():
         if weight.requires_grad and trained:
             weight.data = weight.data.to(trained)
+    use_short_forward(adapted)
     return adapted
 
 

@@ -37,11 +37,6 @@ def training_arguments(
         optim=settings.optimizer,
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,  # with loss scaling
-        activation_checkpointing=settings.activation_checkpointing,
-        activation_checkpointing_kwargs={
-            "use_reentrant": False,
-            "offload": settings.offload_activations and device.type == "cuda",  # on a CPU they are there already
-        },
         use_cpu=device.type == "cpu",
         seed=seed,
         data_seed=seed,

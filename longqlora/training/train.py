@@ -35,7 +35,7 @@ from longqlora.modeling.devices import compute_dtype, dtype_name, find_device, k
 from longqlora.modeling.loading import load_config, load_model, stored_dtype
 from longqlora.modeling.model_files import weight_files
 from longqlora.modeling.rope import scaling_problems
-from longqlora.modeling.tiled_mlp import tile_mlps
+from longqlora.training.activations import Form, keep_activations
 from longqlora.training.adapters import FLOAT32, add_adapter, base_dtypes
 from longqlora.training.arguments import training_arguments
 from longqlora.training.progress import LogProgress, ResumableTensorBoard, trace_of
@@ -82,6 +82,7 @@ def train(
     progress: ProgressSettings,
     seed: int,
     device: Device,
+    form: Form,
 ) -> dict:
     """Train one system. Writes an adapter in peft's format, or all weights in the precision that the base is stored in, and
     the trainer's state next to them.
@@ -93,6 +94,7 @@ def train(
         progress: how often a line is logged and a checkpoint is written.
         seed: of the adapter's initial weights, the dropout and the order of the data.
         device: where the model is trained.
+        form: which activations are kept, see :mod:`longqlora.training.activations`.
 
     Returns:
         The training card: settings, digest of the data, versions, machine, tokens, time, peak memory, loss per step.
@@ -110,14 +112,15 @@ def train(
     windows = load_windows(files.data, extension, settings, seed)
     # before the model is loaded: ZeRO-3 shards its weights over the processes during loading
     arguments = training_arguments(files.output, settings, progress, seed, torch_device)
-    run = describe_run(files, len(windows), extension, settings, seed)
+    run = describe_run(files, len(windows), extension, settings, seed, form)
     with arguments.main_process_first():
         checkpoint_dir = open_checkpoint_folder(files.checkpoint_dir, run | {"config": config.to_json_string()})
-    with memory_explained(*memory_advice(extension, settings)):
+    with memory_explained(*memory_advice(extension, settings, form)):
         model = make_trainable(files.base_model, extension, settings, torch_device)
+        keep_activations(model, form, tiles=settings.zero_stage != 3)
         trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         log.info("%d windows of at most %d tokens", len(windows), settings.pose_window or extension.target_context)
-        log.info("%d parameters are trained", trainable)
+        log.info("%d parameters are trained; activations kept: %s", trainable, form)
         trainer = make_trainer(model, windows, checkpoint_dir, settings, arguments)
         log_progress = report_progress(trainer, files.tensorboard_dir, progress)
         first_step = trainer.resume()
@@ -175,9 +178,10 @@ def load_windows(data: str, extension: RopeExtension, settings: TrainingSettings
 
 
 def describe_run(
-    files: TrainingFiles, num_windows: int, extension: RopeExtension, settings: TrainingSettings, seed: int
+    files: TrainingFiles, num_windows: int, extension: RopeExtension, settings: TrainingSettings, seed: int, form: Form
 ) -> dict:
-    """Everything that the trained weights depend on. A training resumes only from checkpoints of an equal description."""
+    """Everything that the trained weights depend on, to the last bit. A training resumes only from checkpoints of an equal
+    description."""
     is_remote = is_hub_id(files.base_model)  # and at a commit, which decides its contents
     return {
         "base_model": files.base_model,
@@ -188,6 +192,7 @@ def describe_run(
         "rope_factor": extension.factor,
         "rope_theta": extension.theta,
         "settings": settings.model_dump(),
+        "activations": form,
         "seed": seed,
     }
 
@@ -225,12 +230,10 @@ def make_trainable(base_model: str, extension: RopeExtension, settings: Training
             trained=None if settings.zero_stage else torch.float32,
             revision=split_revision(base_model)[1] if is_hub_id(base_model) else None,
         )
-    if settings.activation_checkpointing and settings.zero_stage != 3:  # where a weight has no elements between its uses
-        tile_mlps(model)
     return model
 
 
-def memory_advice(extension: RopeExtension, settings: TrainingSettings) -> tuple[str, str]:
+def memory_advice(extension: RopeExtension, settings: TrainingSettings, form: Form) -> tuple[str, str]:
     """The training in words, and which settings to change when memory is exhausted, as arguments of
     :func:`longqlora.jobs.memory.memory_explained`."""
     window, length = "target_context", extension.target_context
@@ -238,11 +241,10 @@ def memory_advice(extension: RopeExtension, settings: TrainingSettings) -> tuple
         window, length = "pose_window", settings.pose_window
     return (
         f"with {window} {length}, batch_size {settings.batch_size}, rank {settings.rank}, "
-        f"method {settings.method}, optimizer {settings.optimizer}, activation_checkpointing "
-        f"{settings.activation_checkpointing}",
+        f"method {settings.method}, optimizer {settings.optimizer}, memory {settings.memory} (activations kept: {form})",
         "In this order: a smaller batch_size with more gradient_accumulation (the result is the same), "
-        "activation_checkpointing: true, offload_activations: true, method: qlora, optimizer: paged_adamw_8bit, "
-        f"a smaller rank, a shorter {window}.",
+        "memory: smallest, method: qlora, optimizer: paged_adamw_8bit, a smaller rank, "
+        f"a shorter {window}.",
     )
 
 

@@ -214,7 +214,6 @@ def test_the_papers_run_has_the_published_hyper_parameters(root):
             r"^systems\.x\.training\.dora: needs an adapter, method qlora or lora, found method: full$",
         ),
         ("training", {"method": "full", "loraplus_ratio": 4}, r"^training\.loraplus_ratio: needs an adapter"),
-        ("training", {"offload_activations": True}, r"offload_activations: needs activation_checkpointing: true"),
         (
             "sft",
             {"max_tokens": 512},

@@ -24,9 +24,9 @@ def test_a_systems_own_training_wins_over_the_experiments(demo):
 
 
 def test_a_default_that_is_written_out_wins_too(demo):
-    demo["systems"]["longqlora"]["training"] = {"rank": 64, "activation_checkpointing": True}
+    demo["systems"]["longqlora"]["training"] = {"rank": 64, "memory": "smallest"}
     training = load_experiment(demo).systems["longqlora"].training
-    assert (training.rank, training.activation_checkpointing) == (64, True)
+    assert (training.rank, training.memory) == (64, "smallest")
 
 
 def test_a_published_model_is_evaluated_as_it_is_with_its_own_tokenizer(demo):

@@ -34,6 +34,14 @@ def change(config: dict, key: str, value: object) -> dict:
     [
         ("training.rnk", 8, r"^training: unknown key 'rnk'; did you mean 'rank'\? \(legal: .*rank.*\)"),
         ("sytems", {}, r"unknown key 'sytems'; did you mean 'systems'\?"),
+        (
+            "training.activation_checkpointing",
+            False,
+            r"^training: unknown key 'activation_checkpointing': the key is memory now: leave it out in place of true, and "
+            r"write memory: speed in place of false \(legal: ",
+        ),
+        ("training.offload_activations", True, r"^training: unknown key 'offload_activations': the key is memory now: write "),
+        ("training.memory", "small", r"^training\.memory: 'small' is not one of 'auto', 'speed', 'smallest'"),
         ("systems.base.context_length", 8, r"^systems\.base: unknown key 'context_length': it is called target_context now"),
         ("training.rank", "sixteen", r"^training\.rank: 'sixteen' is text, expected a whole number \(Rank of the adapter\)"),
         ("training.rank", "16", r"^training\.rank: '16' is text, expected a whole number; write it without quotes"),

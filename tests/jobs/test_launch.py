@@ -44,6 +44,7 @@ def arguments(inputs, output, **settings) -> dict:
         "progress": PROGRESS.model_copy(update={"checkpoint_steps": 2}),
         "seed": 1,
         "device": "cpu",
+        "form": "all",
     }
 
 

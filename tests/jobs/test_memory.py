@@ -10,7 +10,7 @@ import torch
 from bitsandbytes import functional
 from bitsandbytes.optim import PagedAdamW32bit
 
-from longqlora.jobs.memory import is_out_of_memory, memory_explained
+from longqlora.jobs.memory import cgroup_limits, is_out_of_memory, memory_explained, total_memory
 from longqlora.training import trainer
 from longqlora.training.trainer import load_paged_state, paged_state_bytes
 
@@ -143,3 +143,25 @@ def test_the_trainer_loads_the_state_of_a_paged_optimizer_so(monkeypatch, tmp_pa
     loaded.clear()  # accelerate loads the empty state of a new optimizer
     train_tiny(model_folder, corpus, tmp_path / "adapter", steps=2, **settings)
     assert "AdamW" in loaded[-1]
+
+
+@pytest.mark.parametrize(
+    ("listed", "limit_file"),
+    [
+        ("0::/slurm/job_7/step_0\n", "slurm/job_7/memory.max"),
+        ("5:cpu,cpuacct:/x\n4:memory:/docker/8f\n0::/\n", "memory/memory.limit_in_bytes"),  # its own folder is not visible
+    ],
+    ids=["version 2", "version 1"],
+)
+def test_the_memory_of_a_machine_ends_where_its_control_group_does(tmp_path, monkeypatch, listed, limit_file):
+    (tmp_path / "groups").write_text(listed)
+    limits = tmp_path / "mounted" / limit_file
+    limits.parent.mkdir(parents=True)
+    limits.write_text("123456789\n")
+    (tmp_path / "mounted/memory.max").write_text("max\n")
+    found = list(cgroup_limits(tmp_path / "groups", tmp_path / "mounted"))
+    assert found == [123456789]
+    physical = total_memory("cpu")
+    assert physical > 2**28
+    monkeypatch.setattr("longqlora.jobs.memory.cgroup_limits", lambda: found)
+    assert total_memory("cpu") == 123456789

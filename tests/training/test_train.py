@@ -59,17 +59,11 @@ def test_training_learns_reproducibly_and_leaves_a_standard_adapter(model_folder
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"gradient_accumulation": 4, "batch_size": 1},
-        {"activation_checkpointing": True},
-        {"activation_checkpointing": True, "offload_activations": True},
-    ],
-)
+@pytest.mark.parametrize("settings", [{"gradient_accumulation": 4, "batch_size": 1}, {"form": "layer_inputs"}])
 def test_accumulation_and_checkpointing_change_no_loss(model_folder, corpus, tmp_path, settings):
     reference = train_tiny(model_folder, corpus, tmp_path / "a", steps=3)
     other = train_tiny(model_folder, corpus, tmp_path / "b", steps=3, **settings)
+    assert other["activations"] == settings.get("form", "all")
     for row, expected in zip(other["trace"], reference["trace"], strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], abs=2e-2)  # bfloat16 where the CPU has it
 
@@ -110,7 +104,7 @@ def instructions(tmp_path, texts, tokenizer) -> str:
     return write_tokenized(tmp_path / "sft.arrow", rows, labels)
 
 
-@pytest.mark.parametrize("settings", [{"attention": "full"}, {"activation_checkpointing": True}])
+@pytest.mark.parametrize("settings", [{"attention": "full"}, {"form": "layer_inputs"}])
 @pytest.mark.parametrize(("option", "data"), [("isolate_documents", "lines"), ("pack_records", "instructions")])
 def test_packed_documents_reach_the_model_and_are_learned(model_folder, tmp_path, monkeypatch, request, option, data, settings):
     positions, rotate = [], LlamaRotaryEmbedding.forward
