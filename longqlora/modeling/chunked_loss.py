@@ -10,7 +10,8 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from longqlora.data.token_files import IGNORED
 
-CHUNKED = LinearCrossEntropyOptions(batch_chunk_size=512, chunking_method=None)
+CHUNK = 512  # tokens whose logits are in memory at a time
+CHUNKED = LinearCrossEntropyOptions(batch_chunk_size=CHUNK, chunking_method=None)
 """Logits are computed for 512 tokens at once. The default, about 32 for a vocabulary of 32,000, is half as fast on a CPU."""
 
 

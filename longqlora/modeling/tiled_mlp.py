@@ -1,9 +1,10 @@
-"""MLPs that compute a long window in tiles of tokens, so that the wide activations of a whole window are never in memory.
+"""MLPs that compute a long window in tiles of tokens, so that the wide activations of a whole window are never in memory; and
+norms, whose float32 activations would be the largest of those that are left.
 
-An MLP treats every token by itself. Here its forward pass keeps its input alone, and its backward pass computes one tile after
-another again (TiledMLP of Arctic Long Sequence Training, Bekman et al. 2025, arXiv 2506.13996). In a layer with activation
-checkpointing, this computes nothing more often than without tiles: the recomputation of the layer ends at the MLP's input,
-which is the last tensor that is saved in it.
+An MLP treats every token by itself, and so does a norm. Here their forward pass keeps its input alone, and their backward pass
+computes one tile after another again (TiledMLP of Arctic Long Sequence Training, Bekman et al. 2025, arXiv 2506.13996). In a
+layer with activation checkpointing, no MLP is computed more often than without tiles: the recomputation of the layer ends at
+the MLP's input, which is the last tensor that is saved in it. Norms are computed once more.
 
 Shapes: b batch, n tokens of a window, d width of the model.
 """
@@ -87,25 +88,26 @@ def set_random_state(device: torch.device, state: list[torch.Tensor]) -> None:
 
 
 def tile_mlps(model: PreTrainedModel, tile: int = TILE) -> None:
-    """Let the MLPs of a model train in tiles, in windows of more than ``tile`` tokens. But for rounding, results and gradients
-    are the same.
+    """Let the MLPs and norms of a model's layers train in tiles, in windows of more than ``tile`` tokens. But for rounding,
+    results and gradients are the same.
 
     Args:
         model: of transformers, with its adapter if it has one.
         tile: tokens of a tile.
     """
     for layer in model.get_decoder().layers:
-        layer.mlp.forward = tiled(layer.mlp, tile)
+        for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
+            part.forward = tiled(part, tile)
 
 
-def tiled(mlp: torch.nn.Module, tile: int):
-    """The forward pass of an MLP, ``[b, n, d] → [b, n, d]``, in tiles where gradients are computed."""
-    forward = mlp.forward
+def tiled(part: torch.nn.Module, tile: int):
+    """The forward pass of an MLP or a norm, ``[b, n, d] → [b, n, d]``, in tiles where gradients are computed."""
+    forward = part.forward
 
     def forward_in_tiles(hidden: torch.Tensor) -> torch.Tensor:
         if hidden.shape[1] <= tile or not (torch.is_grad_enabled() and hidden.requires_grad):
             return forward(hidden)
-        weights = [weight for weight in mlp.parameters() if weight.requires_grad]
+        weights = [weight for weight in part.parameters() if weight.requires_grad]
         return TiledMLP.apply(Saved.apply(hidden), forward, tile, *weights)
 
     return forward_in_tiles

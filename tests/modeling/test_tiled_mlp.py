@@ -87,7 +87,7 @@ def test_dropout_has_the_gradient_of_its_loss():
     torch.manual_seed(0)
     mlp = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Dropout(0.5), torch.nn.Linear(16, 8)).double()
     layer = torch.nn.Module()
-    layer.mlp = mlp
+    layer.mlp, layer.input_layernorm, layer.post_attention_layernorm = mlp, torch.nn.Identity(), torch.nn.Identity()
     decoder = torch.nn.Module()
     decoder.layers = [layer]
     model = torch.nn.Module()
@@ -114,3 +114,26 @@ def test_dropout_has_the_gradient_of_its_loss():
 def test_a_window_of_one_tile_is_not_tiled():
     _, _, tokens = train_step(tile=TOKENS, checkpointing=False)
     assert tokens == LAYERS * TOKENS
+
+
+@pytest.mark.parametrize("norm", ["input_layernorm", "post_attention_layernorm"])
+def test_a_norm_in_tiles_keeps_its_input_alone(norm):
+    def elements_saved(tile: int | None) -> int:
+        saved: list[int] = []
+        config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=97)
+        model = AutoModelForCausalLM.from_config(config).model.train()
+        if tile:
+            tile_mlps(model_of(model), tile)
+        hidden = torch.randn(1, TOKENS, 32, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+            getattr(model.layers[0], norm)(hidden)
+        return sum(size for size in saved if size == hidden.numel())
+
+    assert elements_saved(tile=TILE) == TOKENS * 32 < elements_saved(tile=None)
+
+
+def model_of(decoder) -> torch.nn.Module:
+    """A model as :func:`tile_mlps` takes it."""
+    model = torch.nn.Module()
+    model.get_decoder = lambda: decoder
+    return model
