@@ -17,6 +17,7 @@ report: "workflow/report/workflow.rst"
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/plan.smk"
 include: "workflow/rules/evaluation_sets.smk"
 
 
@@ -60,6 +61,7 @@ rule all:
         rules.report_harness.output if HARNESS else [],
         served_files if EXPERIMENT.serving else [],
         rules.data.input,
+        rules.plan_run.output,
         rules.render_report.output,
     localrule: True
 

@@ -76,8 +76,8 @@ CASES = {  # the most important first
     "7b_8192_published": steps(60, "published", "7b", 8192),
     "7b_8192_plain": steps(60, "plain", "7b", 8192),
     "7b_8192_float16": steps(60, "ours", "7b", 8192, dtype="float16", traced="current"),
-    "7b_8192_offloaded": steps(60, "ours", "7b", 8192, offload=True, traced="offloaded"),
-    "13b_12288_offloaded": steps(75, "ours", "13b", 12288, repetitions=1, offload=True, traced="offloaded"),
+    "7b_8192_offloaded": steps(60, "ours", "7b", 8192, form="offloaded", traced="offloaded"),
+    "13b_12288_offloaded": steps(75, "ours", "13b", 12288, repetitions=1, form="offloaded", traced="offloaded"),
     "7b_8192_documents": steps(60, "ours", "7b", 8192, documents=10),
 }
 TOY = {"shape": "toy", "tokens": 512, "width": 64, "rank": 8, "repetitions": 1}
@@ -163,17 +163,18 @@ def trace_cases() -> dict[str, dict]:
     import memory
     from training_cases import CASES as STEPS
 
+    from longqlora.planning.traced_jobs import trace_step
+
     @functools.cache
     def peak_gib(shape: str, tokens: int, form: str, dtype: str, attention: str) -> float:
-        compute_dtype = memory.COMPUTE_TYPES[dtype]
-        options = {"attention": attention, "offload": form == "offloaded"}
-        return memory.trace_step(shape, tokens, memory.dtypes_of(form, compute_dtype), compute_dtype, **options)["peak"] / GIB
+        return trace_step(memory.step_of(shape, tokens, form, dtype, attention)).largest.total / GIB
 
     traced = {}
     for name, case in CASES.items():
         if case.traced:
             given = case.arguments
             dtype, attention = given.get("dtype", "bfloat16"), STEPS[given.get("case", "ours")].attention
+            attention = "full" if attention == "sdpa" else attention
             peak = peak_gib(given["shape"], given["tokens"], case.traced, dtype, attention)
             traced[name] = {"peak_gib": peak, "compute_type": dtype}
             print(f"{name}: {peak:.2f} GiB", file=sys.stderr)

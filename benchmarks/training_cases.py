@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 
 import stand_ins  # before longqlora
@@ -23,7 +24,8 @@ from longqlora.modeling.attention import register_shifted_sparse_attention
 from longqlora.modeling.chunked_loss import use_chunked_loss
 from longqlora.modeling.devices import compute_dtype, dtype_name, find_device, keep_freed_memory, weight_dtype
 from longqlora.modeling.rope import extend_context
-from longqlora.modeling.tiled_mlp import tile_mlps
+from longqlora.planning.fake_models import put_weights
+from longqlora.training.activations import Form, keep_activations
 from longqlora.training.adapters import FLOAT32, add_adapter, base_dtypes
 
 
@@ -45,6 +47,7 @@ SHAPES = {
     "small": llama(512, 1376, 6, 8, context=2048),
     "7b": llama(4096, 11008, 32, 32, context=4096),
     "13b": llama(5120, 13824, 40, 40, context=4096),
+    "8b": llama(4096, 14336, 32, 32, context=8192, vocab_size=128256) | {"num_key_value_heads": 8},
 }
 GROUP_RATIO = 0.25
 ADAPTER = TrainingSettings()  # the defaults are the paper's adapter: rank 64 on all linear layers
@@ -55,11 +58,12 @@ LEARNING_RATE, MAX_GRAD_NORM = 2e-4, 0.3
 class Case:
     """What distinguishes a case: its attention (``shifted_sparse``, ``sdpa``, ``published``), its loss (``chunked``, over the
     ``whole`` window, or ``plain``, as transformers does it; without training, ``scored`` as an evaluation does, or ``none``),
-    and the kind of its checkpointing."""
+    the kind of its checkpointing, and in ours which activations are kept."""
 
     attention: str
     loss: str
     reentrant: bool = False
+    form: Form = "layer_inputs"
 
     @property
     def is_ours(self) -> bool:
@@ -74,6 +78,8 @@ class Case:
 CASES = {
     "ours": Case("shifted_sparse", "chunked"),
     "ours_full": Case("sdpa", "chunked"),
+    "ours_linear_outputs": Case("shifted_sparse", "chunked", form="linear_outputs"),
+    "ours_all": Case("shifted_sparse", "chunked", form="all"),
     "plain": Case("sdpa", "plain"),
     "published": Case("published", "whole", reentrant=True),
     "perplexity": Case("sdpa", "scored"),
@@ -158,17 +164,15 @@ def build_model(shape: str, precision: str, length: int, device: torch.device, a
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     torch.manual_seed(1)
-    for name, module in list(model.named_modules()):
-        for key, weight in list(module.named_parameters(recurse=False)):
-            new = torch.empty(weight.shape, dtype=weight_dtype(device), device=device)
-            new = new.normal_(std=0.02) if new.ndim == 2 else new.fill_(1)
-            if precision == "nf4" and isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
-                model.set_submodule(name, quantized_layer(new, compute_dtype(device)))
-            else:
-                setattr(module, key, torch.nn.Parameter(new, requires_grad=False))
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)  # its frequencies are no parameters
+
+    def random_weight(shape: torch.Size) -> torch.Tensor:
+        new = torch.empty(shape, dtype=weight_dtype(device), device=device)
+        return new.normal_(std=0.02) if new.ndim == 2 else new.fill_(1)
+
+    quantized = partial(quantized_layer, compute_dtype=compute_dtype(device)) if precision == "nf4" else None
+    put_weights(model, random_weight, quantized)
     model.is_loaded_in_4bit = precision == "nf4"  # peft asks
-    return model
+    return model.requires_grad_(False)
 
 
 def quantized_layer(weight: torch.Tensor, compute_dtype: torch.dtype):
@@ -185,8 +189,8 @@ def quantized_layer(weight: torch.Tensor, compute_dtype: torch.dtype):
     return layer.requires_grad_(False)
 
 
-def prepare_case(case: Case, shape: str, precision: str, length: int, device: torch.device):
-    """The model of a case, with its attention, loss, adapter and checkpointing."""
+def prepare_case(case: Case, shape: str, precision: str, length: int, device: torch.device, *, form: Form | None = None):
+    """The model of a case, with its attention, loss, adapter and checkpointing, in another form if one is given."""
     attention = {
         "shifted_sparse": lambda: register_shifted_sparse_attention(GROUP_RATIO),
         "published": register_published_attention,
@@ -202,7 +206,8 @@ def prepare_case(case: Case, shape: str, precision: str, length: int, device: to
     dtypes = base_dtypes(device) if case.is_ours else FLOAT32
     model = add_adapter(model, ADAPTER, base=dtypes if precision == "nf4" else None)
     if case.is_ours:
-        tile_mlps(model)
+        keep_activations(model, form or case.form)
+        return model.train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": case.reentrant})
     if case.reentrant:
         model.enable_input_require_grads()

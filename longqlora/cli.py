@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     add_chat(commands)
     add_generate(commands)
     add_publish(commands)
+    add_plan(commands)
     return top
 
 
@@ -78,6 +79,30 @@ def add_publish(commands) -> None:
     publish.add_argument("--really", action="store_true", help="publish; without it, nothing is sent")
 
 
+def add_plan(commands) -> None:
+    """``longqlora plan CONFIG``."""
+    plan = commands.add_parser(
+        "plan",
+        help="tell what an experiment needs: memory, time, disk",
+        description="Tell what the jobs of an experiment need, whether they fit a device, and what would make them fit. Of the "
+        "models only the config.json is read; nothing is run.",
+    )
+    plan.set_defaults(run=run_plan)
+    plan.add_argument("config", nargs="+", metavar="CONFIG", help="configuration; further files override the ones before")
+    device = plan.add_mutually_exclusive_group()
+    device.add_argument("--gpu", metavar="NAME", help="GPU to plan for, such as V100-32GB (default: this machine)")
+    device.add_argument("--gpu-memory", metavar="MEMORY", help="memory of the GPU to plan for, such as 24GB")
+    plan.add_argument(
+        "--model",
+        action="append",
+        type=replacement,
+        default=[],
+        metavar="MODEL=FOLDER",
+        help="folder with the config.json of a model of the configuration that cannot be read here; may be given repeatedly",
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON, as results/<experiment>/plan.json has it")
+
+
 def add_model_options(command: argparse.ArgumentParser) -> None:
     """The model, and how it generates."""
     command.add_argument("model", metavar="MODEL", help="folder of a model (results/<experiment>/models/<system>) or hub id")
@@ -113,6 +138,14 @@ def temperature(text: str) -> float:
     return number
 
 
+def replacement(text: str) -> tuple[str, str]:
+    """A model of the configuration, and the folder to read in its place."""
+    model, equals, folder = text.partition("=")
+    if not (model and equals and folder):
+        raise argparse.ArgumentTypeError(f"must be MODEL=FOLDER, such as meta-llama/Llama-2-7b-hf=models/7b, not {text}")
+    return model, folder
+
+
 def run_chat(options: argparse.Namespace) -> None:
     """Talk to a model in the terminal, or on a page."""
     from longqlora.chat.commands import chat
@@ -132,3 +165,10 @@ def run_publish(options: argparse.Namespace) -> None:
     from longqlora.publishing.hub_upload import publish_command
 
     publish_command(options)
+
+
+def run_plan(options: argparse.Namespace) -> None:
+    """Tell what an experiment needs."""
+    from longqlora.planning.command import plan_command
+
+    plan_command(options)

@@ -1,6 +1,5 @@
 import argparse
 import importlib
-import itertools
 import json
 import math
 import os
@@ -20,6 +19,8 @@ from longqlora.data.decontamination import EvaluationNgrams, hash_ngrams, words_
 from longqlora.data.instruction_schemas import read_conversations
 from longqlora.data.readers import find_files, read_documents
 from longqlora.data.sampling import text_id
+from longqlora.planning import traced_jobs
+from longqlora.planning.memory import Memory
 from longqlora.training.adapters import BaseDtypes
 
 CPU = torch.device("cpu")
@@ -252,48 +253,10 @@ def memory(benchmark):
     return importlib.import_module("memory")
 
 
-def allocated_at_most(function) -> int:
-    """The most bytes that torch's allocator has given out during a call, by torch's profiler."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(changes))
-
-
-@pytest.mark.parametrize("form", ["float32", "current"])
-def test_the_traced_peak_is_that_of_a_real_step(memory, form):
-    step = {"shape": "toy", "tokens": 512, "dtypes": memory.dtypes_of(form, torch.bfloat16)}
-    options = {"attention": "shifted_sparse", "offload": False}
-    traced = memory.trace_step(**step, compute_dtype=torch.bfloat16, **options)
-    with memory.pretend_gpu(torch.bfloat16):
-        model = memory.build_step(memory.MemoryTrace(), **step, **options)
-        real = allocated_at_most(lambda: memory.take_micro_steps(memory.MemoryTrace(), model, 512, torch.bfloat16))
-    during_the_step = traced["peak"] - traced["parts"]["weights and adapter"]
-    assert 0.95 * real < during_the_step <= real  # a real kernel has a workspace
-    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    assert traced["parts"]["gradients"] == 4 * trainable
-    assert traced["adam_state"] == 8 * trainable
-
-
-def test_16_bit_halves_what_a_forward_pass_saves_and_offloading_takes_it_away(memory):
-    width, layers, tokens = 64, 2, 512
-    dtypes = {form: memory.dtypes_of(form, torch.bfloat16) for form in memory.FORMS}
-    found = {
-        form: memory.trace_step("toy", tokens, dtypes[form], torch.bfloat16, attention="sdpa", offload=form == "offloaded")
-        for form in memory.FORMS
-    }
-    saved = {form: result["parts"]["saved by the forward pass"] for form, result in found.items()}
-    assert saved["float32"] - saved["current"] >= 2 * tokens * width * layers
-    # the first layer's input stays: with activation checkpointing transformers makes the embeddings' output require a gradient
-    assert saved["current"] - saved["offloaded"] == 2 * tokens * width * (layers - 1)
-    assert found["float32"]["peak"] > found["current"]["peak"] >= found["offloaded"]["peak"]
-
-
-def test_the_dtypes_that_are_traced_are_those_of_the_gpu(memory):
-    assert memory.dtypes_of("current", torch.bfloat16) == (torch.bfloat16, torch.bfloat16)
-    assert memory.dtypes_of("offloaded", torch.float16) == (torch.float32, torch.float16)
-    assert memory.dtypes_of("float32", torch.bfloat16) == (torch.float32, torch.float32)
+def test_the_steps_that_are_traced_are_those_of_a_gpu(memory):
+    dtypes = {form: traced_jobs.dtypes_of(memory.step_of("toy", 512, form, "bfloat16", "full")) for form in memory.FORMS}
+    assert dtypes == {"float32": (torch.float32,) * 2, "current": (torch.bfloat16,) * 2, "offloaded": (torch.bfloat16,) * 2}
+    assert traced_jobs.dtypes_of(memory.step_of("toy", 512, "current", "float16", "full")) == (torch.float32, torch.float16)
 
 
 def test_the_script_of_memory_prints_a_row_for_each_form(memory, monkeypatch, capsys):
@@ -301,6 +264,15 @@ def test_the_script_of_memory_prints_a_row_for_each_form(memory, monkeypatch, ca
     memory.main()
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| toy/128 |")]
     assert [row.split(" | ")[1] for row in rows] == ["float32, layers float32", "bfloat16, layers bfloat16"]
+
+
+def test_the_script_of_memory_prints_the_longest_contexts(memory, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks/memory.py", "--contexts", "7b/64"])
+    monkeypatch.setattr(
+        memory, "memory_at", lambda shape, rank, tokens, attention: Memory({"all": 2**30 + tokens * 2**20}, "", 0)
+    )
+    memory.main()
+    assert "| 7b/64 | 11,264 | 15,360 | 23,552 | 39,936 | 80,896 |" in capsys.readouterr().out
 
 
 def test_losses_by_the_types_of_the_base_begin_alike_and_stay_close(benchmark, monkeypatch, capsys, model_folder, corpus):

@@ -183,3 +183,35 @@ def test_a_pasted_text_of_several_lines_is_one_message(chat_model):
     typing.wait_for("> ")
     assert "wrote" not in typing.shown
     assert typing.press_until_it_ends("\x04") == 0
+
+
+def test_a_plan_is_told_for_a_gpu_with_the_config_json_of_a_folder(capsys, root, tmp_path, monkeypatch):
+    monkeypatch.chdir(root)
+    arguments = ["plan", "config/measure.yaml", "--model", "data/models/my-model=demo/model"]
+    main([*arguments, "--gpu", "v100-32gb"])
+    told = capsys.readouterr().out
+    assert "measure on V100-32GB" in told
+    assert "untrained-linear" in told
+    main([*arguments, "--gpu-memory", "24GB", "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["device"] == {"name": "GPU with 24 GB", "kind": "cuda", "memory": 24 * 2**30, "compute": "bfloat16"}
+    assert {job["stage"] for job in plan["jobs"]} == {"perplexity", "retrieval"}
+
+
+def test_what_cannot_be_planned_is_told_before_anything_is_traced(capsys, root, tmp_path, monkeypatch):
+    monkeypatch.chdir(root)
+    twice, broken, misspelled = (tmp_path / name for name in ("twice.yaml", "broken.yaml", "misspelled.yaml"))
+    twice.write_text("seed: 1\nseed: 2\n")
+    broken.write_text("seed: [1\n")
+    misspelled.write_text("training: {rnk: 8}\n")
+    for given, message in {
+        ("config/config.yaml", "--gpu", "V200"): "known are V100-16GB, V100-32GB, T4",
+        ("config/config.yaml", "--gpu-memory", "much"): "'much' is no memory of a GPU: write it in GB, such as 24GB",
+        ("config/config.yaml", misspelled): "training: unknown key 'rnk'; did you mean 'rank'",
+        (twice,): "seed: occurs twice",
+        (broken,): "is not YAML",
+        ("config/none.yaml",): "config/none.yaml",
+        ("config/config.yaml", "--model", "demo/model"): "must be MODEL=FOLDER",
+        ("config/measure.yaml", "--gpu", "T4"): "give a folder that holds it, --model data/models/my-model=FOLDER",
+    }.items():
+        assert message in refusal(capsys, "plan", *given), given

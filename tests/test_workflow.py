@@ -18,6 +18,7 @@ import yaml
 
 PROJECT = ["Snakefile", "workflow", "config", "demo", "longqlora", "profiles", "environment.yml"]
 TARGETS = {"all", "data", "train", "evaluate", "answers", "ablations", "perplexity_report"}
+PLAN = {"plan_run"}  # made again after most changes of the configuration, and a reason for no other job
 PERPLEXITY_REPORTS = {"render_table": 1, "plot_perplexity": 1, "plot_loss_by_position": 1}
 REPORTS = {**PERPLEXITY_REPORTS, "report_retrieval": 1}
 REPORT = {"render_report": 1}
@@ -38,12 +39,12 @@ def snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def planned(folder: Path, *arguments: str) -> dict[str, int]:
-    """Rule → number of jobs of a dry run, without the targets, and without the report where it follows other jobs."""
+    """Rule → number of jobs of a dry run, without targets and plan, and without the report where it follows other jobs."""
     run = snakemake(folder, "-n", *arguments)
     assert run.returncode == 0, run.stdout + run.stderr
     stats = re.search(r"Job stats:\n(?:.*\n){2}((?:\S+ +\d+\n)+)", run.stdout + run.stderr)
     jobs = dict(line.split() for line in stats[1].splitlines()) if stats else {}
-    jobs = {rule: int(number) for rule, number in jobs.items() if rule not in TARGETS | {"total"}}
+    jobs = {rule: int(number) for rule, number in jobs.items() if rule not in TARGETS | PLAN | {"total"}}
     return jobs if jobs == REPORT else {rule: number for rule, number in jobs.items() if rule not in REPORT}
 
 
@@ -231,10 +232,20 @@ def test_the_base_is_trained_from_scratch_and_its_card_has_the_command(project):
 def test_the_report_shows_all_that_the_run_made_and_how_long_it_took(project):
     html = (project / "results/demo/report.html").read_text()
     assert re.findall(r'<section id="(\w+)"', html) == [
-        "perplexity", "price", "retrieval", "training", "merges", "answers", "data", "cost", "provenance"
+        "perplexity", "price", "retrieval", "training", "merges", "answers", "data", "cost", "plan", "provenance"
     ]  # fmt: skip
     jobs = sum(len(path.read_text().splitlines()) - 1 for path in project.glob("results/demo/benchmarks/**/*.tsv"))
     assert f'<td>all</td><td class="n">{jobs - 1}</td>' in html  # without the report itself
+
+
+def test_the_plan_knows_all_jobs_and_gives_them_their_resources(project):
+    plan = json.loads((project / "results/demo/plan.json").read_text())
+    assert {job["stage"] for job in plan["jobs"]} == {"training", "merging", "perplexity", "retrieval"}
+    assert {(job["problem"], job["fits"]) for job in plan["jobs"]} == {(None, True)}
+    run = snakemake(project, "-n", "--forcerun", "train_adapter")
+    (resources,) = re.findall(r"wildcards: system=longqlora\n.*resources: (.*)", run.stdout + run.stderr)
+    assert re.search(r"\bmem_mb=\d{3,4}\b", resources)
+    assert re.search(r"\bruntime=\d+\b", resources)
 
 
 def test_nothing_is_left_to_do(project):
@@ -314,6 +325,7 @@ EDITS = {
     "longqlora/config/settings.py": {},
     "longqlora/config/systems.py": {},
     "longqlora/preflight.py": {},
+    "longqlora/planning/memory.py": {},
     "longqlora/jobs/log.py": {},
     "longqlora/jobs/gpus.py": {},
     "longqlora/jobs/machine.py": {},

@@ -17,9 +17,10 @@ from pathlib import Path
 from longqlora.jobs.digests import FileFacts
 
 PACKAGE = "longqlora"
-WITHOUT_EFFECT = ("longqlora/jobs/", "longqlora/config/", "longqlora/modeling/compatibility.py")
-"""Code that changes no result. ``jobs`` logs, computes digests and starts processes; ``config`` defines and checks settings,
-whose values are params of the rules themselves; ``compatibility`` rejects a model before anything is computed."""
+WITHOUT_EFFECT = ("longqlora/jobs/", "longqlora/config/", "longqlora/planning/", "longqlora/modeling/compatibility.py")
+"""Code that changes no result, nor does what only this code imports. ``jobs`` logs, computes digests and starts processes;
+``config`` defines and checks settings, whose values are params of the rules themselves; ``planning`` estimates memory and time;
+``compatibility`` rejects a model before anything is computed."""
 IGNORED_FIELDS = ("ctx", "kind", "type_comment", "type_ignores")
 """Fields of a syntax tree that follow from other fields, or hold comments and notation (the prefix of ``u"…"``)."""
 
@@ -47,12 +48,12 @@ class Code:
 
     def files_behind(self, script: str) -> list[str]:
         """The script and the files of the package that it imports, directly or through other files, sorted and relative to
-        the root. Files in :data:`WITHOUT_EFFECT` are left out."""
+        the root. Files in :data:`WITHOUT_EFFECT` are left out, and what they import is not followed."""
         found, pending = {script}, [script]
         while pending:
             modules = self.describe(pending.pop())["imports"]
             files = {"/".join(module.split(".")) + ".py" for module in modules}
-            new = {file for file in files - found if (self.root / file).is_file()}
+            new = {file for file in files - found if (self.root / file).is_file() and not file.startswith(WITHOUT_EFFECT)}
             found |= new
             pending += new
         return sorted(name for name in found if not name.startswith(WITHOUT_EFFECT))

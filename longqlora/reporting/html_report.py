@@ -40,6 +40,8 @@ def render_report(sources: Sources, output: str) -> None:
         name=sources.experiment["name"],
         titles={name: title for name, (title, _) in SECTIONS.items() if content[name]},
         content=content,
+        gib=gibibytes,
+        duration=duration,
         style=Markup(Path(__file__).with_name("report.css").read_text(encoding="utf-8")),
     )
     Path(output).write_text(html, encoding="utf-8")

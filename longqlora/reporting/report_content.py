@@ -4,7 +4,6 @@ A section is a function in :data:`SECTIONS` and a block of the same name in ``re
 block shows, or None if the experiment has no data for it; then the section is left out. Nothing is measured or compared anew.
 """
 
-import csv
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,11 +12,13 @@ import yaml
 from longqlora.reporting.answer_report import shorten_middle
 from longqlora.reporting.comparisons import price_at_short_lengths
 from longqlora.reporting.notation import MARKDOWN
+from longqlora.reporting.plan_check import last_run, memory_of, plan_check
 from longqlora.reporting.report_sources import Sources
 from longqlora.reporting.report_summary import summarize, tokens
 from longqlora.reporting.tables import format_price
 
 STAGES = {
+    "plan": ("plan_run",),
     "base model, trained from scratch": ("pretrain_model",),
     "evaluation sets": ("prepare_evaluation_set", "retokenize_evaluation_set", "index_evaluation_sets", "find_key_tokens"),
     "training data": ("sample_shard", "sample_corpus", "tokenize_corpus", "build_sft_set", "tokenize_sft"),
@@ -174,18 +175,17 @@ def cost(sources: Sources) -> dict | None:
     stage_of = {rule: stage for stage, rules in STAGES.items() for rule in rules}
     for path in sorted(folder.rglob("*.tsv")):
         rule, *wildcards = path.relative_to(folder).with_suffix("").parts
-        with open(path, encoding="utf-8", newline="") as file:
-            runs = list(csv.DictReader(file, delimiter="\t"))
-        if runs and sources.jobs.issuperset(wildcards):
-            measured.setdefault(stage_of.get(rule, OTHER_STAGE), []).append(runs[-1])
+        run = last_run(path)
+        if run and sources.jobs.issuperset(wildcards):
+            measured.setdefault(stage_of.get(rule, OTHER_STAGE), []).append(run)
     rows = [stage_row(stage, measured[stage]) for stage in (*STAGES, OTHER_STAGE) if stage in measured]
     total = sum(row["seconds"] for row in rows)
     return {"rows": rows, "seconds": total, "jobs": sum(row["jobs"] for row in rows)} if rows else None
 
 
 def stage_row(stage: str, runs: list[dict[str, str]]) -> dict:
-    """Number, time (seconds) and peak memory (MiB) of the jobs of a stage; Snakemake writes a dash for what it did not see."""
-    memory = [float(run["max_rss"]) for run in runs if run["max_rss"] not in ("-", "NA")]
+    """Number, time (seconds) and peak memory (bytes) of the jobs of a stage."""
+    memory = [size for run in runs if (size := memory_of(run)) is not None]
     seconds = [float(run["s"]) for run in runs]
     times = {"seconds": sum(seconds), "longest": max(seconds)}
     return {"stage": stage, "jobs": len(runs), **times, "memory": max(memory, default=None)}
@@ -241,6 +241,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Sources], Any]]] = {
     "answers": ("Answers", answers),
     "data": ("Training data", data),
     "cost": ("Time and memory", cost),
+    "plan": ("Plan against what it took", plan_check),
     "provenance": ("Provenance", provenance),
 }
 """The sections in their order: title, and the function that collects what the block of this name shows."""

@@ -11,6 +11,7 @@ from longqlora.jobs.code import Code
 from longqlora.jobs.digests import FileFacts, digest_of_file, digest_of_values
 from longqlora.modeling.base_precision import BASE_PRECISION
 from longqlora.modeling.model_files import model_files, tokenizer_files
+from longqlora.planning.plan_file import job_resources
 from longqlora.preflight import check_inputs, is_users_folder
 
 try:
@@ -39,6 +40,7 @@ CHAT = [name for name in LISTED_TRAINED if SYSTEMS[name].training.data == "sft" 
 WRITES_ANSWERS = bool(set(EXPERIMENT.retrieval.tasks) - {"induction"})  # retrieval depends on stop tokens and chat templates
 HARNESS = EXPERIMENT.harness_cells  # tasks of lm-evaluation-harness and their lengths
 GPUS = int(EXPERIMENT.device == "cuda")  # needed by a job that runs a model; the profile says how many the machine has
+PLAN = f"{RESULTS}/plan.json"
 SYSTEM_VALUES = {name: system.model_dump() for name, system in SYSTEMS.items()}
 
 
@@ -58,6 +60,23 @@ def code_of(script):
     """Params that stand for the code behind a script in workflow/scripts: one per Python file that the result depends on, with a
     digest of the code in it, so that an edit reruns the script and a comment does not."""
     return CODE.params(f"workflow/scripts/{script}.py")
+
+
+def planned(stage):
+    """Resources of a rule that runs a model, for a cluster: main memory (mem_mb), memory of each GPU (gpu_mem_mb) and minutes
+    (runtime), as the plan has them; without a plan there are none. A retry gets more. They rerun nothing. Snakemake makes mem_mb
+    of mem; mem_mb itself could not be left out.
+
+    Args:
+        stage: of longqlora.planning.plan.Job.
+    """
+
+    def resource(name):
+        return lambda wildcards, attempt: job_resources(
+            Path(PLAN), stage, wildcards.system, int(wildcards.length) if "length" in wildcards.keys() else None, attempt
+        ).get(name)
+
+    return {name: resource(name) for name in ("mem", "gpu_mem_mb", "runtime")}
 
 
 # A rule that reads the user's files has a digest of their contents as a param, and Snakemake ignores their dates. Files that the

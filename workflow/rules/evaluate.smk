@@ -55,6 +55,7 @@ rule evaluate_perplexity:
         "../../environment.yml"
     threads: 1 if GPUS else EXPERIMENT.evaluation.num_processes
     resources:
+        **planned("perplexity"),
         gpu=GPUS * EXPERIMENT.evaluation.num_processes,
     params:
         *code_of("evaluate_perplexity"),
@@ -91,6 +92,7 @@ rule evaluate_retrieval:
     conda:
         "../../environment.yml"
     resources:
+        **planned("retrieval"),
         gpu=GPUS,
     params:
         *code_of("evaluate_retrieval"),

@@ -23,6 +23,7 @@ MADE_ABLATIONS = [path for path in expand(ABLATIONS, ablation=EXPERIMENT.ablatio
 rule render_report:
     input:
         PARTS,
+        ancient(rules.plan_run.output),  # a newer plan changes no result
         rules.train.input,  # last, because the report has the time of all jobs
     output:
         html=report(

@@ -52,6 +52,7 @@ rule train_adapter:
         "../../environment.yml"
     threads: lambda wildcards: CORES_PER_PROCESS * SYSTEMS[wildcards.system].training.num_processes
     resources:
+        **planned("training"),
         gpu=lambda wildcards: GPUS * SYSTEMS[wildcards.system].training.num_processes,
     params:
         *code_of("train"),
@@ -97,6 +98,7 @@ rule merge_adapter:
     conda:
         "../../environment.yml"
     resources:
+        **planned("merging"),
         gpu=GPUS,
     params:
         *code_of("merge_adapter"),

@@ -2,7 +2,7 @@
 
 Reads the base model and a token stream or a tokenized instruction set; writes the adapter in peft's format or the model's
 weights, TensorBoard events and the training card (JSON). A rerun resumes from the last checkpoint. Fails before weights are
-loaded if the base model cannot be extended or trained with the configured settings.
+loaded if the base model cannot be extended or trained with the configured settings, or not in the memory of the device.
 """
 
 import json
@@ -19,9 +19,15 @@ from longqlora.modeling.scaling_choice import as_chosen, read_choice
 settings = TrainingSettings(**snakemake.params.settings)
 with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, settings.num_processes):
     with importing():  # bitsandbytes too, which starts CUDA: reserve GPUs first
+        from longqlora.planning.before_training import prepare_memory
         from longqlora.training.train import TrainingFiles, train
 
     choice = read_choice(snakemake.input.scaling)
+    extension = as_chosen(RopeExtension(**snakemake.params.extension), choice)
+    progress = ProgressSettings(**snakemake.params.progress)
+    form = prepare_memory(
+        snakemake.params.base_model, extension, settings, snakemake.params.device, check=progress.check_memory
+    )
     card = launch(
         train,
         num_processes=settings.num_processes,
@@ -34,10 +40,11 @@ with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, settings.n
             tensorboard_dir=snakemake.output.events,
             checkpoint_dir=snakemake.params.checkpoint_dir,
         ),
-        extension=as_chosen(RopeExtension(**snakemake.params.extension), choice),
+        extension=extension,
         settings=settings,
-        progress=ProgressSettings(**snakemake.params.progress),
+        progress=progress,
         device=snakemake.params.device,
+        form=form,
         **snakemake.params.seed,
     )
     Path(snakemake.output.card).write_text(json.dumps(card | {"scaling_choice": choice}, indent=2), encoding="utf-8")

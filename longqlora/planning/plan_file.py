@@ -1,0 +1,51 @@
+"""What the rules of the workflow ask of a cluster for a job, from the plan of the experiment.
+
+Standard library only: Snakemake asks when it is started, without torch.
+"""
+
+import json
+import math
+from functools import lru_cache
+from pathlib import Path
+
+MARGIN = 1.25  # of memory: a plan leaves out what other libraries hold
+SLOWER = 2  # a job may take so many times as long as planned, because of other jobs and slow disks
+MINUTES_TO_START = 10
+MORE_PER_RETRY = 0.5  # of the first attempt's resources
+MB = 10**6
+
+
+def job_resources(plan: Path, stage: str, system: str, length: int | None, attempt: int) -> dict[str, int]:
+    """Resources of a job as Snakemake names them: ``mem`` (MB of main memory), ``gpu_mem_mb`` (of each GPU), and
+    ``runtime`` (minutes); without those that the plan does not know, and none without a plan.
+
+    Args:
+        plan: JSON file of the plan.
+        stage, system: of the job.
+        length: tokens of its window or prompt; None takes the largest job of this stage and system.
+        attempt: 1 for the first one; later attempts get more.
+    """
+    jobs = read_jobs(plan, plan.stat().st_mtime_ns) if plan.is_file() else []
+    found = [job for job in jobs if (job["stage"], job["system"]) == (stage, system) and length in (None, job["length"])]
+    if not found:
+        return {}
+    job, more = found[-1], 1 + MORE_PER_RETRY * (attempt - 1)
+    values = {
+        "mem": job["host"] and job["host"] * MARGIN * more / MB,
+        "gpu_mem_mb": job["on_gpu"] and job["peak"] and job["peak"] * MARGIN * more / MB,
+        "runtime": job["seconds"] and (job["seconds"] * SLOWER / 60 + MINUTES_TO_START) * more,
+    }
+    return {name: math.ceil(value) for name, value in values.items() if value}
+
+
+@lru_cache(maxsize=8)
+def read_jobs(plan: Path, modified: int) -> list[dict]:
+    """The jobs of a plan, read again when the file has changed; none of a file that is damaged or of another version."""
+    try:
+        content = json.loads(plan.read_text(encoding="utf-8"))
+        on_gpu = content["device"]["kind"] == "cuda"
+        return [
+            {"on_gpu": on_gpu, "length": None, "host": None, "peak": None, "seconds": None} | job for job in content["jobs"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
