@@ -24,6 +24,7 @@ from longqlora.modeling.attention import register_shifted_sparse_attention
 from longqlora.modeling.chunked_loss import use_chunked_loss
 from longqlora.modeling.devices import compute_dtype, dtype_name, find_device, keep_freed_memory, weight_dtype
 from longqlora.modeling.rope import extend_context
+from longqlora.planning.cost import RECOMPUTED
 from longqlora.planning.fake_models import put_weights
 from longqlora.training.activations import Form, keep_activations
 from longqlora.training.adapters import FLOAT32, add_adapter, base_dtypes
@@ -324,9 +325,9 @@ def set_up_ceiling(device_name: str) -> tuple[dict, None]:
 def step_flops(shape: str, name: str, tokens: int) -> float:
     """Floating-point operations of a step, what checkpointing computes again included.
 
-    A weight that is frozen costs 2 operations per token forward, 2 again and 2 for the gradient of its input; one of the
-    adapter 2 more; the output layer is not computed again. Attention counts what causality leaves, its backward pass 2.5 times
-    the forward one (FlashAttention).
+    A weight that is frozen costs 2 operations per token forward, 2 if it is used again, and 2 for the gradient of its input;
+    one of the adapter 2 more; the output layer is not used again. Attention counts what causality leaves, its backward pass 2.5
+    times the forward one (FlashAttention).
     """
     config, case = SHAPES[shape], CASES[name]
     width, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
@@ -336,4 +337,6 @@ def step_flops(shape: str, name: str, tokens: int) -> float:
     attention = layers * 2 * tokens * seen * width
     if not case.is_training:
         return tokens * 2 * (linear + head) + attention
-    return tokens * (6 * linear + 8 * adapter + 4 * head) + 4.5 * attention
+    again, adapter_again = RECOMPUTED[case.form]
+    products = (4 + 2 * again) * linear + (6 + 2 * adapter_again) * adapter + 4 * head
+    return tokens * products + (3.5 + again) * attention

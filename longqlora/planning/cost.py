@@ -34,7 +34,7 @@ TRAFFIC = {  # by residual stream and autocast: a forward pass with adapter, a b
     "float32 under autocast": (33, 52, 10),  # all weights are trained
     "float32": (30, 48, 12),
 }
-RECOMPUTED = {  # forward passes that the backward pass computes again: of the base's linear layers, and of everything else
+RECOMPUTED = {  # forward passes that the backward pass computes again: of the base's linear layers and attention; of the rest
     "all": (0, 0),
     "linear_outputs": (0, 1),
     "layer_inputs": (1, 1),
@@ -228,7 +228,7 @@ def micro_step(shape: Shape, tokens: int, group: int, settings: TrainingSettings
     forward, backward, _ = (shape.layers * shape.layer_elements * each for each in TRAFFIC[residual])
     windows = Work(
         products=tokens * (base + adapter + head),
-        attention=attention_flops(shape, tokens, group) * (3.5 + again),
+        attention=attention_flops(shape, tokens, group) * (3.5 + base_again),
         traffic=tokens * (forward * (1 + again) + backward),
     )
     read = shape.layers * shape.layer_weights * weight_traffic(precision, card.compute) * (2 + base_again)
