@@ -63,7 +63,7 @@ def code_of(script):
 
 
 def planned(stage):
-    """Resources of a rule that runs a model, for a cluster: main memory (mem_mb), memory of each GPU (gpu_mem_mb) and minutes
+    """Resources of jobs that run a model, for a cluster: main memory (mem_mb), memory of each GPU (gpu_mem_mb) and minutes
     (runtime), as the plan has them; without a plan there are none. A retry gets more. They rerun nothing. Snakemake makes mem_mb
     of mem; mem_mb itself could not be left out.
 
