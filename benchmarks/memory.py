@@ -8,8 +8,8 @@
 The step of all layers runs on fake tensors, by ``longqlora.planning.traced_jobs``, which has what is counted. A step is the
 second micro-step of several (forward and backward), so gradients are there already.
 
-With ``--contexts`` it prints the longest context that fits on cards of several sizes instead, by ``longqlora.planning.memory``,
-which traces two layers and three, and adds an allowance for what no trace sees.
+With ``--contexts`` it prints the longest context that fits on cards of several sizes instead, by
+``longqlora.planning.peak_memory``, which traces two layers and three, and adds an allowance for what no trace sees.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from training_cases import ADAPTER, SHAPES
 from longqlora.config.settings import RopeExtension
 from longqlora.jobs.machine import versions
 from longqlora.modeling.devices import dtype_name
-from longqlora.planning.memory import Memory, longest_context, training_memory
+from longqlora.planning.peak_memory import Memory, longest_context, training_memory
 from longqlora.planning.traced_jobs import Traced, TrainingStep, dtypes_of, trace_step
 from longqlora.training.adapters import FLOAT32
 

@@ -20,7 +20,7 @@ from longqlora.data.instruction_schemas import read_conversations
 from longqlora.data.readers import find_files, read_documents
 from longqlora.data.sampling import text_id
 from longqlora.planning import traced_jobs
-from longqlora.planning.memory import Memory
+from longqlora.planning.peak_memory import Memory
 from longqlora.training.adapters import BaseDtypes
 
 CPU = torch.device("cpu")

@@ -325,7 +325,7 @@ EDITS = {
     "longqlora/config/settings.py": {},
     "longqlora/config/systems.py": {},
     "longqlora/preflight.py": {},
-    "longqlora/planning/memory.py": {},
+    "longqlora/planning/peak_memory.py": {},
     "longqlora/jobs/log.py": {},
     "longqlora/jobs/gpus.py": {},
     "longqlora/jobs/machine.py": {},

@@ -8,7 +8,7 @@ from longqlora.config.settings import Device, RopeExtension, TrainingSettings
 from longqlora.jobs.memory import total_memory
 from longqlora.modeling.devices import compute_dtype, dtype_name
 from longqlora.modeling.loading import load_config
-from longqlora.planning.memory import Memory
+from longqlora.planning.peak_memory import Memory
 from longqlora.planning.training_plans import TracedOnce, TrainingPlans
 from longqlora.training.activations import Form, choose_form
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from longqlora.config.settings import RopeExtension, TrainingSettings
-from longqlora.planning.memory import longest_context
+from longqlora.planning.peak_memory import longest_context
 
 PeakOf = Callable[[TrainingSettings, RopeExtension], int]  # bytes of the device
 

@@ -11,7 +11,7 @@ from longqlora.config.completed import Experiment, System
 from longqlora.config.settings import RopeExtension, TrainingSettings
 from longqlora.config.systems import evaluated_model, extension_of
 from longqlora.modeling.scaling_candidates import candidates
-from longqlora.planning import cost, memory
+from longqlora.planning import cost, peak_memory
 from longqlora.planning.cards import Card
 from longqlora.planning.changes import Change
 from longqlora.planning.data_sizes import evaluation_windows, training_windows
@@ -31,7 +31,7 @@ class Job:
         system: its name.
         length: tokens of a window, or of a prompt with its answer.
         peak: bytes of the device: of the GPU, or on a CPU of the process.
-        parts: the same by part, see :class:`longqlora.planning.memory.Memory`.
+        parts: the same by part, see :class:`longqlora.planning.peak_memory.Memory`.
         at_peak: the operation at which the peak is reached.
         host: bytes of the process in the machine's memory.
         seconds: of the job, with loading.
@@ -114,7 +114,7 @@ class Planner:
             found = needs(job)
         except Exception as error:  # any, from the code of an unusual model
             return Job(job.stage, job.system, job.length, problem=f"{error}" or type(error).__name__)
-        trace: memory.Memory = found.pop("memory")
+        trace: peak_memory.Memory = found.pop("memory")
         fits = None if self.card.memory is None else trace.peak <= self.card.memory
         return Job(
             job.stage, job.system, job.length,
@@ -151,7 +151,7 @@ class Planner:
         device = (self.card.device, self.card.compute)
         return {
             "memory": self.once(
-                memory.merging_memory, model, extension, traced_as(settings), *device, device_memory=self.card.memory
+                peak_memory.merging_memory, model, extension, traced_as(settings), *device, device_memory=self.card.memory
             ),
             "seconds": cost.merging_seconds(model, extension, settings, self.card),
         }
@@ -161,7 +161,7 @@ class Planner:
         evaluated, adapter = evaluated_model(self.experiment, job.system), self.adapter_on(job.system)
         model, card = self.config(self.experiment.systems[job.system].model), self.card
         found = self.once(
-            memory.evaluation_memory, model, job.length, evaluated.precision, card.device, card.compute,
+            peak_memory.evaluation_memory, model, job.length, evaluated.precision, card.device, card.compute,
             adapter=adapter, attention=evaluated.attention,
         )  # fmt: skip
         windows = evaluation_windows(self.experiment, job.system, job.length)
@@ -178,7 +178,7 @@ class Planner:
         system, adapter = self.experiment.systems[job.system], self.adapter_on(job.system)
         model, card, settings = self.config(system.model), self.card, self.experiment.retrieval
         found = self.once(
-            memory.retrieval_memory, model, job.length, system.precision, card.device, card.compute,
+            peak_memory.retrieval_memory, model, job.length, system.precision, card.device, card.compute,
             adapter=adapter, attention=system.evaluation_attention, device_memory=card.memory, tasks=settings.tasks,
             samples=settings.samples,
         )  # fmt: skip

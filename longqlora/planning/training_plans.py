@@ -7,7 +7,7 @@ from typing import Any
 
 from longqlora.config.settings import Device, RopeExtension, TrainingSettings
 from longqlora.planning.changes import Change, cheapest_change
-from longqlora.planning.memory import Memory, longest_context, training_memory
+from longqlora.planning.peak_memory import Memory, longest_context, training_memory
 from longqlora.training.activations import Form, choose_form, forms_on
 
 WITHOUT_MEMORY = (

@@ -170,11 +170,11 @@ def test_an_import_that_is_new_is_followed(package):
 def test_what_only_code_without_an_effect_imports_does_not_count(package):
     """An estimate of the memory imports the code of all stages; an edit of one must not rerun the others."""
     (package / "longqlora/planning").mkdir()
-    (package / "longqlora/planning/memory.py").write_text("import longqlora.unused\n")
-    (package / "longqlora/d.py").write_text("import longqlora.planning.memory\n")
+    (package / "longqlora/planning/peak_memory.py").write_text("import longqlora.unused\n")
+    (package / "longqlora/d.py").write_text("import longqlora.planning.peak_memory\n")
     files = code_of(package).files_behind("script.py")
     assert "longqlora/d.py" in files
-    assert not {"longqlora/planning/memory.py", "longqlora/unused.py"} & set(files)
+    assert not {"longqlora/planning/peak_memory.py", "longqlora/unused.py"} & set(files)
 
 
 # --- the scripts of this project -------------------------------------------------------------------------------------------

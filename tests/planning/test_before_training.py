@@ -6,7 +6,7 @@ from conftest import SETTINGS, save_base
 from longqlora.config.settings import RopeExtension
 from longqlora.planning import before_training, training_plans
 from longqlora.planning.before_training import prepare_memory
-from longqlora.planning.memory import Memory
+from longqlora.planning.peak_memory import Memory
 
 MIB = 2**20
 EXTENSION = RopeExtension(target_context=4096)
@@ -68,7 +68,7 @@ def test_no_estimate_is_no_reason_to_refuse(machine, model_folder, monkeypatch):
 def test_the_bound_is_above_the_memory_of_a_real_step(tmp_path, tokenizer):
     """Otherwise a training that does not fit would not be traced."""
     from longqlora.modeling.loading import load_config
-    from longqlora.planning.memory import training_memory
+    from longqlora.planning.peak_memory import training_memory
 
     base = save_base(tmp_path / "base", tokenizer, hidden_size=256, intermediate_size=768, num_hidden_layers=4)
     model = load_config(base).to_dict()

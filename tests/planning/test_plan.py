@@ -7,10 +7,10 @@ from functools import partial
 import pytest
 
 from longqlora.config.experiment import load_experiment
-from longqlora.planning import cost, memory, training_plans
+from longqlora.planning import cost, peak_memory, training_plans
 from longqlora.planning.cards import Card
-from longqlora.planning.memory import Memory
 from longqlora.planning.models import config_to_plan
+from longqlora.planning.peak_memory import Memory
 from longqlora.planning.plan import Planner
 from longqlora.planning.plan_file import job_resources
 from longqlora.planning.plan_table import format_plan
@@ -32,9 +32,11 @@ def traces(monkeypatch) -> list[tuple]:
         return Memory({"weights": weights, "layer inputs": FORM_BYTES[form] * tokens}, "matmul", host=1_000_000)
 
     monkeypatch.setattr(training_plans, "training_memory", training_memory)
-    monkeypatch.setattr(memory, "merging_memory", lambda *arguments, **options: Memory({"weights": 9}, "", 10))
-    monkeypatch.setattr(memory, "retrieval_memory", lambda *arguments, **options: Memory({"weights": 9}, "", 10))
-    monkeypatch.setattr(memory, "evaluation_memory", lambda model, window, *_, **options: Memory({"weights": window}, "", 10))
+    monkeypatch.setattr(peak_memory, "merging_memory", lambda *arguments, **options: Memory({"weights": 9}, "", 10))
+    monkeypatch.setattr(peak_memory, "retrieval_memory", lambda *arguments, **options: Memory({"weights": 9}, "", 10))
+    monkeypatch.setattr(
+        peak_memory, "evaluation_memory", lambda model, window, *_, **options: Memory({"weights": window}, "", 10)
+    )
     for name in ("training_seconds", "merging_seconds", "evaluation_seconds", "retrieval_seconds"):
         monkeypatch.setattr(cost, name, lambda *arguments, **options: None)
     return traced

@@ -1,8 +1,8 @@
 import pytest
 
 from longqlora.config.settings import RopeExtension, TrainingSettings
-from longqlora.planning import memory
-from longqlora.planning.memory import (
+from longqlora.planning import peak_memory
+from longqlora.planning.peak_memory import (
     evaluation_memory,
     longest_context,
     merging_memory,
@@ -30,7 +30,7 @@ def test_a_training_has_its_parts_and_an_allowance():
     parts = {"weights", "quantization constants", "adapter", "gradients", "optimizer", "layer inputs", "recomputation"}
     assert parts <= set(found.parts)
     assert found.peak == sum(found.parts.values())
-    assert found.parts["allowance"] > memory.CUDA_CONTEXT
+    assert found.parts["allowance"] > peak_memory.CUDA_CONTEXT
     assert found.parts["optimizer"] == 2 * found.parts["adapter"]  # too small to be paged
     assert found.at_peak.startswith("backward pass of the last layer")
 
@@ -61,7 +61,7 @@ def test_zero_shards_gradients_and_optimizer_state():
 def test_on_a_cpu_the_host_is_the_device():
     found = training_memory(LLAMA, EXTENSION, TrainingSettings(rank=8), "cpu", "float32", "all")
     assert found.host == found.peak
-    assert found.parts["allowance"] == memory.PROCESS["training"]
+    assert found.parts["allowance"] == peak_memory.PROCESS["training"]
 
 
 def test_an_evaluation_holds_the_logits_of_a_chunk_in_float32():
@@ -105,7 +105,7 @@ def test_a_merge_compares_in_16_bit_where_that_fits(monkeypatch):
     assert "quantization constants" not in found.parts  # the merges in 16 bit need more than the adapter on the NF4 base
     little = merging_memory(LLAMA, EXTENSION, settings, "cuda", "bfloat16", device_memory=2**30)
     assert little.parts["quantization constants"] > 0
-    assert merging_memory(LLAMA, EXTENSION, settings, "cpu", "float32").host > memory.PROCESS["merging"]
+    assert merging_memory(LLAMA, EXTENSION, settings, "cpu", "float32").host > peak_memory.PROCESS["merging"]
 
 
 @pytest.mark.parametrize("budget", [0, 999, 1000, 12_345, 250_000, 10**9])
@@ -117,8 +117,8 @@ def test_the_longest_context_is_the_last_that_fits(budget):
         return 900 + tokens // 10 + (tokens // 4096) * 7 + 3000 * (tokens > 50_000)
 
     found = longest_context(budget, peak_at, step=100)
-    fitting = [tokens for tokens in range(100, memory.LONGEST_CONTEXT, 100) if peak_at(tokens) <= budget]
-    assert found == (min(fitting[-1], 100 * (memory.LONGEST_CONTEXT // 100 - 1)) if fitting else 0)
+    fitting = [tokens for tokens in range(100, peak_memory.LONGEST_CONTEXT, 100) if peak_at(tokens) <= budget]
+    assert found == (min(fitting[-1], 100 * (peak_memory.LONGEST_CONTEXT // 100 - 1)) if fitting else 0)
 
 
 def test_the_longest_context_is_found_with_few_traces():
