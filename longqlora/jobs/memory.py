@@ -56,10 +56,18 @@ def memory_explained(what: str, advice: str) -> Iterator[None]:
 
 def total_memory(device: str) -> int:
     """Memory of a device, in bytes: of the first GPU that this process sees (``cuda``), or of this machine (``cpu``), where a
-    control group, such as a container or a job of SLURM, may allow less."""
+    control group, such as a container or a job of SLURM, may allow less.
+
+    Raises:
+        ValueError: if torch sees no GPU.
+    """
     if device == "cuda":
         import torch
 
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "device: cuda is configured, but torch sees no GPU: install its build for CUDA, or use device: cpu"
+            )
         return torch.cuda.get_device_properties(0).total_memory
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *cgroup_limits()])
 

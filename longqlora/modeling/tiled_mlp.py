@@ -88,8 +88,8 @@ def set_random_state(device: torch.device, state: list[torch.Tensor]) -> None:
 
 
 def tile_mlps(model: PreTrainedModel, tile: int = TILE) -> None:
-    """Let the MLPs and norms of a model's layers train in tiles, in windows of more than ``tile`` tokens. But for rounding,
-    results and gradients are the same.
+    """Let the MLPs and norms of a model's layers train in tiles, in windows of more than ``tile`` tokens. Results and gradients
+    are the same, but for rounding and what dropout drops.
 
     Args:
         model: of transformers, with its adapter if it has one.

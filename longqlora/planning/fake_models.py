@@ -37,6 +37,10 @@ def put_weights(
     if model.config.tie_word_embeddings:
         output_layer.weight = model.get_input_embeddings().weight
     decoder = model.get_decoder()  # the frequencies of its positions are no parameters
+    if not hasattr(decoder, "rotary_emb"):
+        raise ValueError(
+            f"a {model.config.model_type} model cannot be planned, because it is not built like LLaMA (no rotary_emb)"
+        )
     decoder.rotary_emb = type(decoder.rotary_emb)(config=model.config).to(new.device)
 
 

@@ -73,6 +73,8 @@ def training_memory(
 
     from longqlora.planning.traced_jobs import TrainingStep, composed, trace_step
 
+    if extension.scaling == "dynamic":  # takes the same memory, and looks at positions, which fake tensors do not have
+        extension = extension.model_copy(update={"scaling": "linear"})
     dtype = getattr(torch, compute)
     traced = composed(
         model, lambda few_layers: trace_step(TrainingStep(few_layers, extension, settings, device == "cuda", dtype, form))

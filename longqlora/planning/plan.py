@@ -19,6 +19,7 @@ from longqlora.planning.training_plans import TracedOnce, TrainingPlans, traced_
 from longqlora.preflight import fit_problems
 from longqlora.training.activations import Form
 
+LONGEST_REASON = 500  # characters; transformers lists all models that it knows where it does not know one
 ReadConfig = Callable[[str], dict]  # from the path of a model to its config.json
 
 
@@ -30,12 +31,12 @@ class Job:
         stage: ``training``, ``merging``, ``perplexity`` or ``retrieval``.
         system: its name.
         length: tokens of a window, or of a prompt with its answer.
-        peak: bytes of the device: of the GPU, or on a CPU of the process.
+        peak: bytes of the device that a process of the job takes.
         parts: the same by part, see :class:`longqlora.planning.peak_memory.Memory`.
         at_peak: the operation at which the peak is reached.
-        host: bytes of the process in the machine's memory.
+        host: bytes of all its processes in the machine's memory.
         seconds: of the job, with loading.
-        fits: whether the peak is within the device's memory.
+        fits: whether the peak is within what the device has for a process.
         form: of a training: the activations that it keeps (:mod:`longqlora.training.activations`).
         change: of a training that does not fit: the cheapest change with which it does.
         problem: why the job could not be planned.
@@ -113,13 +114,20 @@ class Planner:
                 raise ValueError(f"{system.model}: {problems[0]}")
             found = needs(job)
         except Exception as error:  # any, from the code of an unusual model
-            return Job(job.stage, job.system, job.length, problem=f"{error}" or type(error).__name__)
+            reason = f"{error}".strip() or type(error).__name__
+            return Job(job.stage, job.system, job.length, problem=reason.splitlines()[0][:LONGEST_REASON])
         trace: peak_memory.Memory = found.pop("memory")
-        fits = None if self.card.memory is None else trace.peak <= self.card.memory
+        processes: int = found.pop("processes", 1)
+        budget = self.memory_of_one(processes)
         return Job(
             job.stage, job.system, job.length,
-            peak=trace.peak, parts=trace.parts, at_peak=trace.at_peak, host=trace.host, fits=fits, **found,
+            peak=trace.peak, parts=trace.parts, at_peak=trace.at_peak, host=trace.host * processes,
+            fits=None if budget is None else trace.peak <= budget, **found,
         )  # fmt: skip
+
+    def memory_of_one(self, processes: int) -> int | None:
+        """Memory in bytes that a process of a job has, if there are several: each has a GPU, but they share a machine's."""
+        return self.card.memory // processes if self.card.memory and self.card.device == "cpu" else self.card.memory
 
     # --- what the jobs need ------------------------------------------------------------------------------------------------
 
@@ -127,7 +135,7 @@ class Planner:
         """Memory, form and time of a training; where it does not fit, the cheapest change."""
         system = self.experiment.systems[job.system]
         (model, extension), settings = self.model_of(system), trained_by(system)
-        plans = self.plans(model)
+        plans = self.plans(model, settings)
         form = plans.form(settings, extension)
         needed = plans.memory(settings, extension, form)
         fits = plans.budget is None or needed.peak <= plans.budget
@@ -135,14 +143,16 @@ class Planner:
         time = cost.training_seconds(model, extension, settings, self.card, form=form, num_windows=windows)
         return {
             "memory": needed,
+            "processes": settings.num_processes,
             "form": form,
             "change": None if fits else plans.change(settings, extension),
             "seconds": time.run if time else None,
         }
 
-    def plans(self, model: dict) -> TrainingPlans:
-        """Plans the trainings of a model."""
-        return TrainingPlans(model, self.card.device, self.card.compute, self.card.memory, self.once)
+    def plans(self, model: dict, settings: TrainingSettings) -> TrainingPlans:
+        """Plans the trainings of a model in as many processes as the settings say."""
+        budget = self.memory_of_one(settings.num_processes)
+        return TrainingPlans(model, self.card.device, self.card.compute, budget, self.once)
 
     def merging(self, job: Job) -> dict:
         """Memory and time of merging the adapter of a system."""
@@ -164,14 +174,15 @@ class Planner:
             peak_memory.evaluation_memory, model, job.length, evaluated.precision, card.device, card.compute,
             adapter=adapter, attention=evaluated.attention,
         )  # fmt: skip
+        needs = {"memory": found, "processes": self.experiment.evaluation.num_processes}
         windows = evaluation_windows(self.experiment, job.system, job.length)
         if windows is None:
-            return {"memory": found}
+            return needs
         seconds = cost.evaluation_seconds(
             model, job.length, windows, evaluated.precision, card,
             adapter=adapter, attention=evaluated.attention, group_ratio=evaluated.group_ratio,
         )  # fmt: skip
-        return {"memory": found, "seconds": seconds}
+        return needs | {"seconds": seconds}
 
     def retrieval(self, job: Job) -> dict:
         """Memory and time of a cell of retrieval."""
@@ -201,7 +212,7 @@ class Planner:
             if system.training:
                 try:
                     model, extension = self.model_of(system)
-                    yield name, self.plans(model).longest_context(trained_by(system), extension)
+                    yield name, self.plans(model, trained_by(system)).longest_context(trained_by(system), extension)
                 except Exception:  # the job of its training says why
                     yield name, None
 

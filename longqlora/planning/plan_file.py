@@ -22,14 +22,16 @@ def job_resources(plan: Path, stage: str, system: str, length: int | None, attem
     Args:
         plan: JSON file of the plan.
         stage, system: of the job.
-        length: tokens of its window or prompt; None takes the largest job of this stage and system.
+        length: tokens of its window or prompt; None, or one that is not planned, takes the last job of this stage and system,
+            which is the largest.
         attempt: 1 for the first one; later attempts get more.
     """
     jobs = read_jobs(plan, plan.stat().st_mtime_ns) if plan.is_file() else []
-    found = [job for job in jobs if (job["stage"], job["system"]) == (stage, system) and length in (None, job["length"])]
-    if not found:
+    same = [job for job in jobs if (job["stage"], job["system"]) == (stage, system)]
+    if not same:
         return {}
-    job, more = found[-1], 1 + MORE_PER_RETRY * (attempt - 1)
+    exact = [job for job in same if job["length"] == length]
+    job, more = (exact or same)[-1], 1 + MORE_PER_RETRY * (attempt - 1)
     values = {
         "mem": job["host"] and job["host"] * MARGIN * more / MB,
         "gpu_mem_mb": job["on_gpu"] and job["peak"] and job["peak"] * MARGIN * more / MB,
@@ -45,7 +47,18 @@ def read_jobs(plan: Path, modified: int) -> list[dict]:
         content = json.loads(plan.read_text(encoding="utf-8"))
         on_gpu = content["device"]["kind"] == "cuda"
         return [
-            {"on_gpu": on_gpu, "length": None, "host": None, "peak": None, "seconds": None} | job for job in content["jobs"]
+            {"stage": job["stage"], "system": job["system"], "length": job.get("length"), "on_gpu": on_gpu}
+            | {name: number(job.get(name)) for name in ("host", "peak", "seconds")}
+            for job in content["jobs"]
         ]
     except (OSError, ValueError, KeyError, TypeError):
         return []
+
+
+def number(value: float | None) -> float | None:
+    """A number of a plan that is above zero, or None.
+
+    Raises:
+        TypeError: if it is no number.
+    """
+    return value if value is not None and 0 < value < math.inf else None

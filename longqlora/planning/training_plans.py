@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from longqlora.config.settings import Device, RopeExtension, TrainingSettings
+from longqlora.modeling.rope import context_in
 from longqlora.planning.changes import Change, cheapest_change
 from longqlora.planning.peak_memory import Memory, longest_context, training_memory
 from longqlora.training.activations import Form, choose_form, forms_on
@@ -68,7 +69,9 @@ class TrainingPlans:
 
     def smallest(self, settings: TrainingSettings, extension: RopeExtension) -> int:
         """The smallest peak that the settings allow: with ``memory: auto``, a training that does not fit otherwise keeps as few
-        activations as possible."""
+        activations as possible. A context below the model's own cannot be trained, and is taken for that."""
+        own = context_in(self.model) or 0
+        extension = extension.model_copy(update={"target_context": max(extension.target_context, own)})
         form = forms_on(self.device)[-1] if settings.memory == "auto" else self.form(settings, extension)
         return self.memory(settings, extension, form).peak
 

@@ -17,8 +17,8 @@ MIB = 2**20
 def plan_check(sources: Sources) -> dict | None:
     """Planned and measured memory and time: a row for each training, and one for all jobs of each other stage. None if there is
     no plan, or no job of it has been measured."""
-    plan = sources.record("plan.json")
-    if plan is None or not plan["jobs"]:
+    plan = readable_plan(sources)
+    if plan is None:
         return None
     on_gpu = plan["device"]["kind"] == "cuda"
     groups: dict[str, list[dict]] = {}
@@ -29,6 +29,15 @@ def plan_check(sources: Sources) -> dict | None:
             groups.setdefault(f"training of {label}" if job["stage"] == "training" else job["stage"], []).append(pair)
     rows = [row_of(stage, pairs) for stage, pairs in groups.items()]
     return {"rows": rows, "device": plan["device"]["name"], "on_gpu": on_gpu} if rows else None
+
+
+def readable_plan(sources: Sources) -> dict | None:
+    """The plan, if there is one with jobs; a damaged one stops no report."""
+    try:
+        plan = sources.record("plan.json")
+        return plan if plan and plan["jobs"] and plan["device"] else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def compared(sources: Sources, job: dict, on_gpu: bool) -> dict | None:

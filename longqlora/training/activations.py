@@ -7,7 +7,7 @@
 | ``layer_inputs`` | the inputs of the layers | every layer, long windows with MLPs in tiles |
 | ``offloaded`` | the same, in CPU memory | the same |
 
-All forms have the same losses and gradients, but for rounding.
+All forms have the same losses and gradients, but for rounding, and for what dropout drops in tiles.
 """
 
 from collections.abc import Callable

@@ -37,7 +37,7 @@ def short_forward(layer: Any):
         inputs = x if torch.is_autocast_enabled(x.device.type) else x.to(a.weight.dtype)
         scaling = layer.scaling[name]
         if probability and layer.training and x.device.type == "cpu":
-            threshold = round(probability * STEPS)
+            threshold = min(round(probability * STEPS), STEPS - 1)
             inputs, scaling = zero_some(inputs, threshold), scaling / (1 - threshold / STEPS)
         else:
             inputs = dropout(inputs, probability, layer.training)

@@ -112,7 +112,7 @@ def train(
     windows = load_windows(files.data, extension, settings, seed)
     # before the model is loaded: ZeRO-3 shards its weights over the processes during loading
     arguments = training_arguments(files.output, settings, progress, seed, torch_device)
-    run = describe_run(files, len(windows), extension, settings, seed, form)
+    run = describe_run(files, len(windows), extension, settings, seed)
     with arguments.main_process_first():
         checkpoint_dir = open_checkpoint_folder(files.checkpoint_dir, run | {"config": config.to_json_string()})
     with memory_explained(*memory_advice(extension, settings, form)):
@@ -127,6 +127,8 @@ def train(
     save_trained(trainer, config, files.output)
     return {
         **run,
+        "settings": settings.model_dump(),
+        "activations": form,
         "versions": versions(),
         "machine": machine() | ({"gpu": torch.cuda.get_device_name(torch_device)} if torch_device.type == "cuda" else {}),
         "precision": {"base": BASE_PRECISION[settings.method], "autocast": dtype_name(compute_dtype(torch_device))},
@@ -178,10 +180,10 @@ def load_windows(data: str, extension: RopeExtension, settings: TrainingSettings
 
 
 def describe_run(
-    files: TrainingFiles, num_windows: int, extension: RopeExtension, settings: TrainingSettings, seed: int, form: Form
+    files: TrainingFiles, num_windows: int, extension: RopeExtension, settings: TrainingSettings, seed: int
 ) -> dict:
-    """Everything that the trained weights depend on, to the last bit. A training resumes only from checkpoints of an equal
-    description."""
+    """Everything that the trained weights depend on, but for which activations are kept, which changes rounding and dropout's
+    draws alone. A training resumes only from checkpoints of an equal description."""
     is_remote = is_hub_id(files.base_model)  # and at a commit, which decides its contents
     return {
         "base_model": files.base_model,
@@ -191,8 +193,7 @@ def describe_run(
         "rope_scaling": extension.scaling,
         "rope_factor": extension.factor,
         "rope_theta": extension.theta,
-        "settings": settings.model_dump(),
-        "activations": form,
+        "settings": settings.model_dump(exclude={"memory"}),
         "seed": seed,
     }
 

@@ -46,6 +46,19 @@ def test_a_training_that_cannot_fit_is_refused_with_the_change_that_makes_it_fit
     assert prepared(model_folder, memory="speed", batch_size=8, check=False) == "all"
 
 
+def test_no_context_below_the_models_own_is_tried(machine, model_folder, monkeypatch):
+    """It could not be trained, and would hide the refusal behind an error of its own."""
+    own = 64
+
+    def training_memory(model, extension, settings, device, compute, form) -> Memory:
+        assert extension.target_context >= own
+        return Memory({"inputs": 10**9 + extension.target_context}, "", 0)
+
+    monkeypatch.setattr(training_plans, "training_memory", training_memory)
+    with pytest.raises(ValueError, match="No change of its settings that was tried makes it fit"):
+        prepared(model_folder, memory="auto")
+
+
 def test_a_training_far_smaller_than_the_machine_is_not_traced(machine, model_folder, monkeypatch):
     monkeypatch.setattr(before_training, "total_memory", lambda device: 2**35)
     assert prepared(model_folder, memory="auto") == "all"

@@ -35,6 +35,16 @@ def test_a_training_has_its_parts_and_an_allowance():
     assert found.at_peak.startswith("backward pass of the last layer")
 
 
+def test_dynamic_scaling_takes_the_memory_of_linear_scaling():
+    dynamic, linear = (
+        training_memory(
+            LLAMA, RopeExtension(target_context=256, scaling=scaling), TrainingSettings(rank=8), "cpu", "float32", "all"
+        )
+        for scaling in ("dynamic", "linear")
+    )
+    assert dynamic == linear
+
+
 def test_paged_optimizer_state_of_large_weights_is_on_the_host():
     model = LLAMA | {"intermediate_size": 16384}
     settings = TrainingSettings(rank=8, target_modules=["gate_proj"])

@@ -197,3 +197,21 @@ def test_without_a_plan_there_are_no_resources(plan_file, tmp_path):
     assert job_resources(plan_file, "training", "a", None, 1) == {}
     plan_file.write_text(json.dumps({"device": None, "jobs": [], "problem": "why"}))
     assert job_resources(plan_file, "training", "a", None, 1) == {}
+
+
+@pytest.mark.parametrize("job", [{}, {"stage": "training", "system": "a", "host": "12"}, [], None])
+def test_a_job_of_another_version_gives_no_resources(plan_file, job):
+    plan_file.write_text(json.dumps({"device": {"kind": "cuda"}, "jobs": [job]}))
+    assert job_resources(plan_file, "training", "a", None, 1) == {}
+
+
+def test_a_length_that_is_not_planned_has_the_resources_of_the_longest(plan_file):
+    assert job_resources(plan_file, "perplexity", "a", 100, 1) == job_resources(plan_file, "perplexity", "a", 1024, 1)
+
+
+def test_processes_on_a_cpu_share_its_memory(demo, traces):
+    cpu = replace(CARD, name="CPU", compute="float32", memory=2 * 85_000)
+    demo["systems"] = {"base": {}, "longqlora": {"target_context": 8192, "training": {"num_processes": 2}}}
+    demo["training"] = {"steps": 1, "batch_size": 1}
+    job = jobs_of(plan_of(demo, cpu), "training")["longqlora"]
+    assert (job["form"], job["fits"], job["host"]) == ("linear_outputs", True, 2_000_000)  # 20,000 + 4 x 8192 of 85,000

@@ -68,6 +68,13 @@ def test_accumulation_and_checkpointing_change_no_loss(model_folder, corpus, tmp
         assert row["loss"] == pytest.approx(expected["loss"], abs=2e-2)  # bfloat16 where the CPU has it
 
 
+def test_a_training_resumes_with_other_activations(model_folder, corpus, tmp_path):
+    """With more or less memory than before, the steps that are done are not lost."""
+    train_tiny(model_folder, corpus, tmp_path / "a", steps=4, checkpoint_steps=2)
+    card = train_tiny(model_folder, corpus, tmp_path / "a", steps=4, checkpoint_steps=2, memory="smallest", form="layer_inputs")
+    assert (card["resumed_from_step"], card["activations"]) == (4, "layer_inputs")
+
+
 @pytest.mark.parametrize("settings", [{}, {"method": "full", "learning_rate": 1e-3}], ids=["adapter", "all weights"])
 def test_the_last_steps_have_full_attention(model_folder, corpus, tmp_path, monkeypatch, settings):
     calls, attend = [], attention.shifted_sparse_attention
