@@ -243,9 +243,10 @@ def test_the_plan_knows_all_jobs_and_gives_them_their_resources(project):
     assert {job["stage"] for job in plan["jobs"]} == {"training", "merging", "perplexity", "retrieval"}
     assert {(job["problem"], job["fits"]) for job in plan["jobs"]} == {(None, True)}
     run = snakemake(project, "-n", "--forcerun", "train_adapter")
-    (resources,) = re.findall(r"wildcards: system=longqlora\n.*resources: (.*)", run.stdout + run.stderr)
-    assert re.search(r"\bmem_mb=\d{3,4}\b", resources)
-    assert re.search(r"\bruntime=\d+\b", resources)
+    found = re.findall(r"rule train_adapter:\n(?:    .*\n)*?    resources: (.*)", run.stdout + run.stderr)
+    assert found
+    assert all(re.search(r"\bmem_mb=\d{3,4}\b", resources) for resources in found)
+    assert all(re.search(r"\bruntime=\d+\b", resources) for resources in found)
 
 
 def test_nothing_is_left_to_do(project):
