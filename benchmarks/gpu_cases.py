@@ -27,7 +27,7 @@ from longqlora.modeling.attention import shifted_sparse_attention
 from longqlora.modeling.chunked_loss import summed_nll
 from longqlora.modeling.devices import compute_dtype, dtype_name, find_device, keep_freed_memory, weight_dtype
 from longqlora.publishing.merging import nf4_round_trip
-from longqlora.training.activations import Form
+from longqlora.training.activations import Form, forms_on
 
 AUTOCAST_TYPES = (
     "longqlora.modeling.loading",
@@ -247,7 +247,7 @@ def take_steps(
     where, kind, started = find_device(device), CASES[case], time.perf_counter()
     keep_freed_memory(where)
     with compute_in(dtype):
-        model = prepare_case(kind, shape, "nf4", tokens, where, form=form)
+        model = prepare_case(kind, shape, "nf4", tokens, where, form=form if form in forms_on(where.type) else None)
         if documents > 1:
             parts = torch.arange(tokens).tensor_split(documents)
             positions = torch.cat([torch.arange(len(part)) for part in parts])[None].to(where)  # [1, n]
