@@ -33,6 +33,8 @@ def short_forward(layer: Any):
     probability = getattr(layer.lora_dropout[name], "p", 0.0)  # without dropout, peft has an identity there
 
     def forward(x: torch.Tensor) -> torch.Tensor:
+        if layer.disable_adapters:  # in peft's context manager
+            return layer.base_layer(x)
         a, b = layer.lora_A[name], layer.lora_B[name]
         inputs = x if torch.is_autocast_enabled(x.device.type) else x.to(a.weight.dtype)
         scaling = layer.scaling[name]

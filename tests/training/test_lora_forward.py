@@ -33,6 +33,14 @@ def test_the_result_and_its_gradients_are_those_of_peft(settings):
             torch.testing.assert_close(gradient, reference)
 
 
+def test_an_adapter_that_is_disabled_adds_nothing():
+    layer = lora_layers(dropout=0.0)[0]
+    x = torch.randn(2, 5, layer.in_features, dtype=torch.float64)
+    assert not torch.equal(layer(x), layer.base_layer(x))
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), layer.base_layer(x))
+
+
 def test_dropout_leaves_the_mean_of_the_result():
     layer = lora_layers(dropout=0.3)[0]
     x = torch.randn(1, 8, layer.in_features, dtype=torch.float64)
