@@ -24,8 +24,8 @@ from longqlora.modeling.attention import register_shifted_sparse_attention
 from longqlora.modeling.chunked_loss import use_chunked_loss
 from longqlora.modeling.devices import compute_dtype, dtype_name, find_device, keep_freed_memory, weight_dtype
 from longqlora.modeling.rope import extend_context
-from longqlora.planning.cost import RECOMPUTED
 from longqlora.planning.fake_models import put_weights
+from longqlora.planning.work import RECOMPUTED
 from longqlora.training.activations import Form, keep_activations
 from longqlora.training.adapters import FLOAT32, add_adapter, base_dtypes
 

@@ -15,7 +15,9 @@ from longqlora.planning import cost, peak_memory
 from longqlora.planning.cards import Card
 from longqlora.planning.changes import Change
 from longqlora.planning.data_sizes import evaluation_windows, training_windows
+from longqlora.planning.disk import most_data_bytes, system_bytes
 from longqlora.planning.training_plans import TracedOnce, TrainingPlans, traced_as
+from longqlora.planning.work import shape_of
 from longqlora.preflight import fit_problems
 from longqlora.training.activations import Form
 
@@ -217,20 +219,24 @@ class Planner:
                     yield name, None
 
     def disk(self) -> dict[str, int]:
-        """Disk space in bytes: ``after`` the run, and the most that is needed ``during`` it, by models, adapters and
-        checkpoints; texts and tokens are not counted."""
+        """Disk space in bytes: of models and adapters ``after`` the run, the most that they need ``during`` it, with
+        checkpoints and merges, and that of texts and tokens, ``data``, if each text is as long as it may be."""
         after, extra = 0, 0
         for name in self.experiment.listed:
             system = self.experiment.systems[name]
             if system.training is None:
                 continue
             try:
-                sizes = cost.disk_bytes(self.model_of(system)[0], system.training)
+                sizes = system_bytes(self.model_of(system)[0], system.training)
             except Exception:  # the job of its training says why
                 continue
             after += sizes["model"] + sizes["adapter"]
             extra = max(extra, sizes["checkpoints"], sizes["merging"])
-        return {"after": after, "during": after + extra}
+        try:
+            vocabulary = shape_of(self.config(self.experiment.base_model)).vocabulary
+        except Exception:  # the job of a training says why
+            vocabulary = 0
+        return {"after": after, "during": after + extra, "data": most_data_bytes(self.experiment, vocabulary)}
 
     # --- models ------------------------------------------------------------------------------------------------------------
 

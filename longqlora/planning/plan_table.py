@@ -82,8 +82,10 @@ def notes(plan: dict) -> Iterable[str]:
         rest = f" ({missing} more jobs: unknown, such as cells whose evaluation sets are not prepared yet)" if missing else ""
         yield paragraph(f"Time of these jobs, one after the other: {duration(sum(known))}{rest}; preparing data comes on top.")
     if plan["disk"]["after"]:
-        after, during = (size_on_disk(plan["disk"][when]) for when in ("after", "during"))
-        yield paragraph(f"Disk: {after} of models and adapters after the run, up to {during} during it; without texts.")
+        after, during, data = (size_on_disk(plan["disk"][name]) for name in ("after", "during", "data"))
+        yield paragraph(
+            f"Disk: {after} of models and adapters after the run, up to {during} during it; texts and tokens at most {data}."
+        )
 
 
 def remedy(job: dict) -> str:
