@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from longqlora.config.settings import Device
@@ -81,7 +82,9 @@ def card_named(name: str) -> Card:
     known = [key for key in PUBLISHED if words_of(key) <= words]
     best = max(known, key=lambda key: len(words_of(key)), default=None)
     if best is None or not all(word in WITHOUT_MEANING or word.startswith("sxm") for word in words - words_of(best)):
-        raise ValueError(f"{name!r} is no GPU that is known here; known are {', '.join(PUBLISHED)}")
+        near = [key for key in PUBLISHED if words_of(key) & words] or get_close_matches(name, PUBLISHED, n=3)
+        meant = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"{name!r} is no GPU that is known here{meant}; known are {', '.join(PUBLISHED)}")
     memory, tera_flops, gigabytes, has_bfloat16 = PUBLISHED[best]
     return Card(
         name=best,

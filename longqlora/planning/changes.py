@@ -1,21 +1,22 @@
-"""The cheapest change of a training's settings with which it fits into the memory of a device."""
+"""The cheapest change of settings with which a job fits into the memory of a device."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from longqlora.config.settings import RopeExtension, TrainingSettings
-from longqlora.planning.peak_memory import longest_context
+from longqlora.config.settings import Precision, RopeExtension, TrainingSettings
+from longqlora.planning.peak_memory import Memory, longest_context
 
 PeakOf = Callable[[TrainingSettings, RopeExtension], int]  # bytes of the device
 
 
 @dataclass(frozen=True)
 class Change:
-    """Settings with which a training fits.
+    """Settings with which a job fits.
 
     Attributes:
-        settings: new values by key: of ``training``, and ``target_context`` of the system.
-        peak: bytes of the device with them, and as few activations kept as they allow.
+        settings: new values by key: of ``training``, and ``target_context`` of the system; of a cell the ``precision`` of the
+            system, and the longest ``length`` that fits.
+        peak: bytes of the device with them; of a training with as few activations kept as they allow.
     """
 
     settings: dict[str, int | str]
@@ -49,6 +50,26 @@ def cheapest_change(
 
     length = longest_context(budget, lambda length: peak_of(*shortened(length)))
     return Change(difference(settings, tried) | {window: length}, peak_of(*shortened(length))) if length else None
+
+
+def change_of_cell(
+    memory: Callable[[int, Precision], Memory], length: int, precision: Precision, budget: int | None
+) -> Change | None:
+    """The change with which a cell of perplexity or retrieval fits: weights in 4 bit, and if that is not enough, a shorter
+    length. None if it fits as it is, if not even that helps, or if the memory of the device is unknown.
+
+    Args:
+        memory: what a cell needs, from its length in tokens and the precision of the weights.
+        length, precision: of the cell.
+        budget: memory of the device in bytes.
+    """
+    if budget is None or memory(length, precision).peak <= budget:
+        return None
+    settings: dict[str, int | str] = {} if precision == "nf4" else {"precision": "nf4"}
+    if settings and (peak := memory(length, "nf4").peak) <= budget:
+        return Change(settings, peak)
+    shorter = longest_context(budget, lambda tokens: memory(tokens, "nf4").peak)
+    return Change(settings | {"length": shorter}, memory(shorter, "nf4").peak) if shorter else None
 
 
 def changed_settings(settings: TrainingSettings, *, has_gpu: bool) -> Iterator[TrainingSettings]:

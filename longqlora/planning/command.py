@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import sys
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -22,7 +23,7 @@ from longqlora.modeling.devices import compute_dtype, dtype_name
 from longqlora.planning.cards import Card, card_named, card_with_memory, probe
 from longqlora.planning.models import config_to_plan
 from longqlora.planning.plan import Planner
-from longqlora.planning.plan_table import format_plan
+from longqlora.planning.plan_table import format_contexts, format_plan
 
 log = logging.getLogger(__name__)
 
@@ -39,15 +40,43 @@ def plan_command(options: argparse.Namespace) -> None:
         experiment = load_experiment(read_configuration(options.config))
     except ConfigError as error:
         raise ValueError(f"the configuration cannot run:\n{error}") from None
+    replaced = dict(options.model)
+    check_replaced(replaced, experiment)
     transformers.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")  # they are for those who write code
     card = chosen_card(options, experiment)
-    plan = Planner(experiment, card, partial(config_to_plan, experiment, dict(options.model))).plan()
+    planner = Planner(experiment, card, partial(config_to_plan, experiment, replaced), tell=show_status)
+    plan = planner.plan()
+    show_status("")
     problems = {job["problem"] for job in plan["jobs"]}
     if None not in problems:
         raise ValueError("\n".join(sorted(problems)))
-    print(json.dumps(plan, indent=2) if options.json else format_plan(plan))
+    if not options.json:
+        print(format_plan(plan), flush=True)
+    plan["longest_context"] = dict(planner.longest_contexts())
+    show_status("")
+    contexts = format_contexts(plan["longest_context"])
+    if options.json or contexts:
+        print(json.dumps(plan, indent=2) if options.json else f"\n{contexts}")
+
+
+def show_status(text: str) -> None:
+    """Show on a terminal what is being planned, in place of what was shown before; nothing elsewhere."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def check_replaced(folders: dict[str, str], experiment: Experiment) -> None:
+    """Check that models whose ``config.json`` is in another folder belong to the experiment.
+
+    Raises:
+        ValueError: if one does not; the message lists those that do.
+    """
+    models = sorted({experiment.base_model, *(system.model for system in experiment.systems.values())})
+    for path in folders:
+        if path not in models:
+            raise ValueError(f"--model {path}: the configuration has no such model; it has {', '.join(models)}")
 
 
 def read_configuration(paths: list[str]) -> dict:
@@ -64,6 +93,8 @@ def read_configuration(paths: list[str]) -> dict:
                 found = yaml.safe_load(file)
             if repeated := list(duplicate_keys(path)):
                 raise ConfigError(repeated)
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: is no text file; a configuration is YAML, such as config/config.yaml") from None
         except yaml.YAMLError as error:
             raise ValueError(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
         if not isinstance(found, dict):
@@ -110,7 +141,7 @@ def write_plan(completed: dict, path: str) -> None:
     experiment = Experiment.model_validate_json(json.dumps(completed))
     try:
         card = quiet_card(experiment.device)
-        plan = Planner(experiment, card, partial(config_to_plan, experiment, {})).plan(with_contexts=False)
+        plan = Planner(experiment, card, partial(config_to_plan, experiment, {})).plan()
     except Exception as error:  # any
         log.exception("there is no plan")
         plan = {"experiment": experiment.name, "device": None, "jobs": [], "problem": f"{type(error).__name__}: {error}"}

@@ -5,15 +5,14 @@ A plan needs the ``config.json`` of the models, no weights and no data. Jobs tha
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import cache
 
 from longqlora.config.completed import Experiment, System
-from longqlora.config.settings import RopeExtension, TrainingSettings
+from longqlora.config.settings import Precision, RopeExtension, TrainingSettings
 from longqlora.config.systems import evaluated_model, extension_of
 from longqlora.modeling.scaling_candidates import candidates
 from longqlora.planning import cost, peak_memory
 from longqlora.planning.cards import Card
-from longqlora.planning.changes import Change
+from longqlora.planning.changes import Change, change_of_cell
 from longqlora.planning.data_sizes import evaluation_windows, training_windows
 from longqlora.planning.disk import most_data_bytes, system_bytes
 from longqlora.planning.training_plans import TracedOnce, TrainingPlans, traced_as
@@ -40,7 +39,7 @@ class Job:
         seconds: of the job, with loading.
         fits: whether the peak is within what the device has for a process.
         form: of a training: the activations that it keeps (:mod:`longqlora.training.activations`).
-        change: of a training that does not fit: the cheapest change with which it does.
+        change: of a training or a cell that does not fit: the cheapest change with which it does.
         problem: why the job could not be planned.
     """
 
@@ -65,18 +64,18 @@ class Planner:
         experiment: with everything filled in.
         card: the device that they run on; with ``memory`` None, nothing is said about what fits.
         read_config: reads the ``config.json`` of a model.
+        tell: is told what is being planned, because it takes seconds.
     """
 
-    def __init__(self, experiment: Experiment, card: Card, read_config: ReadConfig):
-        self.experiment, self.card, self.config = experiment, card, cache(read_config)
+    def __init__(
+        self, experiment: Experiment, card: Card, read_config: ReadConfig, tell: Callable[[str], None] = lambda text: None
+    ):
+        self.experiment, self.card, self.read_config, self.tell = experiment, card, read_config, tell
+        self.configs: dict[str, dict | Exception] = {}
         self.once = TracedOnce()
 
-    def plan(self, *, with_contexts: bool = True) -> dict:
-        """The plan, as its JSON file has it (docs/plan.md).
-
-        Args:
-            with_contexts: search for the longest contexts, which takes most of the time.
-        """
+    def plan(self) -> dict:
+        """The plan, as its JSON file has it (docs/plan.md), without the longest contexts, which take most of the time."""
         jobs = list(self.jobs())
         known = [job.seconds for job in jobs if job.seconds is not None]
         return {
@@ -89,7 +88,7 @@ class Planner:
             },
             "jobs": [asdict(job) for job in jobs],
             "seconds": sum(known) if known and len(known) == len(jobs) else None,
-            "longest_context": dict(self.longest_contexts()) if with_contexts else {},
+            "longest_context": {},
             "disk": self.disk(),
         }
 
@@ -110,6 +109,7 @@ class Planner:
 
     def planned(self, job: Job, needs: Callable[[Job], dict]) -> Job:
         """A job with what it needs, or with the reason why that is unknown: a plan must not stop a run."""
+        self.tell(f"{job.stage} of {job.system} at {job.length:,} tokens")
         try:
             system = self.experiment.systems[job.system]
             if problems := list(fit_problems(self.config(system.model), system)):
@@ -172,11 +172,19 @@ class Planner:
         """Memory and time of a cell of perplexity."""
         evaluated, adapter = evaluated_model(self.experiment, job.system), self.adapter_on(job.system)
         model, card = self.config(self.experiment.systems[job.system].model), self.card
-        found = self.once(
-            peak_memory.evaluation_memory, model, job.length, evaluated.precision, card.device, card.compute,
-            adapter=adapter, attention=evaluated.attention,
-        )  # fmt: skip
-        needs = {"memory": found, "processes": self.experiment.evaluation.num_processes}
+        processes = self.experiment.evaluation.num_processes
+
+        def memory(length: int, precision: Precision) -> peak_memory.Memory:
+            return self.once(
+                peak_memory.evaluation_memory, model, length, precision, card.device, card.compute, adapter=adapter,
+                attention=evaluated.attention,
+            )  # fmt: skip
+
+        needs = {
+            "memory": memory(job.length, evaluated.precision),
+            "processes": processes,
+            "change": change_of_cell(memory, job.length, evaluated.precision, self.memory_of_one(processes)),
+        }
         windows = evaluation_windows(self.experiment, job.system, job.length)
         if windows is None:
             return needs
@@ -190,13 +198,19 @@ class Planner:
         """Memory and time of a cell of retrieval."""
         system, adapter = self.experiment.systems[job.system], self.adapter_on(job.system)
         model, card, settings = self.config(system.model), self.card, self.experiment.retrieval
-        found = self.once(
-            peak_memory.retrieval_memory, model, job.length, system.precision, card.device, card.compute,
-            adapter=adapter, attention=system.evaluation_attention, device_memory=card.memory, tasks=settings.tasks,
-            samples=settings.samples,
-        )  # fmt: skip
-        seconds = cost.retrieval_seconds(model, job.length, settings, system.precision, card, adapter=adapter)
-        return {"memory": found, "seconds": seconds}
+
+        def memory(length: int, precision: Precision) -> peak_memory.Memory:
+            return self.once(
+                peak_memory.retrieval_memory, model, length, precision, card.device, card.compute, adapter=adapter,
+                attention=system.evaluation_attention, device_memory=card.memory, tasks=settings.tasks,
+                samples=settings.samples,
+            )  # fmt: skip
+
+        return {
+            "memory": memory(job.length, system.precision),
+            "seconds": cost.retrieval_seconds(model, job.length, settings, system.precision, card, adapter=adapter),
+            "change": change_of_cell(memory, job.length, system.precision, card.memory),
+        }
 
     def adapter_on(self, name: str) -> TrainingSettings | None:
         """Settings of the adapter that a system is evaluated with, if it is not merged."""
@@ -212,6 +226,7 @@ class Planner:
         is none; None for one that could not be planned, for windows of PoSE, and for a device of unknown memory."""
         for name, system in self.experiment.systems.items():
             if system.training:
+                self.tell(f"longest context of {name}")
                 try:
                     model, extension = self.model_of(system)
                     yield name, self.plans(model, trained_by(system)).longest_context(trained_by(system), extension)
@@ -239,6 +254,19 @@ class Planner:
         return {"after": after, "during": after + extra, "data": most_data_bytes(self.experiment, vocabulary)}
 
     # --- models ------------------------------------------------------------------------------------------------------------
+
+    def config(self, path: str) -> dict:
+        """The ``config.json`` of a model, read once; also one that cannot be read is tried once."""
+        if path not in self.configs:
+            self.tell(f"config.json of {path}")
+            try:
+                self.configs[path] = self.read_config(path)
+            except Exception as error:
+                self.configs[path] = error
+        found = self.configs[path]
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def model_of(self, system: System) -> tuple[dict, RopeExtension]:
         """The model that a system is trained on, and how its context is extended; ``best`` scalings need the same memory."""

@@ -21,7 +21,7 @@ FORMS = {
 
 
 def format_plan(plan: dict) -> str:
-    """A plan in paragraphs: what each job needs, the parts of trainings, what does not fit, the longest contexts, totals.
+    """A plan in paragraphs: what each job needs, the parts of trainings, what does not fit, totals.
 
     Args:
         plan: as :meth:`longqlora.planning.plan.Planner.plan` makes it.
@@ -62,20 +62,12 @@ def parts_of_trainings(jobs: Sequence[dict]) -> str:
 
 
 def notes(plan: dict) -> Iterable[str]:
-    """Yield paragraphs on what does not fit or could not be planned, the longest contexts and the totals."""
+    """Yield paragraphs on what does not fit or could not be planned, and the totals."""
     jobs = plan["jobs"]
     for job, name in grouped([job for job in jobs if job["fits"] is False]):
         yield paragraph(f"{job['stage']} of {name} at {job['length']:,} tokens does not fit. {remedy(job)}")
     for problem, named in grouped_by_problem(jobs).items():
         yield paragraph(f"Not planned: {', '.join(named)}. {problem}")
-    contexts = plan["longest_context"]
-    lengths = sorted({length for length in contexts.values() if length is not None})
-    if lengths:
-        names = [", ".join(name for name, longest in contexts.items() if longest == length) for length in lengths]
-        found = "; ".join(
-            f"{length:,} ({name})" if length else f"none ({name})" for length, name in zip(lengths, names, strict=True)
-        )
-        yield paragraph(f"The longest context in tokens that a training fits with, in steps of 1024: {found}.")
     known = [job["seconds"] for job in jobs if job["seconds"] is not None]
     if known:
         missing = len([job for job in jobs if job["seconds"] is None])
@@ -88,11 +80,23 @@ def notes(plan: dict) -> Iterable[str]:
         )
 
 
+def format_contexts(contexts: dict[str, int | None]) -> str:
+    """The longest contexts as a paragraph; empty if none is known.
+
+    Args:
+        contexts: tokens by trained system; 0: none fits.
+    """
+    lengths = sorted({length for length in contexts.values() if length is not None})
+    names = [", ".join(name for name, longest in contexts.items() if longest == length) for length in lengths]
+    found = [f"{length:,} ({name})" if length else f"none ({name})" for length, name in zip(lengths, names, strict=True)]
+    told = f"The longest context in tokens that a training fits with, in steps of 1024: {'; '.join(found)}."
+    return paragraph(told) if found else ""
+
+
 def remedy(job: dict) -> str:
     """What helps a job that does not fit."""
-    if job["stage"] != "training":
-        shorter = "a shorter length" if job["stage"] != "merging" else "a device with more memory"
-        return f"What helps: {'precision: nf4, or ' if job['stage'] == 'perplexity' else ''}{shorter}."
+    if job["stage"] == "merging":
+        return "What helps: a device with more memory."
     if job["change"] is None:
         return "No change of its settings that was tried makes it fit, not even the shortest context."
     settings = ", ".join(f"{key}: {value}" for key, value in job["change"]["settings"].items())

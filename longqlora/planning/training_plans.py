@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from longqlora.config.settings import Device, RopeExtension, TrainingSettings
-from longqlora.modeling.rope import context_in
+from longqlora.modeling.rope import context_in, scaling_problems
 from longqlora.planning.changes import Change, cheapest_change
 from longqlora.planning.peak_memory import Memory, longest_context, training_memory
 from longqlora.training.activations import Form, choose_form, forms_on
 
 WITHOUT_MEMORY = (
     "steps", "epochs", "gradient_accumulation", "alpha", "loraplus_ratio", "learning_rate", "warmup_steps", "max_grad_norm",
-    "weight_decay",
+    "weight_decay", "full_attention_share",
 )  # fmt: skip
 """Settings that the memory does not depend on."""
 TRACED_CONTEXT = 2**15
@@ -59,7 +59,15 @@ class TrainingPlans:
     def memory(self, settings: TrainingSettings, extension: RopeExtension, form: Form | None = None) -> Memory:
         """Peak memory of a training that keeps the activations of a form; by default those that it chooses."""
         form = form or self.form(settings, extension)
-        return self.traced(training_memory, self.model, extension, traced_as(settings), self.device, self.compute, form)
+        return self.traced(
+            training_memory, self.model, self.extended_as(extension), traced_as(settings), self.device, self.compute, form
+        )
+
+    def extended_as(self, extension: RopeExtension) -> RopeExtension:
+        """The linear extension to the same context, because all scalings need the same memory; that of a model which is scaled
+        already stays."""
+        linear = RopeExtension(target_context=extension.target_context)
+        return extension if any(scaling_problems(self.model, linear)) else linear
 
     def form(self, settings: TrainingSettings, extension: RopeExtension) -> Form:
         """The activations that a training keeps; on a GPU of unknown memory as few as without offloading them."""

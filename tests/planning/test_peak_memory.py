@@ -35,14 +35,15 @@ def test_a_training_has_its_parts_and_an_allowance():
     assert found.at_peak.startswith("backward pass of the last layer")
 
 
-def test_dynamic_scaling_takes_the_memory_of_linear_scaling():
-    dynamic, linear = (
+@pytest.mark.parametrize("scaling", ["dynamic", "yarn", "llama3", "ntk"])
+def test_every_scaling_takes_the_memory_of_linear_scaling(scaling):
+    other, linear = (
         training_memory(
-            LLAMA, RopeExtension(target_context=256, scaling=scaling), TrainingSettings(rank=8), "cpu", "float32", "all"
+            LLAMA, RopeExtension(target_context=256, scaling=name), TrainingSettings(rank=8), "cuda", "bfloat16", "layer_inputs"
         )
-        for scaling in ("dynamic", "linear")
+        for name in (scaling, "linear")
     )
-    assert dynamic == linear
+    assert other == linear
 
 
 def test_paged_optimizer_state_of_large_weights_is_on_the_host():

@@ -13,7 +13,7 @@ from longqlora.planning.models import config_to_plan
 from longqlora.planning.peak_memory import Memory
 from longqlora.planning.plan import Planner
 from longqlora.planning.plan_file import job_resources
-from longqlora.planning.plan_table import format_plan
+from longqlora.planning.plan_table import format_contexts, format_plan
 
 CARD = Card("card", memory=100_000, compute="bfloat16", matmul_rate=1e12, bandwidth=1e12)
 FORM_BYTES = {"all": 8, "linear_outputs": 4, "layer_inputs": 2, "offloaded": 1}  # per token
@@ -43,9 +43,10 @@ def traces(monkeypatch) -> list[tuple]:
 
 
 def plan_of(config: dict, card: Card = CARD) -> dict:
-    """The plan of a configuration, as its JSON file has it."""
+    """The plan of a configuration, as its JSON file has it, with the longest contexts."""
     experiment = load_experiment(config)
-    return json.loads(json.dumps(Planner(experiment, card, partial(config_to_plan, experiment, {})).plan()))
+    planner = Planner(experiment, card, partial(config_to_plan, experiment, {}))
+    return json.loads(json.dumps(planner.plan() | {"longest_context": dict(planner.longest_contexts())}))
 
 
 def jobs_of(made: dict, stage: str) -> dict[str, dict]:
@@ -73,7 +74,8 @@ def test_every_job_that_runs_a_model_is_planned(demo, traces):
 
 def test_equal_trainings_are_traced_once(demo, traces):
     same = {"target_context": 256, "training": {"steps": 9, "learning_rate": 0.1}}
-    demo["systems"] = {"base": {}, "one": {"target_context": 256, "training": {}}, "two": same}
+    other = {"target_context": 256, "rope_scaling": "yarn", "training": {"full_attention_share": 0.5}}
+    demo["systems"] = {"base": {}, "one": {"target_context": 256, "training": {}}, "two": same, "three": other}
     plan_of(demo)
     contexts = [(context, form) for context, settings, form in traces if context == 256]
     assert len(contexts) == len(set(contexts))
@@ -127,6 +129,8 @@ def test_the_longest_context_is_the_one_with_which_a_training_fits(demo, traces)
     demo["systems"] = {"base": {}, "longqlora": {"target_context": 256, "training": {"batch_size": 1}}}
     made = plan_of(demo, replace(CARD, memory=20_000 + 7_300))
     assert made["longest_context"] == {"longqlora": 7168}
+    assert "7,168 (longqlora)" in format_contexts(made["longest_context"])
+    assert format_contexts({"one": None}) == ""
 
 
 def test_what_cannot_be_planned_says_why_and_stops_nothing(demo, traces, monkeypatch):
@@ -142,6 +146,45 @@ def test_what_cannot_be_planned_says_why_and_stops_nothing(demo, traces, monkeyp
     assert made["longest_context"] == {"longqlora": None}
     text = format_plan(made)
     assert "Not planned: longqlora. an unusual layer" in text
+
+
+def test_a_cell_that_does_not_fit_is_told_the_precision_or_the_length_with_which_it_does(demo, traces, monkeypatch):
+    def memory(model, length, precision, *_, **options) -> Memory:
+        return Memory({"weights": 20_000 if precision == "nf4" else 80_000, "layer inputs": 10 * length}, "", 10)
+
+    monkeypatch.setattr(peak_memory, "evaluation_memory", memory)
+    demo["systems"] = {"base": {"precision": "bfloat16"}, "small": {"precision": "nf4"}}
+    demo["evaluation"]["lengths"], demo["retrieval"]["lengths"] = [128, 4096], [4096]
+    made = plan_of(demo, replace(CARD, memory=82_000))
+    found = [(job["system"], job["length"], job["fits"], job["change"]) for job in made["jobs"] if job["stage"] == "perplexity"]
+    assert found[:2] == [
+        ("base", 128, True, None),
+        ("base", 4096, False, {"settings": {"precision": "nf4"}, "peak": 20_000 + 40_960}),
+    ]
+    assert "The cheapest change with which it does: precision: nf4" in " ".join(format_plan(made).split())
+    tight = jobs_of(plan_of(demo, replace(CARD, memory=40_000)), "perplexity")  # the longest length comes last
+    assert tight["base"]["change"] == {"settings": {"precision": "nf4", "length": 1024}, "peak": 30_240}
+    assert tight["small"]["change"] == {"settings": {"length": 1024}, "peak": 30_240}
+
+
+def test_a_model_that_cannot_be_read_is_asked_for_once(demo, traces):
+    demo["systems"] = {"far": {"model": "nobody/nothing"}}
+    asked = []
+
+    def read(path):
+        asked.append(path)
+        raise ValueError("no network")
+
+    Planner(load_experiment(demo), CARD, read).plan()
+    assert sorted(asked) == sorted({*asked})
+    assert "nobody/nothing" in asked
+
+
+def test_what_is_being_planned_is_told(demo, traces):
+    told = []
+    experiment = load_experiment(demo)
+    Planner(experiment, CARD, partial(config_to_plan, experiment, {}), told.append).plan()
+    assert "training of longqlora at 256 tokens" in told
 
 
 def test_without_a_known_memory_nothing_is_said_about_what_fits(demo, traces):
