@@ -37,6 +37,7 @@ SIZES = (
     "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "vocab_size",
     "sliding_window", "original_max_position_embeddings",
 )  # fmt: skip
+DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
 ROPE_NUMBERS = ("factor", "rope_theta", "original_max_position_embeddings")
 
 
@@ -338,7 +339,7 @@ def read_config(folder: Path) -> dict:
     """The ``config.json`` of a model.
 
     Raises:
-        ValueError: if it is not a JSON object, or a size or a value of RoPE in it is not a number.
+        ValueError: if it is not a JSON object, a size or a value of RoPE in it is not a number, or its dtype is unknown.
     """
     file = folder / "config.json"
     try:
@@ -350,6 +351,10 @@ def read_config(folder: Path) -> dict:
     for key in SIZES:
         if not isinstance(config.get(key) or 0, int):
             raise ValueError(f"{file}: {key} is {config[key]!r}, expected a whole number")
+    for key in ("dtype", "torch_dtype"):
+        value = config.get(key)
+        if value is not None and str(value).removeprefix("torch.") not in DTYPES:
+            raise ValueError(f"{file}: {key} is {value!r}, expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
     for key, value in rope_numbers(config):
         if not isinstance(value or 0, int | float):
             raise ValueError(f"{file}: {key} is {value!r}, expected a number")
