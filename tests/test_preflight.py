@@ -262,6 +262,9 @@ def test_a_folder_without_weights_or_with_a_broken_configuration_is_told(tmp_pat
     (folder / "config.json").write_text("[1]")
     with pytest.raises(ConfigError, match=r"^base_model\.path: .*config\.json: expected a JSON object, found list"):
         check(demo)
+    (folder / "config.json").write_text('{"torch_dtype": "float7"}')
+    with pytest.raises(ConfigError, match=r"^base_model\.path: .*config\.json: torch_dtype is 'float7', expected float32, "):
+        check(demo)
     (folder / "config.json").write_text('{"hidden_size": "64"}')
     with pytest.raises(ConfigError, match=r"^base_model\.path: .*config\.json: hidden_size is '64', expected a whole number"):
         check(demo)
@@ -269,7 +272,6 @@ def test_a_folder_without_weights_or_with_a_broken_configuration_is_told(tmp_pat
         ({"rope_scaling": {"type": "linear", "factor": "2.0"}}, r"rope_scaling\.factor is '2\.0'"),
         ({"rope_parameters": {"original_max_position_embeddings": "64"}}, r"rope_parameters\.original_\w+ is '64'"),
         ({"rope_theta": "10000"}, "rope_theta is '10000'"),
-        ({"torch_dtype": "float7"}, "torch_dtype is 'float7', expected float32"),
     ):
         (folder / "config.json").write_text(json.dumps(value))
         with pytest.raises(ConfigError, match=rf"^base_model\.path: .*config\.json: {key}, expected a number"):

@@ -64,8 +64,8 @@ def parts_of_trainings(jobs: Sequence[dict]) -> str:
 def notes(plan: dict) -> Iterable[str]:
     """Yield paragraphs on what does not fit or could not be planned, and the totals."""
     jobs = plan["jobs"]
-    for job, name in grouped([job for job in jobs if job["fits"] is False]):
-        yield paragraph(f"{job['stage']} of {name} at {job['length']:,} tokens does not fit. {remedy(job)}")
+    for job, name in grouped(misfits(jobs)):
+        yield paragraph(f"{job['stage']} of {name} at {job['length']} tokens does not fit. {remedy(job)}")
     for problem, named in grouped_by_problem(jobs).items():
         yield paragraph(f"Not planned: {', '.join(named)}. {problem}")
     known = [job["seconds"] for job in jobs if job["seconds"] is not None]
@@ -78,6 +78,17 @@ def notes(plan: dict) -> Iterable[str]:
         yield paragraph(
             f"Disk: {after} of models and adapters after the run, up to {during} during it; texts and tokens at most {data}."
         )
+
+
+def misfits(jobs: Iterable[dict]) -> Iterable[dict]:
+    """Yield the jobs that do not fit; of cells that the same settings help the longest alone, with the lengths of all."""
+    same: dict[tuple, list[dict]] = {}
+    for job in jobs:
+        if job["fits"] is False:
+            settings = str(job["change"] and job["change"]["settings"])
+            same.setdefault((job["stage"], job["system"], settings), []).append(job)
+    for group in same.values():
+        yield group[-1] | {"length": ", ".join(f"{job['length']:,}" for job in group)}
 
 
 def format_contexts(contexts: dict[str, int | None]) -> str:
