@@ -31,7 +31,7 @@ def imported_packages(path: Path) -> set[str]:
 
 
 def test_every_imported_package_is_a_declared_dependency(root, project):
-    paths = [root / "Snakefile", *(root / "workflow/rules").glob("*.smk")]
+    paths = [root / "workflow/Snakefile", *(root / "workflow/rules").glob("*.smk")]
     paths += [path for folder in ("longqlora", "workflow/scripts", "benchmarks") for path in (root / folder).rglob("*.py")]
     own = {"longqlora", *(path.stem for path in (root / "benchmarks").glob("*.py"))}
     own |= {"conversion", "gguf", "gradio", "llama_cpp_py_sync", "lm_eval"}  # of extras; imported only where they are asked for

@@ -664,6 +664,18 @@ def test_conda_switched_on_and_a_comment_in_its_environment_rerun_nothing(projec
     environment.write_text(before)
 
 
+@pytest.mark.parametrize("snakefile", ["Snakefile", "workflow/Snakefile"])
+def test_another_main_file_and_working_directory_rerun_nothing(project, tmp_path, snakefile):
+    """The same profile, the same package, the same digests of the code, and the same default target."""
+    where = ["-s", str(project / snakefile), "--directory", str(project)]
+    assert planned(tmp_path, *where) == {}
+    (project / "results/demo/plots/text_lengths.png").unlink()
+    assert planned(tmp_path, *where) == {"plot_text_lengths": 1}
+    run = snakemake(tmp_path, *where)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert (project / "results/demo/plots/text_lengths.png").is_file()
+
+
 def test_unlocking_needs_no_number_of_cores(project):
     run = subprocess.run([sys.executable, "-m", "snakemake", "--unlock"], cwd=project, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

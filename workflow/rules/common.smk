@@ -22,7 +22,7 @@ except ConfigError as error:
     raise WorkflowError(f"the configuration cannot run:\n{error}")
 
 FACTS = FileFacts()
-CODE = Code(Path(workflow.basedir), FACTS)
+CODE = Code(PROJECT, FACTS)
 RESULTS = EXPERIMENT.results
 BASE_MODEL = EXPERIMENT.base_model
 TOKENIZER = EXPERIMENT.tokenizer

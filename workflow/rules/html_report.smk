@@ -1,6 +1,6 @@
 # The report of the experiment: what all other jobs left, in one HTML file.
 
-DESIGN = [Path(workflow.basedir) / "longqlora/reporting" / name for name in ("report.html.jinja", "report.css")]
+DESIGN = [PROJECT / "longqlora/reporting" / name for name in ("report.html.jinja", "report.css")]
 LENGTHS_OF_JOBS = map(str, {*LENGTHS, *EXPERIMENT.retrieval_lengths})
 SCALINGS = [Path(record).stem for record in map(scaling_record, SYSTEMS) if record]
 SERVED = expand("{system}-{format}", system=EXPERIMENT.served, format=EXPERIMENT.serving.gguf if EXPERIMENT.serving else [])
