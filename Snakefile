@@ -1,3 +1,3 @@
-# Leads to the workflow, which is in workflow/Snakefile: does what `include: "workflow/Snakefile"` does, and keeps its default target.
+# Leads to the workflow, which is in workflow/Snakefile. This line includes it and, unlike `include:`, keeps its default target.
 
 workflow.include("workflow/Snakefile", overwrite_default_target=True)

@@ -22,7 +22,7 @@ from longqlora.training.pretraining import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TIERS = {"process", "workflow", "distributed"}
-TIER_OF_MODULE = {"test_workflow": "workflow", "test_launch": "distributed"}
+TIER_OF_MODULE = {"test_workflow": "workflow", "test_workflow_module": "workflow", "test_launch": "distributed"}
 
 SETTINGS = TrainingSettings(
     rank=4, dropout=0.0, steps=30, batch_size=4, gradient_accumulation=1, learning_rate=5e-3, warmup_steps=2, max_grad_norm=1.0,

@@ -67,6 +67,16 @@ def test_the_tested_versions_include_every_dependency_within_its_bounds(root, pr
         assert requirement.specifier.contains(tested[canonicalize_name(requirement.name)]), text
 
 
+def test_the_catalog_of_workflows_finds_what_it_reads(root):
+    """What its README asks of a workflow that others deploy by it: https://github.com/snakemake/snakemake-workflow-catalog."""
+    usage = yaml.safe_load((root / ".snakemake-workflow-catalog.yml").read_text())["usage"]
+    assert usage["software-stack-deployment"]["conda"] is usage["report"] is True
+    assert usage["mandatory-flags"].keys() == {"desc", "flags"}
+    assert (root / "workflow/Snakefile").is_file()
+    assert (root / "config/README.md").is_file()
+    assert {"snakemake", "workflow"} <= set(re.findall(r"\w+", (root / "README.md").read_text().lower()))
+
+
 def test_every_rule_that_runs_a_script_names_the_environment_its_code_a_log_and_what_it_does(root):
     for path in (root / "workflow/rules").glob("*.smk"):
         for rule in re.split(r"(?m)^ *rule ", path.read_text())[1:]:

@@ -41,6 +41,13 @@ WRITES_ANSWERS = bool(set(EXPERIMENT.retrieval.tasks) - {"induction"})  # retrie
 HARNESS = EXPERIMENT.harness_cells  # tasks of lm-evaluation-harness and their lengths
 GPUS = int(EXPERIMENT.device == "cuda")  # needed by a job that runs a model; the profile says how many the machine has
 PLAN = f"{RESULTS}/plan.json"
+
+if workflow.modifier.path_modifier.replace_prefix(PLAN) != PLAN:  # only inputs and outputs would have it, and not params
+    raise WorkflowError(
+        f"a module that uses this workflow cannot have prefix: or replace_prefix:. Its results are in {RESULTS}, which has its name "
+        "from experiment: in the configuration; workdir: and --directory change the folder"
+    )
+
 SYSTEM_VALUES = {name: system.model_dump() for name, system in SYSTEMS.items()}
 
 
