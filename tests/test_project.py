@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 
@@ -65,6 +67,26 @@ def test_the_tested_versions_include_every_dependency_within_its_bounds(root, pr
     for text in chain(project["dependencies"], *project["optional-dependencies"].values()):
         requirement = Requirement(text)
         assert requirement.specifier.contains(tested[canonicalize_name(requirement.name)]), text
+
+
+@pytest.mark.process
+def test_the_container_has_the_python_and_the_files_that_its_packages_are_installed_from(root, project):
+    instructions = (root / "Dockerfile").read_text().replace("\\\n", " ")
+    python = re.search(r"(?m)^FROM python:([\d.]+)-slim", instructions)[1]
+    assert f"Python {python}," in (root / "constraints.txt").read_text().splitlines()[0]  # where these versions were tested
+    environment = yaml.safe_load((root / "environment.yml").read_text())
+    (conda,) = [Requirement(part) for part in environment["dependencies"] if str(part).startswith("python")]
+    assert conda.specifier.contains(f"{python}.1")
+    assert SpecifierSet(project["requires-python"]).contains(f"{python}.1")
+    copied = [name for files in re.findall(r"(?m)^COPY (.*) \.$", instructions) for name in files.split()]
+    ignored = (root / ".dockerignore").read_text().splitlines()
+    assert ignored == ["*", *(f"!{name}" for name in copied)]
+    installs = re.findall(r"pip install [^&\n]*", instructions)
+    assert len(installs) == 2
+    assert all("--constraint constraints.txt" in install for install in installs)
+    (list_dependencies,) = re.findall(r"python -c '(.*?)'", instructions)
+    listed = subprocess.run([sys.executable, "-c", list_dependencies], cwd=root, capture_output=True, text=True, check=True)
+    assert listed.stdout.splitlines() == project["dependencies"]
 
 
 def test_the_catalog_of_workflows_finds_what_it_reads(root):

@@ -16,8 +16,13 @@ onstart:
         logger.warning(f"models and data that are not on this machine are not looked up before the first job: {error}")
     if problems:
         raise WorkflowError(f"no job has started, because these cannot be read:\n{ConfigError(problems)}")
-    uses_conda = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method  # then jobs have other packages
-    needed = set() if uses_conda else {job.rule.name for job in workflow.dag.needrun_jobs()}
+    deployed = workflow.deployment_settings.deployment_method  # then jobs have other packages
+    if DeploymentMethod.APPTAINER in deployed and not Path(IMAGE).is_file():
+        raise WorkflowError(
+            f"no job has started: there is no {IMAGE} in this folder, the container that jobs run in with --sdm apptainer; "
+            "docs/platforms.md tells how to build it"
+        )
+    needed = set() if deployed else {job.rule.name for job in workflow.dag.needrun_jobs()}
     unknown = list(task_problems(EXPERIMENT.evaluation.harness)) if "evaluate_harness" in needed else []
     if {"convert_gguf", "check_gguf"} & needed:
         unknown += package_problems(EXPERIMENT.serving.converter)
