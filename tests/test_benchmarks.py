@@ -51,6 +51,17 @@ def test_every_script_finds_what_it_imports(root, benchmark):
         importlib.import_module(name)
 
 
+def test_the_page_on_large_runs_has_the_tables_that_are_calculated(root, benchmark, tmp_path):
+    scale = importlib.import_module("scale")
+    page = (root / "docs/scale.md").read_text(encoding="utf-8")
+    for title, text in scale.tables().items():
+        assert text in page, f"{title}: python benchmarks/scale.py prints another table"
+    scale.write_experiments(tmp_path)
+    for name in ("70b-32k", "8b-1m"):
+        planned = load_experiment(yaml.safe_load((tmp_path / f"{name}.yaml").read_text(encoding="utf-8")))
+        assert (tmp_path / planned.base_model / "config.json").is_file()
+
+
 @pytest.mark.process
 def test_the_script_measures_every_case_and_writes_json_and_markdown(root, tmp_path):
     output = tmp_path / "results.json"

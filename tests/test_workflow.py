@@ -664,6 +664,20 @@ def test_conda_switched_on_and_a_comment_in_its_environment_rerun_nothing(projec
     environment.write_text(before)
 
 
+def test_containers_switched_on_rerun_nothing_and_no_job_starts_without_the_image(project, tmp_path, monkeypatch):
+    """With a stand-in that says only its version."""
+    apptainer = tmp_path / "bin/apptainer"
+    apptainer.parent.mkdir()
+    apptainer.write_text("#!/bin/sh\necho apptainer version 1.4.0\n")
+    apptainer.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{apptainer.parent}:{os.environ['PATH']}")
+    assert planned(project, "--sdm", "apptainer") == {}
+    run = snakemake(project, "--sdm", "apptainer", "--force", "--", "results/demo/plots/text_lengths.png")
+    assert run.returncode == 1
+    assert "no job has started: there is no container.sif in this folder" in run.stdout + run.stderr
+    assert planned(project) == {}
+
+
 @pytest.mark.parametrize("snakefile", ["Snakefile", "workflow/Snakefile"])
 def test_another_main_file_and_working_directory_rerun_nothing(project, tmp_path, snakefile):
     """The same profile, the same package, the same digests of the code, and the same default target."""
