@@ -15,29 +15,36 @@ MORE_PER_RETRY = 0.5  # of the first attempt's resources
 MB = 10**6
 
 
-def job_resources(plan: Path, stage: str, system: str, length: int | None, attempt: int) -> dict[str, int]:
-    """Resources of a job as Snakemake names them: ``mem`` (MB of main memory), ``gpu_mem_mb`` (of each GPU), and
-    ``runtime`` (minutes); without those that the plan does not know, and none without a plan.
+def job_resources(
+    plan: Path, stage: str, system: str, length: int | None, attempt: int, minutes: int | None = None
+) -> dict[str, int]:
+    """Resources of a job that runs a model, as Snakemake names them: ``mem`` (MB of main memory), ``gpu_mem_mb`` (of each GPU),
+    and ``runtime`` (minutes); without those that the plan does not know, and no memory without a plan.
 
     Args:
         plan: JSON file of the plan.
-        stage, system: of the job.
+        stage, system: of the job. If the plan has no such stage of the system, the memory is that of its largest job.
         length: tokens of its window or prompt; None, or one that is not planned, takes the last job of this stage and system,
             which is the largest.
         attempt: 1 for the first one; later attempts get more.
+        minutes: time of the first attempt, in place of the plan's.
     """
-    jobs = read_jobs(plan, plan.stat().st_mtime_ns) if plan.is_file() else []
-    same = [job for job in jobs if (job["stage"], job["system"]) == (stage, system)]
-    if not same:
-        return {}
+    jobs = [job for job in (read_jobs(plan, plan.stat().st_mtime_ns) if plan.is_file() else []) if job["system"] == system]
+    same = [job for job in jobs if job["stage"] == stage]
+    others = sorted(({**job, "seconds": None} for job in jobs), key=lambda job: job["host"] or 0)
     exact = [job for job in same if job["length"] == length]
-    job, more = (exact or same)[-1], 1 + MORE_PER_RETRY * (attempt - 1)
+    job = (exact or same or others or [dict.fromkeys(("host", "peak", "on_gpu", "seconds"))])[-1]
     values = {
-        "mem": job["host"] and job["host"] * MARGIN * more / MB,
-        "gpu_mem_mb": job["on_gpu"] and job["peak"] and job["peak"] * MARGIN * more / MB,
-        "runtime": job["seconds"] and (job["seconds"] * SLOWER / 60 + MINUTES_TO_START) * more,
+        "mem": job["host"] and job["host"] * MARGIN / MB,
+        "gpu_mem_mb": job["on_gpu"] and job["peak"] and job["peak"] * MARGIN / MB,
+        "runtime": minutes or (job["seconds"] and job["seconds"] * SLOWER / 60 + MINUTES_TO_START),
     }
-    return {name: math.ceil(value) for name, value in values.items() if value}
+    return {name: at_attempt(value, attempt) for name, value in values.items() if value}
+
+
+def at_attempt(value: float, attempt: int) -> int:
+    """What an attempt of a job gets of a resource, if the first one gets ``value``."""
+    return math.ceil(value * (1 + MORE_PER_RETRY * (attempt - 1)))
 
 
 @lru_cache(maxsize=8)

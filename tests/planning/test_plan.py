@@ -233,6 +233,13 @@ def test_resources_are_those_of_the_plan_and_more_on_a_retry(plan_file):
     assert job_resources(plan_file, "perplexity", "a", 512, attempt=1) == {"mem": 640}
 
 
+def test_a_stage_that_is_not_planned_has_the_memory_of_the_systems_largest_job_and_the_time_that_is_given(plan_file):
+    assert job_resources(plan_file, "answers", "a", None, 1) == {"mem": 5000, "gpu_mem_mb": 10_000}
+    assert job_resources(plan_file, "answers", "a", None, 1, minutes=60) == {"mem": 5000, "gpu_mem_mb": 10_000, "runtime": 60}
+    assert job_resources(plan_file, "training", "a", None, 2, minutes=60)["runtime"] == 90
+    assert job_resources(plan_file, "answers", "unknown", None, 1, minutes=60) == {"runtime": 60}
+
+
 def test_without_a_plan_there_are_no_resources(plan_file, tmp_path):
     assert job_resources(tmp_path / "none.json", "training", "a", None, 1) == {}
     assert job_resources(plan_file, "training", "unknown", None, 1) == {}

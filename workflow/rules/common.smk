@@ -11,7 +11,7 @@ from longqlora.jobs.code import Code
 from longqlora.jobs.digests import FileFacts, digest_of_file, digest_of_values
 from longqlora.modeling.base_precision import BASE_PRECISION
 from longqlora.modeling.model_files import model_files, tokenizer_files
-from longqlora.planning.plan_file import job_resources
+from longqlora.planning.plan_file import at_attempt, job_resources
 from longqlora.preflight import check_inputs, is_users_folder
 
 try:
@@ -69,21 +69,46 @@ def code_of(script):
     return CODE.params(f"workflow/scripts/{script}.py")
 
 
-def planned(stage):
-    """Resources of jobs that run a model, for a cluster: main memory (mem_mb), memory of each GPU (gpu_mem_mb) and minutes
-    (runtime), as the plan has them; without a plan there are none. A retry gets more. They rerun nothing. Snakemake makes mem_mb
-    of mem; mem_mb itself could not be left out.
+# What jobs ask of a cluster, for a first attempt; a retry gets more, because memory or time may have been the reason. Resources
+# rerun nothing, and without --resources mem_mb=… a machine does not count its memory. `mem` is in MB: Snakemake makes mem_mb of
+# it, and mem_mb itself could not be left out. `attempt` tells a job which attempt it is (longqlora.jobs.retries).
+
+
+def planned(stage, runtime=None, system=lambda wildcards: wildcards.system):
+    """Resources of jobs that run a model: main memory (mem), memory of each GPU (gpu_mem_mb) and minutes (runtime), as the plan
+    has them; without a plan there is no memory.
 
     Args:
         stage: of longqlora.planning.plan.Job.
+        runtime: minutes, for a job that the plan does not have.
+        system: returns the name of the system by the wildcards.
     """
 
     def resource(name):
-        return lambda wildcards, attempt: job_resources(
-            Path(PLAN), stage, wildcards.system, int(wildcards.length) if "length" in wildcards.keys() else None, attempt
-        ).get(name)
+        def value(wildcards, attempt):
+            length = int(wildcards.length) if "length" in wildcards.keys() else None
+            return job_resources(Path(PLAN), stage, system(wildcards), length, attempt, runtime).get(name)
 
-    return {name: resource(name) for name in ("mem", "gpu_mem_mb", "runtime")}
+        return value
+
+    return {name: resource(name) for name in ("mem", "gpu_mem_mb", "runtime")} | {"attempt": attempt_of_job}
+
+
+def measured(mem, runtime):
+    """Resources of jobs on texts and results: main memory in MB and minutes, at least twice what benchmarks/RESULTS.md has."""
+
+    def resource(first):
+        return lambda wildcards, attempt: at_attempt(first, attempt)
+
+    return {"mem": resource(mem), "runtime": resource(runtime), "attempt": attempt_of_job}
+
+
+def attempt_of_job(wildcards, attempt):
+    """The number of the attempt, from 1 on."""
+    return attempt
+
+
+REPORTING = measured(mem=1000, runtime=30)  # tables, plots, the report
 
 
 # A rule that reads the user's files has a digest of their contents as a param, and Snakemake ignores their dates. Files that the

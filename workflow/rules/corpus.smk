@@ -27,6 +27,8 @@ rule sample_shard:
         shard=one_of(SHARDS),
     conda:
         "../../environment.yml"
+    resources:
+        **measured(mem=2000, runtime=240),
     params:
         *code_of("sample_shard"),
         settings=SAMPLE,
@@ -58,6 +60,8 @@ rule sample_corpus:
         f"{RESULTS}/benchmarks/sample_corpus.tsv"
     conda:
         "../../environment.yml"
+    resources:
+        **measured(mem=1000 + CORPUS.num_texts // 50, runtime=60 + CORPUS.num_texts // 1000),
     params:
         *code_of("sample_corpus"),
         settings=SAMPLE,
@@ -87,6 +91,8 @@ rule plot_text_lengths:
         f"{RESULTS}/benchmarks/plot_text_lengths.tsv"
     conda:
         "../../environment.yml"
+    resources:
+        **REPORTING,
     params:
         *code_of("plot_text_lengths"),
     message:
@@ -108,6 +114,8 @@ rule tokenize_corpus:
         f"{RESULTS}/benchmarks/tokenize_corpus.tsv"
     conda:
         "../../environment.yml"
+    resources:
+        **measured(mem=1000, runtime=60 + CORPUS.num_texts // 1000),
     params:
         *code_of("tokenize_corpus"),
         tokenizer=base_tokenizer,

@@ -21,6 +21,7 @@ if KEY_TOKENS:
         conda:
             "../../environment.yml"
         resources:
+            **planned("perplexity", runtime=480),
             gpu=GPUS,
         params:
             *code_of("find_key_tokens"),
@@ -146,6 +147,7 @@ if HARNESS:
         conda:
             "../../environment.yml"
         resources:
+            **planned("perplexity", runtime=1440),
             gpu=GPUS,
         params:
             *code_of("evaluate_harness"),
@@ -187,6 +189,7 @@ if CHAT:
         conda:
             "../../environment.yml"
         resources:
+            **planned("perplexity", runtime=240),
             gpu=GPUS,
         params:
             *code_of("evaluate_answers"),

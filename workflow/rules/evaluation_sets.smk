@@ -16,6 +16,8 @@ rule prepare_evaluation_set:
         f"{RESULTS}/benchmarks/prepare_evaluation_set/{{dataset}}.tsv"
     conda:
         "../../environment.yml"
+    resources:
+        **measured(mem=2000, runtime=120),
     params:
         *code_of("prepare_evaluation_set"),
         sources=lambda wildcards: DATASETS[wildcards.dataset].paths,
@@ -43,6 +45,8 @@ rule retokenize_evaluation_set:
         f"{RESULTS}/benchmarks/retokenize_evaluation_set/{{system}}/{{dataset}}.tsv"
     conda:
         "../../environment.yml"
+    resources:
+        **measured(mem=2000, runtime=120),
     params:
         *code_of("retokenize_evaluation_set"),
         base_tokenizer=base_tokenizer,
@@ -69,6 +73,8 @@ rule index_evaluation_sets:
         f"{RESULTS}/benchmarks/index_evaluation_sets.tsv"
     conda:
         "../../environment.yml"
+    resources:
+        **measured(mem=4000, runtime=120),
     params:
         *code_of("index_evaluation_sets"),
         sources={name: dataset.paths for name, dataset in DATASETS.items()},

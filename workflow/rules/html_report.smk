@@ -38,6 +38,8 @@ rule render_report:
         f"{RESULTS}/benchmarks/render_report.tsv"
     conda:
         "../../environment.yml"
+    resources:
+        **REPORTING,
     params:
         *code_of("render_report"),
         design=dict(zip([path.name for path in DESIGN], FACTS.find("sha256", DESIGN, digest_of_file))),

@@ -20,6 +20,8 @@ rule plan_run:
     localrule: True
     conda:
         "../../environment.yml"
+    resources:
+        **measured(mem=2000, runtime=60),
     params:
         *code_of("plan_run"),
         planned=digest_of_values(PLANNED),

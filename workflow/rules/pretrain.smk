@@ -14,6 +14,8 @@ rule pretrain_model:
         f"{RESULTS}/benchmarks/pretrain_model.tsv"
     conda:
         "../../environment.yml"
+    resources:
+        **measured(mem=4000, runtime=1440),
     params:
         *code_of("pretrain_model"),
         settings=PRETRAINING.model_dump(),

@@ -30,6 +30,8 @@ rule render_table:
         f"{RESULTS}/benchmarks/render_table.tsv"
     conda:
         "../../environment.yml"
+    resources:
+        **REPORTING,
     params:
         *code_of("render_table"),
         labels=labels_of_rows(),
@@ -60,6 +62,8 @@ rule plot_perplexity:
         f"{RESULTS}/benchmarks/plot_perplexity.tsv"
     conda:
         "../../environment.yml"
+    resources:
+        **REPORTING,
     params:
         *code_of("plot_perplexity"),
         labels=labels_of_rows(),
@@ -88,6 +92,8 @@ rule plot_loss_by_position:
         f"{RESULTS}/benchmarks/plot_loss_by_position.tsv"
     conda:
         "../../environment.yml"
+    resources:
+        **REPORTING,
     params:
         *code_of("plot_loss_by_position"),
         labels=labels_of_rows(),
@@ -122,6 +128,8 @@ rule report_retrieval:
         f"{RESULTS}/benchmarks/report_retrieval.tsv"
     conda:
         "../../environment.yml"
+    resources:
+        **REPORTING,
     params:
         *code_of("report_retrieval"),
         labels=labels_of(TABLE_SYSTEMS),
@@ -151,6 +159,8 @@ if HARNESS:
             f"{RESULTS}/benchmarks/report_harness.tsv"
         conda:
             "../../environment.yml"
+        resources:
+            **REPORTING,
         params:
             *code_of("report_harness"),
             labels=labels_of_rows(),
@@ -183,6 +193,8 @@ if CHAT:
             f"{RESULTS}/benchmarks/report_answers.tsv"
         conda:
             "../../environment.yml"
+        resources:
+            **REPORTING,
         params:
             *code_of("report_answers"),
             labels={system: SYSTEMS[system].label for system in CHAT},
@@ -210,6 +222,8 @@ rule plot_loss:
         f"{RESULTS}/benchmarks/plot_loss.tsv"
     conda:
         "../../environment.yml"
+    resources:
+        **REPORTING,
     params:
         *code_of("plot_loss"),
         labels={system: SYSTEMS[system].label for system in LISTED_TRAINED},
@@ -246,6 +260,8 @@ rule report_ablation:
         f"{RESULTS}/benchmarks/report_ablation/{{ablation}}.tsv"
     conda:
         "../../environment.yml"
+    resources:
+        **REPORTING,
     params:
         *code_of("report_ablation"),
         labels=lambda wildcards: labels_of(EXPERIMENT.ablations[wildcards.ablation].rows),

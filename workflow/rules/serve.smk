@@ -17,6 +17,8 @@ if EXPERIMENT.serving:
             format=one_of(EXPERIMENT.serving.gguf),
         conda:
             "../../environment.yml"
+        resources:
+            **planned("merging", runtime=120),
         params:
             *code_of("convert_gguf"),
             label=lambda wildcards: SYSTEMS[wildcards.system].label,
@@ -44,6 +46,8 @@ if EXPERIMENT.serving:
         conda:
             "../../environment.yml"
         threads: 4  # of a CPU, also where models run on a GPU
+        resources:
+            **planned("merging", runtime=240),
         params:
             *code_of("check_gguf"),
         message:
@@ -69,6 +73,8 @@ if EXPERIMENT.serving:
             f"{RESULTS}/benchmarks/report_serving.tsv"
         conda:
             "../../environment.yml"
+        resources:
+            **REPORTING,
         params:
             *code_of("report_serving"),
             labels=labels_of(EXPERIMENT.served),

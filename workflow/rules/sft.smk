@@ -23,6 +23,8 @@ rule build_sft_set:
         f"{RESULTS}/benchmarks/build_sft_set.tsv"
     conda:
         "../../environment.yml"
+    resources:
+        **measured(mem=1500, runtime=60 + SFT.num_records // 1000),
     params:
         *code_of("build_sft_set"),
         sources=[source.model_dump(by_alias=True) for source in SFT.sources],
@@ -54,6 +56,8 @@ rule plot_sft_shares:
         f"{RESULTS}/benchmarks/plot_sft_shares.tsv"
     conda:
         "../../environment.yml"
+    resources:
+        **REPORTING,
     params:
         *code_of("plot_sft_shares"),
     message:
@@ -74,6 +78,8 @@ rule tokenize_sft:
         f"{RESULTS}/benchmarks/tokenize_sft.tsv"
     conda:
         "../../environment.yml"
+    resources:
+        **measured(mem=1000, runtime=60 + SFT.num_records // 1000),
     params:
         *code_of("tokenize_sft"),
         tokenizer=base_tokenizer,

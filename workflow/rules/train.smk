@@ -3,6 +3,12 @@
 CORES_PER_PROCESS = 4 if GPUS else 1  # --set-threads train_adapter=8 gives other numbers
 
 
+def first_with_scaling(wildcards):
+    """The first system that is extended by a chosen scaling."""
+    record = f"{RESULTS}/scalings/{wildcards.target}-{wildcards.data}-{wildcards.precision}.json"
+    return next((name for name in SYSTEMS if scaling_record(name) == record), None)
+
+
 rule choose_scaling:
     input:
         data=lambda wildcards: getattr(rules, f"tokenize_{wildcards.data}").output.tokens,
@@ -20,6 +26,7 @@ rule choose_scaling:
     conda:
         "../../environment.yml"
     resources:
+        **planned("perplexity", runtime=240, system=first_with_scaling),
         gpu=GPUS,
     params:
         *code_of("choose_scaling"),
@@ -128,6 +135,8 @@ rule publish_model:
         system=one_of(TRAINED),
     conda:
         "../../environment.yml"
+    resources:
+        **measured(mem=2000, runtime=60),
     params:
         *code_of("publish_model"),
         base_model=base_model,
