@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pandas
+import psutil
 import pytest
 import yaml
 
@@ -242,11 +243,12 @@ def test_the_plan_knows_all_jobs_and_gives_them_their_resources(project):
     plan = json.loads((project / "results/demo/plan.json").read_text())
     assert {job["stage"] for job in plan["jobs"]} == {"training", "merging", "perplexity", "retrieval"}
     assert {(job["problem"], job["fits"]) for job in plan["jobs"]} == {(None, True)}
-    run = snakemake(project, "-n", "--forcerun", "train_adapter")
-    found = re.findall(r"rule train_adapter:\n(?:    .*\n)*?    resources: (.*)", run.stdout + run.stderr)
-    assert found
-    assert all(re.search(r"\bmem_mb=\d{3,4}\b", resources) for resources in found)
-    assert all(re.search(r"\bruntime=\d+\b", resources) for resources in found)
+    run = snakemake(project, "-n", "--forceall")
+    found = re.findall(r"rule (\w+):\n(?:    .*\n)*?    resources: (.*)", run.stdout + run.stderr)
+    assert {rule for rule, _ in found} > TRAINING | EVALUATION | {"sample_shard", "tokenize_corpus", "pretrain_model"}
+    for name in ("mem_mb", "runtime", "attempt"):
+        without = {rule for rule, resources in found if not re.search(rf"\b{name}=\d+\b", resources)}
+        assert without <= TARGETS, name
 
 
 def test_nothing_is_left_to_do(project):
@@ -630,7 +632,13 @@ def test_a_job_that_fails_names_its_log_and_the_reason(project, tmp_path):
     assert log == "  log: results/demo/logs/sample_corpus.log"
     assert reason.startswith("  reason: corpus.num_texts asks for 1000000 texts")
     assert len(output.splitlines()) < 25
-    assert "Traceback" in (folder / "results/demo/logs/sample_corpus.log").read_text()
+    text = (folder / log.removeprefix("  log: ")).read_text()
+    assert text.count("Traceback") == text.count("ERROR error: ") == output.count("failed after") == 1
+    assert text.endswith("attempt 3 failed, and another one would fail in the same way\n")
+    assert "attempt 2" not in output
+    edit(folder / "config/config.yaml", lambda config: config["corpus"].update(num_texts=40))
+    run = snakemake(folder, "results/demo/corpus/sample.parquet")
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 # --- what changes nothing --------------------------------------------------------------------------------------------------
@@ -829,6 +837,28 @@ def run_and_kill(folder: Path, target: str, checkpoints: Path, moment: float) ->
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert snakemake(folder, "--unlock").returncode == 0
+
+
+def is_script(process: psutil.Process, name: str) -> bool:
+    """Whether a process is Python with a script of the workflow."""
+    command = process.cmdline()
+    return len(command) > 1 and "python" in Path(command[0]).name and command[-1].endswith(f".{name}.py")
+
+
+def test_a_training_that_is_killed_goes_on_in_a_further_attempt(root, tmp_path):
+    folder, target = copy_project(root, tmp_path), "results/demo/adapters/longqlora"
+    edit(folder / "config/config.yaml", lambda config: config["training"].update(steps=300, checkpoint_steps=25))
+    checkpoints = folder / "results/demo/checkpoints/longqlora"
+    command, output = [sys.executable, "-m", "snakemake", "--cores", "2", target], subprocess.PIPE
+    driver = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, text=True, env=environment())
+    while driver.poll() is None and not any(checkpoints.glob("checkpoint-*")):
+        time.sleep(0.02)
+    (job,) = [each for each in psutil.Process(driver.pid).children(recursive=True) if is_script(each, "train")]
+    job.kill()
+    shown, _ = driver.communicate()
+    assert driver.returncode == 0, shown
+    assert "attempt 2" in shown
+    assert json.loads((folder / "results/demo/training/longqlora.json").read_text())["resumed_from_step"] >= 25
 
 
 def test_a_workflow_that_is_killed_twice_ends_in_the_very_same_adapter(root, tmp_path):

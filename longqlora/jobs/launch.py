@@ -16,9 +16,10 @@ from pydantic import validate_call
 from pydantic_core import to_jsonable_python
 
 from longqlora.jobs.gpus import share_reservation
+from longqlora.jobs.retries import LostProcesses, is_worth_a_retry
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-ARGUMENTS, RESULT, ERROR = "arguments.json", "result.json", "error.txt"  # files in a temporary folder
+ARGUMENTS, RESULT, ERROR = "arguments.json", "result.json", "error.json"  # files in a temporary folder
 
 
 def launch(function: Callable[..., dict], *, num_processes: int, threads: int, by_torchrun: bool = False, **arguments) -> dict:
@@ -38,7 +39,8 @@ def launch(function: Callable[..., dict], *, num_processes: int, threads: int, b
         The result of the first process.
 
     Raises:
-        RuntimeError: if one of several processes fails, with its error. The job's log has what they printed.
+        RuntimeError: if one of several processes fails, with its error; LostProcesses if it may succeed when it is started
+            again. The job's log has what they printed.
     """
     if num_processes == 1 and not by_torchrun:
         return function(**arguments)
@@ -50,9 +52,9 @@ def launch(function: Callable[..., dict], *, num_processes: int, threads: int, b
             environment=process_environment(arguments["device"], threads // num_processes),
         )
         if code:
-            error = Path(folder) / ERROR
-            reason = error.read_text(encoding="utf-8") if error.exists() else f"exit status {code}"
-            raise RuntimeError(f"one of {num_processes} processes failed: {reason}")
+            error = Path(folder) / ERROR  # there is none if a process was killed
+            reason, again = json.loads(error.read_text(encoding="utf-8")) if error.exists() else (f"exit status {code}", True)
+            raise (LostProcesses if again else RuntimeError)(f"one of {num_processes} processes failed: {reason}")
         return json.loads((Path(folder) / RESULT).read_text(encoding="utf-8"))
 
 
@@ -92,12 +94,12 @@ def main(module: str, function: str, folder: str) -> None:
     is_first = os.environ["RANK"] == "0"
     level = logging.INFO if is_first else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    call = validate_call(getattr(import_module(module), function))
     try:
+        call = validate_call(getattr(import_module(module), function))
         result = call(**json.loads((Path(folder) / ARGUMENTS).read_text(encoding="utf-8")))
     except Exception as error:
         with suppress(FileExistsError), (Path(folder) / ERROR).open("x", encoding="utf-8") as file:
-            file.write(f"{type(error).__name__}: {error}")
+            json.dump([f"{type(error).__name__}: {error}", is_worth_a_retry(error)], file)
         raise
     if is_first:
         (Path(folder) / RESULT).write_text(json.dumps(result), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 Import this module first in a script, because it sets the process up before torch is imported:
 
+- Another attempt of a job that would fail again ends at once (:mod:`longqlora.jobs.retries`).
 - Python's garbage collection is off until :func:`job_log` begins. While torch and transformers are imported, garbage collection
   takes a quarter of the time and frees nothing. :func:`importing` is for modules that are imported later.
 - torch reads the settings of its memory allocators when it creates the first tensor, which importing bitsandbytes already does.
@@ -21,6 +22,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from longqlora.jobs.retries import end_if_failed_for_good, is_worth_a_retry, leave_mark, remove_mark
+
+end_if_failed_for_good()
 gc.disable()
 INTERRUPT = signal.getsignal(signal.SIGINT)  # ignored in the background of a shell script
 if INTERRUPT is signal.default_int_handler:
@@ -37,9 +41,10 @@ def job_log(path: str) -> Iterator[None]:
     """Write to the file ``path`` what the job logs and prints, also from native code and from its processes.
 
     On an error, write the traceback, then the error as :mod:`longqlora.jobs.terminal` finds it, its further lines indented, and
-    exit with status 1.
+    exit with status 1; if another attempt would fail in the same way, leave a mark that says so.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    remove_mark(path)
     with open(path, "wb"), open(path, "ab") as file:  # appends, because several processes write to it
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
@@ -56,6 +61,8 @@ def job_log(path: str) -> Iterator[None]:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         message = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{kind}{error}"
         logging.error("error: %s", message.replace("\n", "\n  "))
+        if isinstance(error, Exception) and not is_worth_a_retry(error):
+            leave_mark(path)
         sys.exit(1)
 
 

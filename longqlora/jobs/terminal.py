@@ -19,6 +19,7 @@ from textwrap import shorten
 from types import SimpleNamespace
 
 from longqlora.jobs.progress import duration, newest_step
+from longqlora.jobs.retries import has_failed_for_good
 
 HIDDEN_EVENTS = {"workflow_started", "resources_info", "job_started", "shellcmd", "progress"}
 HIDDEN_MESSAGES = (
@@ -52,6 +53,7 @@ class Job:
         started: seconds since the epoch.
         attempt: 1, or more if it failed and was started again.
         due: seconds since the epoch of its next line.
+        silent: it ends at once, because the attempt before it failed for a reason that remains.
         reason: why it failed.
     """
 
@@ -61,6 +63,7 @@ class Job:
     started: float
     attempt: int
     due: float
+    silent: bool = False
     reason: str = ""
 
     def seconds(self) -> float:
@@ -156,10 +159,12 @@ class Terminal(logging.Handler):
             started=now,
             attempt=before.attempt + 1 if before else 1,
             due=now + pause(0),
+            silent=before is not None and has_failed_for_good(before.log, before.attempt),
         )
         self.failed.pop(record.jobid, None)
         self.running.add(record.jobid)
-        self.write_job(job, f": attempt {job.attempt}" if before else "")
+        if not job.silent:
+            self.write_job(job, f": attempt {job.attempt}" if before else "")
 
     def title(self, rule: str, wildcards: Mapping[str, str]) -> str:
         values = {name: self.labels.get(name, {}).get(value, value) for name, value in wildcards.items()}
@@ -190,7 +195,8 @@ class Terminal(logging.Handler):
         if self.interrupted:
             return self.write_job(job, f": {job.reason.partition('Interrupted: ')[2] or 'interrupted'}")
         self.failed[record.jobid] = job
-        self.write_job(job, f": failed after {duration(job.seconds())}: {shorten(job.reason.splitlines()[0], 100)}")
+        if not job.silent:
+            self.write_job(job, f": failed after {duration(job.seconds())}: {shorten(job.reason.splitlines()[0], 100)}")
 
     def message(self, record) -> None:
         text = record.getMessage()
@@ -216,7 +222,7 @@ class Terminal(logging.Handler):
     def show_progress(self) -> None:
         """Write a line for each running job that is due for one."""
         for job in [job for jobid, job in self.jobs.items() if jobid in self.running]:
-            if time.time() >= job.due:
+            if time.time() >= job.due and not job.silent:
                 job.due = time.time() + pause(job.seconds())
                 self.write_job(job, f": {newest_step(ending(job)) or f'running for {duration(job.seconds())}'}")
 

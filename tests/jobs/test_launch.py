@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from longqlora.config.settings import RopeExtension
 from longqlora.data.token_files import tokenize_documents
 from longqlora.jobs.launch import launch
+from longqlora.jobs.retries import LostProcesses, is_worth_a_retry
 from longqlora.training.arguments import deepspeed_config
 from longqlora.training.train import TrainingFiles, train
 
@@ -121,8 +122,23 @@ def test_accumulated_batches_of_different_lengths_weigh_by_their_tokens(inputs, 
 
 def test_a_failing_process_is_an_error(inputs, tmp_path):
     asked = arguments(inputs, tmp_path / "adapter", num_processes=2) | {"extension": RopeExtension(target_context=32)}
-    with pytest.raises(RuntimeError, match=r"one of 2 processes failed: ValueError: .*target_context 32 is below"):
+    with pytest.raises(RuntimeError, match=r"one of 2 processes failed: ValueError: .*target_context 32 is below") as caught:
         train_in_processes(**asked)
+    assert not is_worth_a_retry(caught.value)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_that_is_killed_is_worth_a_retry(inputs, tmp_path, monkeypatch, rank):
+    """The other process may lose its connection and report an error before it is ended."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal\n"
+        f"if os.environ.get('RANK') == '{rank}':\n"
+        "    import torch.distributed\n"
+        "    torch.distributed.all_reduce = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(LostProcesses, match="one of 2 processes failed"):
+        train_in_processes(**arguments(inputs, tmp_path / "adapter", num_processes=2))
 
 
 def test_deepspeed_that_is_missing_is_named(inputs, tmp_path, monkeypatch):

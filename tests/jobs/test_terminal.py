@@ -7,6 +7,7 @@ import time
 import pytest
 
 from longqlora.jobs.progress import step_of
+from longqlora.jobs.retries import last_line, leave_mark, mark_of
 from longqlora.jobs.terminal import Terminal, pause
 
 LABELS = {"system": {"longqlora": "LongQLoRA to 256"}}
@@ -166,6 +167,26 @@ def test_a_job_that_is_tried_again_keeps_its_number_and_has_not_failed(run):
     run.terminal.stopped()
     assert run.lines[3] == "[ 1 of 12] train LongQLoRA to 256: attempt 2"
     assert not any(line.startswith("Failed") for line in run.lines)
+
+
+def test_attempts_that_end_at_once_are_not_shown(run, tmp_path):
+    log = tmp_path / "train.log"
+    run.start(log=[log])
+    log.write_text("12:00:01 ERROR error: the loss is nan\n")
+    leave_mark(log)
+    run.fail()
+    for number in (2, 3):
+        run.log(message="Trying to restart job 1.")
+        run.start(log=[log])
+        run.later(30)
+        mark_of(log).write_text(mark_of(log).read_text() + last_line(number))
+        log.touch()
+        run.fail()
+    run.terminal.stopped()
+    assert [line for line in run.lines if "nan" in line or ": attempt" in line] == [
+        "[ 1 of 12] train LongQLoRA to 256: failed after 0 s: the loss is nan",
+        "  reason: the loss is nan",
+    ]
 
 
 def test_jobs_that_ctrl_c_ends_have_not_failed(run, tmp_path):

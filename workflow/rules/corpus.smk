@@ -25,6 +25,7 @@ rule sample_shard:
         f"{RESULTS}/benchmarks/sample_shard/{{shard}}.tsv"
     wildcard_constraints:
         shard=one_of(SHARDS),
+    retries: 2
     conda:
         "../../environment.yml"
     resources:
@@ -58,6 +59,7 @@ rule sample_corpus:
         f"{RESULTS}/logs/sample_corpus.log",
     benchmark:
         f"{RESULTS}/benchmarks/sample_corpus.tsv"
+    retries: 2
     conda:
         "../../environment.yml"
     resources:
@@ -112,6 +114,7 @@ rule tokenize_corpus:
         f"{RESULTS}/logs/tokenize_corpus.log",
     benchmark:
         f"{RESULTS}/benchmarks/tokenize_corpus.tsv"
+    retries: 2
     conda:
         "../../environment.yml"
     resources:

@@ -18,6 +18,7 @@ if KEY_TOKENS:
             f"{RESULTS}/benchmarks/find_key_tokens/{{system}}.tsv"
         wildcard_constraints:
             system=one_of([KEY_TOKENS.system]),
+        retries: 2
         conda:
             "../../environment.yml"
         resources:
@@ -52,6 +53,7 @@ rule evaluate_perplexity:
     benchmark:
         f"{RESULTS}/benchmarks/evaluate_perplexity/{{system}}/{{length}}.tsv"
     priority: -1  # trainings start first, because more jobs wait for them
+    retries: 2
     conda:
         "../../environment.yml"
     threads: 1 if GPUS else EXPERIMENT.evaluation.num_processes
@@ -90,6 +92,7 @@ rule evaluate_retrieval:
     benchmark:
         f"{RESULTS}/benchmarks/evaluate_retrieval/{{system}}/{{length}}.tsv"
     priority: -1
+    retries: 2
     conda:
         "../../environment.yml"
     resources:
@@ -144,6 +147,7 @@ if HARNESS:
             system=one_of(EXPERIMENT.harness_rows),
             task=one_of(HARNESS),
         priority: -1
+        retries: 2
         conda:
             "../../environment.yml"
         resources:
@@ -186,6 +190,7 @@ if CHAT:
             f"{RESULTS}/benchmarks/evaluate_answers/{{system}}.tsv"
         wildcard_constraints:
             system=one_of(CHAT),
+        retries: 2
         conda:
             "../../environment.yml"
         resources:

@@ -14,6 +14,7 @@ rule prepare_evaluation_set:
         f"{RESULTS}/logs/prepare_evaluation_set/{{dataset}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/prepare_evaluation_set/{{dataset}}.tsv"
+    retries: 2
     conda:
         "../../environment.yml"
     resources:
@@ -43,6 +44,7 @@ rule retokenize_evaluation_set:
         f"{RESULTS}/logs/retokenize_evaluation_set/{{system}}/{{dataset}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/retokenize_evaluation_set/{{system}}/{{dataset}}.tsv"
+    retries: 2
     conda:
         "../../environment.yml"
     resources:
@@ -71,6 +73,7 @@ rule index_evaluation_sets:
         f"{RESULTS}/logs/index_evaluation_sets.log",
     benchmark:
         f"{RESULTS}/benchmarks/index_evaluation_sets.tsv"
+    retries: 2
     conda:
         "../../environment.yml"
     resources:

@@ -12,6 +12,7 @@ rule pretrain_model:
         f"{RESULTS}/logs/pretrain_model.log",
     benchmark:
         f"{RESULTS}/benchmarks/pretrain_model.tsv"
+    retries: 2
     conda:
         "../../environment.yml"
     resources:

@@ -15,6 +15,7 @@ if EXPERIMENT.serving:
         wildcard_constraints:
             system=one_of(EXPERIMENT.served),
             format=one_of(EXPERIMENT.serving.gguf),
+        retries: 2
         conda:
             "../../environment.yml"
         resources:
@@ -43,6 +44,7 @@ if EXPERIMENT.serving:
         wildcard_constraints:
             system=one_of(EXPERIMENT.served),
             format=one_of(EXPERIMENT.serving.gguf),
+        retries: 2
         conda:
             "../../environment.yml"
         threads: 4  # of a CPU, also where models run on a GPU

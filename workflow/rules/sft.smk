@@ -21,6 +21,7 @@ rule build_sft_set:
         f"{RESULTS}/logs/build_sft_set.log",
     benchmark:
         f"{RESULTS}/benchmarks/build_sft_set.tsv"
+    retries: 2
     conda:
         "../../environment.yml"
     resources:
@@ -76,6 +77,7 @@ rule tokenize_sft:
         f"{RESULTS}/logs/tokenize_sft.log",
     benchmark:
         f"{RESULTS}/benchmarks/tokenize_sft.tsv"
+    retries: 2
     conda:
         "../../environment.yml"
     resources:

@@ -23,6 +23,7 @@ rule choose_scaling:
         target=r"\d+",
         data="corpus|sft",
         precision="[a-z0-9]+",
+    retries: 2
     conda:
         "../../environment.yml"
     resources:
@@ -102,6 +103,7 @@ rule merge_adapter:
         f"{RESULTS}/benchmarks/merge_adapter/{{system}}.tsv"
     wildcard_constraints:
         system=one_of(ADAPTED),
+    retries: 2
     conda:
         "../../environment.yml"
     resources:
