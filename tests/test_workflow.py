@@ -3,6 +3,7 @@
 import json
 import lzma
 import os
+import pstats
 import random
 import re
 import shutil
@@ -500,6 +501,28 @@ def test_a_further_file_is_read_alone(project, config_file):
     shutil.copy(project / "demo/texts/corpus-0.jsonl.xz", project / "more.jsonl.xz")
     edit(config_file, lambda config: config["corpus"]["sources"][0]["paths"].append("more.jsonl.xz"))
     assert planned(project, "data") == {"sample_shard": 1, "sample_corpus": 1, "plot_text_lengths": 1, "tokenize_corpus": 1}
+
+
+def calls_of_a_dry_run(folder: Path, num_files: int) -> dict[tuple, tuple[int, float]]:
+    """Function → number of calls, and share of the time, when a corpus of so many files is planned."""
+    paths = [f"https://data.example.com/redpajama/c4-{number:05}.jsonl.zst" for number in range(num_files)]
+    edit(folder / "config/config.yaml", lambda config: config["corpus"].update(sources=[{"paths": paths, "jobs": num_files}]))
+    options = ["-n", "--cores", "1", "--quiet", "all", "--", "data"]
+    command = [sys.executable, "-m", "cProfile", "-o", str(folder / "calls"), "-m", "snakemake", *options]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment())
+    assert run.returncode == 0, run.stdout + run.stderr
+    functions = pstats.Stats(str(folder / "calls")).stats
+    total = sum(seconds for _, _, seconds, _, _ in functions.values())
+    return {function: (calls, seconds / total) for function, (_, calls, seconds, _, _) in functions.items()}
+
+
+def test_planning_takes_no_more_for_a_file_if_there_are_many(root, tmp_path):
+    folder = copy_project(root, tmp_path)
+    few, many = calls_of_a_dry_run(folder, 200), calls_of_a_dry_run(folder, 400)
+    in_files = {function: calls for function, (calls, _) in many.items() if calls > 1000 and function[0] != "~"}
+    assert [function for function, calls in in_files.items() if calls > 3 * few.get(function, [0])[0]] == []
+    replacing = [share for (_, _, name), (_, share) in many.items() if name == "<method 'sub' of 're.Pattern' objects>"]
+    assert sum(replacing) < 0.01  # a call takes as long as its pattern
 
 
 def test_a_damaged_shard_stops_the_run_and_names_the_file(project, tmp_path):

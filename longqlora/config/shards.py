@@ -11,6 +11,9 @@ from longqlora.jobs.digests import digest_of_values
 
 MAX_SHARDS = 256  # per source, by default: the join keeps one file of each job open
 
+SHARD_NAME = r"[\w.-]+-[0-9a-f]{8}"
+"""Pattern of the name of a job. Snakemake reads it for each file of each job, so it must not be a list of all names."""
+
 
 def corpus_shards(sources: list[CorpusSource]) -> dict[str, Shard]:
     """The jobs that read a corpus, by name.

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from longqlora.config.settings import CorpusSettings, CorpusSource
-from longqlora.config.shards import corpus_shards, sample_shares
+from longqlora.config.shards import SHARD_NAME, corpus_shards, sample_shares
 
 
 def source(paths, name="x", **options) -> CorpusSource:
@@ -24,7 +24,7 @@ def test_every_file_of_a_corpus_is_in_exactly_one_shard(options, jobs):
     shards = corpus_shards([source(files, **options)])
     assert sorted(path for paths in paths_of(shards) for path in paths) == files
     assert len(shards) == jobs
-    assert all(re.fullmatch(r"[\w.-]+", name) for name in shards)  # they become names of files
+    assert all(re.fullmatch(SHARD_NAME, name) for name in shards)
 
 
 @pytest.mark.parametrize("new", ["data/0.jsonl", "data/5.jsonl"])
@@ -51,6 +51,8 @@ def test_the_same_file_read_by_other_fields_is_another_shard():
 def test_every_shard_has_a_name_that_a_file_can_have(path):
     (name,) = corpus_shards([source([path])])
     assert re.fullmatch(r"[\w.-]+", name)
+    assert re.fullmatch(SHARD_NAME, name)
+    assert not re.fullmatch(SHARD_NAME, f"{name}.priorities")  # another file of the same job
 
 
 def test_text_files_are_read_by_one_job_unless_more_are_asked_for():

@@ -4,7 +4,7 @@ from snakemake.exceptions import WorkflowError
 
 from longqlora.config.experiment import load_experiment
 from longqlora.config.paths import is_local, is_made_here
-from longqlora.config.shards import corpus_shards, sample_shares
+from longqlora.config.shards import SHARD_NAME, corpus_shards, sample_shares
 from longqlora.config.systems import evaluated_model, extension_of, protocol_at, untrained_model
 from longqlora.config.validation import ConfigError, duplicate_keys
 from longqlora.jobs.code import Code
@@ -227,6 +227,12 @@ def scaling_record(name):
     return f"{RESULTS}/scalings/{system.target_context}-{data}-{precision}.json"
 
 
+def first_with_scaling(wildcards):
+    """The first system that is extended by a chosen scaling."""
+    record = f"{RESULTS}/scalings/{wildcards.target}-{wildcards.data}-{wildcards.precision}.json"
+    return next((name for name in SYSTEMS if scaling_record(name) == record), None)
+
+
 def scaling_of(wildcards):
     """The record of the choice of a system's scaling, if there is one."""
     return scaling_record(wildcards.system) or []
@@ -251,6 +257,11 @@ def is_trained_to_answer(wildcards):
 def has_own_tokenizer(wildcards):
     """Whether a system is a published model with another tokenizer than the base model."""
     return SYSTEMS[wildcards.system].tokenizer != TOKENIZER
+
+
+def of_all_shards(files):
+    """A function that returns a file of each shard. As a list, Snakemake would compute the list's hash for each file in it."""
+    return lambda wildcards: expand(files, shard=SHARDS)
 
 
 def evaluation_files(output, datasets=DATASETS):

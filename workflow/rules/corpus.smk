@@ -24,7 +24,7 @@ rule sample_shard:
     benchmark:
         f"{RESULTS}/benchmarks/sample_shard/{{shard}}.tsv"
     wildcard_constraints:
-        shard=one_of(SHARDS),
+        shard=SHARD_NAME,
     retries: 2
     conda:
         "../../environment.yml"
@@ -47,9 +47,9 @@ rule sample_shard:
 
 rule sample_corpus:
     input:
-        shards=expand(rules.sample_shard.output.candidates, shard=SHARDS),
-        priorities=expand(rules.sample_shard.output.priorities, shard=SHARDS),
-        cards=expand(rules.sample_shard.output.card, shard=SHARDS),
+        shards=of_all_shards(rules.sample_shard.output.candidates),
+        priorities=of_all_shards(rules.sample_shard.output.priorities),
+        cards=of_all_shards(rules.sample_shard.output.card),
         ngrams=rules.index_evaluation_sets.output.ngrams,
     output:
         texts=f"{RESULTS}/corpus/sample.parquet",

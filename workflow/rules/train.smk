@@ -3,12 +3,6 @@
 CORES_PER_PROCESS = 4 if GPUS else 1  # --set-threads train_adapter=8 gives other numbers
 
 
-def first_with_scaling(wildcards):
-    """The first system that is extended by a chosen scaling."""
-    record = f"{RESULTS}/scalings/{wildcards.target}-{wildcards.data}-{wildcards.precision}.json"
-    return next((name for name in SYSTEMS if scaling_record(name) == record), None)
-
-
 rule choose_scaling:
     input:
         data=lambda wildcards: getattr(rules, f"tokenize_{wildcards.data}").output.tokens,
