@@ -95,7 +95,8 @@ def planned(stage, runtime=None, system=lambda wildcards: wildcards.system):
 
 
 def measured(mem, runtime):
-    """Resources of jobs on texts and results: main memory in MB and minutes, at least twice what benchmarks/RESULTS.md has."""
+    """Resources of jobs on texts and results: main memory in MB and minutes. They are at least twice what benchmarks/RESULTS.md
+    has of the stages of the data, and generous for jobs that were measured on small data only."""
 
     def resource(first):
         return lambda wildcards, attempt: at_attempt(first, attempt)
