@@ -290,13 +290,19 @@ class TrainingSettings(Section):
         description="Which activations are kept for the backward pass, which computes the others again: speed keeps all, "
         "smallest as few as possible, and auto as many as fit into the memory of the GPU (or of the machine, on a CPU).",
     )
-    num_processes: Count = Field(default=1, description="Processes that train together on this machine, one per GPU.")
+    num_processes: Count = Field(default=1, description="Processes that train together on each node, one per GPU.")
+    num_nodes: Count = Field(default=1, description="Nodes of a SLURM cluster that train together.")
     zero_stage: Literal[0, 2, 3] = Field(
         default=0,
         description="DeepSpeed ZeRO: 2 shards gradients and optimizer state over the processes, 3 the weights too, 0 does "
         "without DeepSpeed.",
     )
     offload: bool = Field(default=False, description="With ZeRO: keep the sharded state in CPU memory.")
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes that train together, on all nodes."""
+        return self.num_processes * self.num_nodes
 
 
 class TrainingSection(TrainingSettings, ProgressSettings):

@@ -113,7 +113,7 @@ def train(
     # before the model is loaded: ZeRO-3 shards its weights over the processes during loading
     arguments = training_arguments(files.output, settings, progress, seed, torch_device)
     run = describe_run(files, len(windows), extension, settings, seed)
-    with arguments.main_process_first():
+    with arguments.main_process_first(local=False):  # nodes share the folder
         checkpoint_dir = open_checkpoint_folder(files.checkpoint_dir, run | {"config": config.to_json_string()})
     with memory_explained(*memory_advice(extension, settings, form)):
         model = make_trainable(files.base_model, extension, settings, torch_device)

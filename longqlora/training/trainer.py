@@ -195,7 +195,7 @@ class ResumableTrainer(Trainer):
             Interrupted: if a signal ended the training; there is a checkpoint of its last step.
             OSError: if a checkpoint cannot be written; the ones before it are kept.
         """
-        with self.args.main_process_first():
+        with self.args.main_process_first(local=False):  # nodes share the folder
             checkpoint = newest_complete_checkpoint(self.checkpoint_dir)
         if checkpoint:
             log.info("resuming from %s", checkpoint)

@@ -24,6 +24,19 @@ needs_deepspeed = pytest.mark.skipif(
     not find_spec("deepspeed") or not shutil.which("g++"), reason="needs deepspeed, which compiles with g++"
 )
 TOLERANCE = 1e-4
+SRUN = """#!{python}
+import os, signal, subprocess, sys
+
+options = [word for word in sys.argv[1 : sys.argv.index(sys.executable)]]
+open("srun.txt", "w").write(" ".join(options))
+command = sys.argv[1 + len(options) :]
+nodes = [
+    subprocess.Popen(["ip", "netns", "exec", name, *command], env=os.environ | {{"SLURM_NODEID": str(node)}})
+    for node, name in enumerate({names})
+]
+signal.signal(signal.SIGTERM, lambda *_: [node.terminate() for node in nodes])
+sys.exit(max(abs(node.wait()) for node in nodes))
+"""
 STEPS = {"steps": 6, "gradient_accumulation": 2, "batch_size": 1}
 
 
@@ -51,7 +64,8 @@ def arguments(inputs, output, **settings) -> dict:
 
 def train_in_processes(**asked) -> dict:
     settings = asked["settings"]
-    return launch(train, threads=2, num_processes=settings.num_processes, by_torchrun=settings.zero_stage > 0, **asked)
+    processes = {"num_processes": settings.num_processes, "num_nodes": settings.num_nodes}
+    return launch(train, threads=2, **processes, by_torchrun=settings.zero_stage > 0, **asked)
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +123,44 @@ def test_two_processes_that_are_killed_resume(inputs, single, tmp_path, settings
     card = train_in_processes(**asked)
     assert card["resumed_from_step"] >= 2
     assert_equal_to(single, card, output)
+
+
+@pytest.fixture
+def two_nodes(tmp_path, monkeypatch):
+    """A job of SLURM on two nodes: two network namespaces that are connected by a cable only, and an ``srun`` that starts a
+    command in each of them."""
+    names = [f"longqlora-{os.getpid()}-{node}" for node in (0, 1)]
+    first, second = names
+    commands = [
+        *(f"ip netns add {name}" for name in names),
+        f"ip link add eth0 netns {first} type veth peer name eth0 netns {second}",
+        *(f"ip -n {name} addr add 10.77.0.{node}/24 dev eth0" for node, name in enumerate(names, 1)),
+        *(f"ip -n {name} link set {device} up" for name in names for device in ("lo", "eth0")),
+    ]
+    try:
+        for command in commands:
+            subprocess.run(command.split(), check=True, capture_output=True, text=True)
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "srun").write_text(SRUN.format(python=sys.executable, names=names), encoding="utf-8")
+        (tmp_path / "bin" / "srun").chmod(0o755)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+        for variable in ("GLOO_SOCKET_IFNAME=eth0", "MASTER_ADDR=10.77.0.1", "SLURM_JOB_ID=1"):
+            monkeypatch.setenv(*variable.split("="))
+        yield tmp_path
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"needs root and iproute2, to make network namespaces: {getattr(error, 'stderr', error)}")
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+def test_two_nodes_train_what_two_processes_of_one_node_train(inputs, single, two_nodes, tmp_path):
+    card = train_in_processes(**arguments(inputs, tmp_path / "adapter", num_nodes=2))
+    assert_equal_to(single, card, tmp_path / "adapter")
+    options = (tmp_path / "srun.txt").read_text().split()
+    assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=2"} <= set(options)
+    assert not [path for path in (tmp_path / ".snakemake/longqlora").iterdir() if path.is_dir()]  # the arguments are removed
 
 
 def test_accumulated_batches_of_different_lengths_weigh_by_their_tokens(inputs, tmp_path):

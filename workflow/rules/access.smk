@@ -24,6 +24,8 @@ onstart:
         )
     needed = set() if deployed else {job.rule.name for job in workflow.dag.needrun_jobs()}
     unknown = list(task_problems(EXPERIMENT.evaluation.harness)) if "evaluate_harness" in needed else []
+    if workflow.local_exec:
+        unknown += slurm_problems(job.wildcards.system for job in workflow.dag.needrun_jobs() if job.rule.name in TRAININGS)
     if {"convert_gguf", "check_gguf"} & needed:
         unknown += package_problems(EXPERIMENT.serving.converter)
     if unknown:

@@ -31,6 +31,7 @@ with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, settings.n
     card = launch(
         train,
         num_processes=settings.num_processes,
+        num_nodes=settings.num_nodes,
         threads=snakemake.threads,
         by_torchrun=settings.zero_stage > 0,
         files=TrainingFiles(
