@@ -287,6 +287,10 @@ def check_training(name: str, system: System, experiment: Experiment) -> Iterato
         if getattr(training, option) and training.data != data:
             yield f"{key}.training.{option}: works only with data: {data}, found data: {training.data}"
     yield from (f"{key}.training.pose_window: {problem}" for problem in pose_problems(training, system.target_context))
+    for problem in sequence_parallel_problems(training):
+        yield f"{key}.training.sequence_parallel: {problem}"
+    if training.sequence_parallel > 1 and system.rope_scaling == "dynamic":
+        yield f"{key}.rope_scaling: dynamic depends on the length of the window, of which a process has a part only"
     if training.full_attention_share and training.attention == "full":
         yield f"{key}.training.full_attention_share: has no effect with attention: full"
     elif (share := training.full_attention_share) and training.steps and not round(share * training.steps):
@@ -309,6 +313,20 @@ def check_variants(name: str, config: Configuration, system: System) -> Iterator
         for variant in ("rslora", "dora", "loraplus_ratio"):
             if getattr(section, variant):
                 yield f"{key}.{variant}: needs an adapter, method qlora or lora, found method: full"
+
+
+def sequence_parallel_problems(training: TrainingSettings) -> Iterator[str]:
+    """Yield why processes cannot share the windows of a training."""
+    size = training.sequence_parallel
+    if size == 1:
+        return
+    if training.world_size % size:
+        yield f"{size} does not divide the number of processes, num_processes · num_nodes = {training.world_size}"
+    if training.zero_stage:
+        yield f"{size} does not work with zero_stage: {training.zero_stage}"
+    for option in ("isolate_documents", "pack_records", "pose_window"):
+        if getattr(training, option):
+            yield f"{size} does not work with {option}: processes share windows of one document only"
 
 
 def pose_problems(training: TrainingSettings, target_context: int | None) -> Iterator[str]:

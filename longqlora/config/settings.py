@@ -292,6 +292,11 @@ class TrainingSettings(Section):
     )
     num_processes: Count = Field(default=1, description="Processes that train together on each node, one per GPU.")
     num_nodes: Count = Field(default=1, description="Nodes of a SLURM cluster that train together.")
+    sequence_parallel: Count = Field(
+        default=1,
+        description="Processes that share each window, for contexts beyond the memory of one GPU: each computes a part of the "
+        "tokens, and in the attention a part of the heads.",
+    )
     zero_stage: Literal[0, 2, 3] = Field(
         default=0,
         description="DeepSpeed ZeRO: 2 shards gradients and optimizer state over the processes, 3 the weights too, 0 does "
@@ -303,6 +308,11 @@ class TrainingSettings(Section):
     def world_size(self) -> int:
         """Number of processes that train together, on all nodes."""
         return self.num_processes * self.num_nodes
+
+    @property
+    def windows_per_step(self) -> int:
+        """Number of windows of an optimizer step."""
+        return self.batch_size * self.gradient_accumulation * self.world_size // self.sequence_parallel
 
 
 class TrainingSection(TrainingSettings, ProgressSettings):

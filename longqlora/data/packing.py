@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy
 import pyarrow.compute
 import torch
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
@@ -295,4 +296,27 @@ def pad_at_right(rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.
         name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=value)
         for name, value in padding.items()
         if name in rows[0]
+    }
+
+
+def part_of_windows(batch: Mapping[str, torch.Tensor], part: int, parts: int) -> dict[str, torch.Tensor]:
+    """One of several parts of the tokens of a batch.
+
+    Args:
+        batch: input_ids and labels, ``[b, n]``, of windows of one document each.
+        part: which one, from 0.
+        parts: how many; the windows are padded to a multiple.
+
+    Returns:
+        input_ids and position_ids, ``[b, m]``, and labels, ``[b, m + 1]``: the last token of a part predicts the first of the
+        next one.
+    """
+    num_tokens = batch["input_ids"].shape[1]
+    length = -(-num_tokens // parts)
+    missing, begin = length * parts - num_tokens, part * length
+    positions = torch.arange(begin, begin + length)
+    return {
+        "input_ids": pad(batch["input_ids"], (0, missing))[:, begin : begin + length],
+        "labels": pad(batch["labels"], (0, missing + 1), value=IGNORED)[:, begin : begin + length + 1],
+        "position_ids": positions.expand(len(batch["input_ids"]), -1),
     }

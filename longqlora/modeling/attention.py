@@ -79,6 +79,7 @@ def shifted_sparse_attention(
     value: torch.Tensor,
     group: int,
     documents: torch.Tensor | None = None,
+    straight_heads: int | None = None,
     **sdpa: Any,
 ) -> torch.Tensor:
     """S²-Attn: the first half of the heads in groups, the second half in groups shifted by half a group.
@@ -87,13 +88,16 @@ def shifted_sparse_attention(
         query, key, value: ``[b, h, n, d]``, h the same for all three.
         group: G, in tokens, at least 2.
         documents: ``[b, n]``, the document number of each token; None if the window is one document.
+        straight_heads: how many of these heads, the first ones, are in the first half of a layer's heads; None: half of them.
         sdpa: further arguments of ``scaled_dot_product_attention``.
 
     Returns:
         ``[b, h, n, d]``
     """
-    heads, border = query.shape[1] // 2, group // 2
+    heads, border = query.shape[1] // 2 if straight_heads is None else straight_heads, group // 2
     straight = attend_in_groups(query[:, :heads], key[:, :heads], value[:, :heads], group, documents, **sdpa)
+    if heads == query.shape[1]:
+        return straight
     query, key, value = query[:, heads:], key[:, heads:], value[:, heads:]
     shifted = []
     for part in (slice(None, border), slice(border, None)):  # the first, half group and all others
@@ -158,7 +162,7 @@ def register_shifted_sparse_attention(group_ratio: float, window: int | None = N
             uses full attention.
     """
 
-    def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, straight_heads=None, **kwargs):
         documents = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
         if not (module.training or in_evaluation):
             mask = attention_mask if documents is None else causal_inside_documents(documents)
@@ -171,7 +175,7 @@ def register_shifted_sparse_attention(group_ratio: float, window: int | None = N
         repeats = query.shape[1] // key.shape[1]
         key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)  # [b, h_kv, n, d] -> [b, h, n, d]
         group = group_size(window or query.shape[2], group_ratio)
-        out = shifted_sparse_attention(query, key, value, group, documents, scale=scaling, dropout_p=dropout)
+        out = shifted_sparse_attention(query, key, value, group, documents, straight_heads, scale=scaling, dropout_p=dropout)
         return out.transpose(1, 2).contiguous(), None  # [b, n, h, d]
 
     name = f"shifted_sparse_{group_ratio:g}" + (f"_of_{window}" if window else "") + ("_always" if in_evaluation else "")

@@ -21,15 +21,16 @@ def next_token_loss(model: PreTrainedModel, input_ids, labels, num_items_in_batc
     Args:
         model: a causal language model of transformers.
         input_ids: ``[b, n]``
-        labels: ``[b, n]``, the ids to predict at their own positions (shifted here), -100 where nothing is to be learned.
+        labels: ``[b, n]``, the ids to predict at their own positions (shifted here), -100 where nothing is to be learned; or
+            ``[b, n + 1]``, where the last one is predicted from the last token.
         num_items_in_batch: number of labels to divide by; None: those of this batch.
         kwargs: to the decoder.
 
     Returns:
         Scalar: the summed loss divided by the number of labels.
     """
-    hidden = model.base_model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state[:, :-1].flatten(0, 1)
-    targets = labels[:, 1:].flatten()
+    hidden = model.base_model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
+    hidden, targets = hidden[:, : labels.shape[1] - 1].flatten(0, 1), labels[:, 1:].flatten()
     weight = model.get_output_embeddings().weight
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)

@@ -62,6 +62,11 @@ def training_problems(model: dict, target_context: int, settings: TrainingSettin
     window = model.get("sliding_window") if model.get("use_sliding_window", True) else None
     if window and window < target_context and settings.attention == "shifted_sparse":
         yield f"attention shifted_sparse at {target_context} tokens: the model has a sliding window of {window}; use 'full'"
+    elif window and window < target_context and settings.sequence_parallel > 1:
+        yield f"sequence_parallel at {target_context} tokens: the model has a sliding window of {window}"
+    heads = model.get("num_key_value_heads") or model.get("num_attention_heads") or settings.sequence_parallel
+    if heads % settings.sequence_parallel:
+        yield f"sequence_parallel {settings.sequence_parallel} does not divide the model's {heads} heads of keys and values"
     if settings.method == "full":
         return
     if settings.rank > (model.get("hidden_size") or settings.rank):

@@ -76,8 +76,7 @@ def training_seconds(
     step = ((sparse * (1 - end) + full * end) * settings.gradient_accumulation + update).seconds(card)
     steps = settings.steps
     if steps is None and settings.epochs and num_windows:
-        per_step = settings.batch_size * settings.gradient_accumulation * settings.world_size
-        steps = math.ceil(settings.epochs * math.ceil(num_windows / per_step))
+        steps = math.ceil(settings.epochs * math.ceil(num_windows / settings.windows_per_step))
     return TrainingTime(step, None if steps is None else steps * step + loading_seconds(shape))
 
 

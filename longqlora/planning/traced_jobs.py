@@ -60,8 +60,8 @@ class TrainingStep:
 
     @property
     def window(self) -> int:
-        """Tokens of a window."""
-        return self.settings.pose_window or self.extension.target_context
+        """Tokens of a window, or of one process's part of it."""
+        return -(-(self.settings.pose_window or self.extension.target_context) // self.settings.sequence_parallel)
 
 
 @dataclass(frozen=True)

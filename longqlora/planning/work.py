@@ -222,7 +222,7 @@ def micro_step(shape: Shape, tokens: int, group: int, settings: TrainingSettings
     read = shape.layers * shape.layer_weights * weight_traffic(precision, card.compute) * (2 + base_again)
     gradients = trained_weights(shape, settings) * ACCUMULATION_TRAFFIC
     once = Work(traffic=read + gradients, passes=shape.layers * (2 + again))
-    return windows * settings.batch_size + once
+    return windows * (settings.batch_size / settings.sequence_parallel) + once
 
 
 def forward_pass(

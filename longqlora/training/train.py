@@ -35,6 +35,7 @@ from longqlora.modeling.devices import compute_dtype, dtype_name, find_device, k
 from longqlora.modeling.loading import load_config, load_model, stored_dtype
 from longqlora.modeling.model_files import weight_files
 from longqlora.modeling.rope import scaling_problems
+from longqlora.modeling.shared_attention import register_shared_attention
 from longqlora.training.activations import Form, keep_activations
 from longqlora.training.adapters import FLOAT32, add_adapter, base_dtypes
 from longqlora.training.arguments import training_arguments
@@ -121,7 +122,8 @@ def train(
         trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         log.info("%d windows of at most %d tokens", len(windows), settings.pose_window or extension.target_context)
         log.info("%d parameters are trained; activations kept: %s", trainable, form)
-        trainer = make_trainer(model, windows, checkpoint_dir, settings, arguments)
+        full = share_windows(model, settings.sequence_parallel)
+        trainer = make_trainer(model, windows, checkpoint_dir, settings, arguments, full)
         log_progress = report_progress(trainer, files.tensorboard_dir, progress)
         first_step = trainer.resume()
     save_trained(trainer, config, files.output)
@@ -234,6 +236,24 @@ def make_trainable(base_model: str, extension: RopeExtension, settings: Training
     return model
 
 
+def share_windows(model, sequence_parallel: int) -> str:
+    """Let processes share the windows of a model if there are to be several for each window: ranks that follow each other.
+
+    Args:
+        model: of transformers, with its adapter if it has one.
+        sequence_parallel: how many processes share a window.
+
+    Returns:
+        The name of the full attention that the model can be given.
+    """
+    if sequence_parallel == 1:
+        return FULL
+    group, _ = torch.distributed.new_subgroups(sequence_parallel)
+    shared = {name: register_shared_attention(name, group) for name in {FULL, model.config._attn_implementation}}
+    model.set_attn_implementation(shared[model.config._attn_implementation])
+    return shared[FULL]
+
+
 def memory_advice(extension: RopeExtension, settings: TrainingSettings, form: Form) -> tuple[str, str]:
     """The training in words, and which settings to change when memory is exhausted, as arguments of
     :func:`longqlora.jobs.memory.memory_explained`."""
@@ -250,14 +270,24 @@ def memory_advice(extension: RopeExtension, settings: TrainingSettings, form: Fo
 
 
 def make_trainer(
-    model, windows: TrainingData, checkpoint_dir: Path, settings: TrainingSettings, arguments: TrainingArguments
+    model,
+    windows: TrainingData,
+    checkpoint_dir: Path,
+    settings: TrainingSettings,
+    arguments: TrainingArguments,
+    full_attention: str,
 ) -> ResumableTrainer:
     """The trainer, with what changes during the training: the attention at its end, the skips of PoSE in each epoch."""
     trainer = ResumableTrainer(
-        checkpoint_dir=checkpoint_dir, windows=windows, loraplus_ratio=settings.loraplus_ratio, model=model, args=arguments
+        checkpoint_dir=checkpoint_dir,
+        windows=windows,
+        sequence_parallel=settings.sequence_parallel,
+        loraplus_ratio=settings.loraplus_ratio,
+        model=model,
+        args=arguments,
     )
     if settings.full_attention_share:
-        trainer.add_callback(FullAttentionAtTheEnd(settings.full_attention_share))
+        trainer.add_callback(FullAttentionAtTheEnd(settings.full_attention_share, full_attention))
     if isinstance(windows, PoseWindows):
         trainer.add_callback(OtherSkipsEachEpoch(windows))
     return trainer

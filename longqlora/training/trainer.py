@@ -8,6 +8,7 @@ in the data.
 import logging
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from types import FrameType, MethodType
 from typing import Any
@@ -15,9 +16,9 @@ from typing import Any
 import torch
 from peft.optimizers import create_loraplus_optimizer
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from longqlora.data.packing import TrainingData, pad_at_right
+from longqlora.data.packing import TrainingData, pad_at_right, part_of_windows
 from longqlora.data.pose import PoseWindows
 from longqlora.jobs.checkpointing import WRITING, checkpoints, newest_complete_checkpoint, publish_checkpoint
 
@@ -48,9 +49,13 @@ class IndexedWindows(Dataset):
         return {**self.windows[index], "index": torch.tensor(index)}
 
 
-def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """A batch of padded windows (:func:`longqlora.data.packing.pad_at_right`) with their indices as ``index``, ``[b]``."""
-    return pad_at_right(rows) | {"index": torch.stack([row["index"] for row in rows])}
+def collate(rows: list[dict[str, torch.Tensor]], part: int = 0, parts: int = 1) -> dict[str, torch.Tensor]:
+    """A batch of padded windows (:func:`longqlora.data.packing.pad_at_right`) with their indices as ``index``, ``[b]``; or one
+    part of their tokens, see :func:`longqlora.data.packing.part_of_windows`."""
+    batch = pad_at_right(rows)
+    return (batch if parts == 1 else part_of_windows(batch, part, parts)) | {
+        "index": torch.stack([row["index"] for row in rows])
+    }
 
 
 class NothingLeftToTrain(Exception):
@@ -123,18 +128,19 @@ class FullAttentionAtTheEnd(TrainerCallback):
 
     Args:
         share: of the steps.
+        attention: the full attention, by its name in transformers.
     """
 
-    def __init__(self, share: float):
-        self.share = share
+    def __init__(self, share: float, attention: str):
+        self.share, self.attention = share, attention
 
     def on_step_begin(self, args, state, control, model: Any = None, **kwargs):
         if (
             state.global_step >= state.max_steps - round(self.share * state.max_steps)
-            and model.config._attn_implementation != FULL
+            and model.config._attn_implementation != self.attention
         ):
             log.info("full attention from step %d on", state.global_step + 1)
-            model.set_attn_implementation(FULL)
+            model.set_attn_implementation(self.attention)
 
 
 class OtherSkipsEachEpoch(TrainerCallback):
@@ -153,16 +159,36 @@ class ResumableTrainer(Trainer):
     Args:
         checkpoint_dir: folder of the checkpoints.
         windows: the training data.
+        sequence_parallel: how many processes share each window.
         loraplus_ratio: learning rate of an adapter's matrices B as a multiple of that of A (LoRA+, Hayou et al. 2024,
             arXiv 2402.12354); None: both have the same.
         kwargs: to ``Trainer``.
     """
 
-    def __init__(self, *, checkpoint_dir: Path, windows: TrainingData, loraplus_ratio: float | None = None, **kwargs):
-        super().__init__(train_dataset=IndexedWindows(windows), data_collator=collate, **kwargs)
+    def __init__(
+        self,
+        *,
+        checkpoint_dir: Path,
+        windows: TrainingData,
+        sequence_parallel: int = 1,
+        loraplus_ratio: float | None = None,
+        args: TrainingArguments,
+        **kwargs,
+    ):
+        part = args.process_index % sequence_parallel
+        collate_part = partial(collate, part=part, parts=sequence_parallel)
+        super().__init__(train_dataset=IndexedWindows(windows), data_collator=collate_part, args=args, **kwargs)
         self.checkpoint_dir, self.windows, self.stop = checkpoint_dir, windows, StopOnSignal()
-        self.loraplus_ratio = loraplus_ratio
+        self.loraplus_ratio, self.sequence_parallel = loraplus_ratio, sequence_parallel
         self.add_callback(self.stop)
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        if self.sequence_parallel > 1:  # the same windows for all processes that share them
+            batches: Any = loader.batch_sampler
+            batches.num_processes //= self.sequence_parallel
+            batches.process_index //= self.sequence_parallel
+        return loader
 
     def create_optimizer(self, *args, **kwargs):
         if self.loraplus_ratio:

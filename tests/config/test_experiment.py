@@ -177,6 +177,21 @@ def test_the_papers_run_has_the_published_hyper_parameters(root):
             {"x": {"target_context": 256, "training": {"data": "sft", "isolate_documents": True}}},
             r"^systems\.x\.training\.isolate_documents: works only with data: corpus, found data: sft$",
         ),
+        (
+            "training",
+            {"sequence_parallel": 2, "num_processes": 3},
+            r"training\.sequence_parallel: 2 does not divide the number of processes, num_processes · num_nodes = 3",
+        ),
+        (
+            "training",
+            {"sequence_parallel": 2, "num_nodes": 2, "isolate_documents": True},
+            r"training\.sequence_parallel: 2 does not work with isolate_documents: processes share windows of one document",
+        ),
+        (
+            "systems",
+            {"x": {"target_context": 256, "rope_scaling": "dynamic", "training": {"sequence_parallel": 2, "num_processes": 2}}},
+            r"^systems\.x\.rope_scaling: dynamic depends on the length of the window",
+        ),
         ("training", {"offload": True}, r"training\.offload: needs DeepSpeed, zero_stage: 2 or 3"),
         (
             "training",

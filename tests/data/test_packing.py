@@ -16,9 +16,10 @@ from longqlora.data.packing import (
     load_held_out,
     load_training_data,
     pad_at_right,
+    part_of_windows,
     read_tokenized_records,
 )
-from longqlora.data.token_files import write_tokens
+from longqlora.data.token_files import IGNORED, write_tokens
 
 
 def write_records(path, lengths: list[int]) -> str:
@@ -138,6 +139,21 @@ def test_rows_are_padded_at_the_right_and_padding_is_not_learned():
     }
     rows = [{**row, "position_ids": torch.arange(len(row["labels"]))} for row in rows]
     assert pad_at_right(rows)["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0]]
+
+
+@given(st.integers(1, 40), st.integers(1, 5))
+def test_parts_of_windows_hold_every_token_and_predict_every_label_once(length, parts):
+    window = torch.arange(1, 2 * length + 1).view(2, length)
+    batch = {"input_ids": window, "labels": window.masked_fill(window % 3 == 0, IGNORED)}
+    found = [part_of_windows(batch, part, parts) for part in range(parts)]
+    tokens, positions = (torch.cat([part[name] for part in found], dim=1) for name in ("input_ids", "position_ids"))
+    assert torch.equal(tokens[:, :length], window)
+    assert not tokens[:, length:].any()
+    assert torch.equal(positions, torch.arange(tokens.shape[1]).expand(2, -1))
+    targets = torch.cat([part["labels"][:, 1:] for part in found], dim=1)
+    assert torch.equal(targets[:, : length - 1], batch["labels"][:, 1:])
+    assert (targets[:, length - 1 :] == IGNORED).all()
+    assert len({part["input_ids"].shape for part in found}) == 1
 
 
 def test_a_record_longer_than_a_window_is_named(tmp_path):

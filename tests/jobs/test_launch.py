@@ -125,6 +125,20 @@ def test_two_processes_that_are_killed_resume(inputs, single, tmp_path, settings
     assert_equal_to(single, card, output)
 
 
+def test_two_processes_that_share_windows_train_what_one_trains(inputs, single, tmp_path):
+    shared = arguments(inputs, tmp_path / "adapter", batch_size=2, num_processes=2, sequence_parallel=2)
+    card = train_in_processes(**shared | {"form": "layer_inputs"})
+    assert_equal_to(single, card, tmp_path / "adapter")
+    assert card["tokens"] == single[0]["tokens"]
+
+
+def test_two_processes_share_windows_with_full_attention(inputs, tmp_path):
+    alone = train_in_processes(**arguments(inputs, tmp_path / "alone", attention="full"))
+    settings = {"attention": "full", "num_processes": 2, "sequence_parallel": 2}
+    card = train_in_processes(**arguments(inputs, tmp_path / "adapter", **settings))
+    assert_equal_to((alone, load_file(tmp_path / "alone" / "adapter_model.safetensors")), card, tmp_path / "adapter")
+
+
 @pytest.fixture
 def two_nodes(tmp_path, monkeypatch):
     """A job of SLURM on two nodes: two network namespaces that are connected by a cable only, and an ``srun`` that starts a

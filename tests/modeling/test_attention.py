@@ -113,6 +113,16 @@ def test_a_future_token_changes_nothing_before_it(future):
     assert not torch.equal(after[:, :, future], before[:, :, future])
 
 
+@pytest.mark.parametrize("processes", [2, 3, 6])
+def test_processes_that_have_a_part_of_the_heads_each_shift_the_second_half_of_all(processes):
+    query, key, value = random_inputs(2, 6, 20, 4)
+    parts = zip(*(x.chunk(processes, dim=1) for x in (query, key, value)), range(3, -3, -6 // processes), strict=True)
+    outputs = [
+        shifted_sparse_attention(*part, 8, straight_heads=min(max(straight, 0), 6 // processes)) for *part, straight in parts
+    ]
+    assert torch.equal(torch.cat(outputs, dim=1), shifted_sparse_attention(query, key, value, 8))
+
+
 def test_half_of_the_heads_carry_information_across_a_group_border():
     query, key, value = (x.detach() for x in random_inputs(1, 4, 32, 8))
     before = shifted_sparse_attention(query, key, value, 8)

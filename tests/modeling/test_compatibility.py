@@ -35,6 +35,12 @@ def test_a_sound_system_has_no_problem(family, settings):
         ({"num_attention_heads": 6}, {}, r"hidden_size 64 is not divisible by num_attention_heads 6"),
         ({"num_key_value_heads": 3}, {}, r"num_attention_heads 4 is not divisible by num_key_value_heads 3"),
         ({"max_position_embeddings": 300}, {}, r"target_context 256 is below the model's own context of 300 tokens"),
+        ({}, {"sequence_parallel": 4}, r"sequence_parallel 4 does not divide the model's 2 heads of keys and values"),
+        (
+            {"sliding_window": 128},
+            {"sequence_parallel": 2, "attention": "full"},
+            r"sequence_parallel at 256 tokens: the model has a sliding window of 128",
+        ),
         ({}, {"rank": 65}, r"rank 65 is above the model's width, hidden_size 64"),
         ({"model_type": "mistral", "sliding_window": 200}, {}, r"shifted_sparse at 256 tokens: .* sliding window of 200"),
         ({}, {"target_modules": ["q_proj", "c_attn"]}, r"target_modules: 'c_attn' matches no layer of a llama model; it has"),

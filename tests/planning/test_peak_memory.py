@@ -69,6 +69,16 @@ def test_zero_shards_gradients_and_optimizer_state():
     assert two.parts["weights"] == alone.parts["weights"]
 
 
+def test_processes_that_share_windows_hold_a_part_of_their_tokens():
+    settings, longer = TrainingSettings(rank=8), EXTENSION.model_copy(update={"target_context": 2 * EXTENSION.target_context})
+    shared = settings.model_copy(update={"num_processes": 2, "sequence_parallel": 2})
+    parts = [
+        training_memory(LLAMA, extension, each, "cpu", "float32", "layer_inputs").parts["layer inputs"]
+        for extension, each in ((EXTENSION, settings), (longer, shared))
+    ]
+    assert parts[0] == parts[1]
+
+
 def test_on_a_cpu_the_host_is_the_device():
     found = training_memory(LLAMA, EXTENSION, TrainingSettings(rank=8), "cpu", "float32", "all")
     assert found.host == found.peak
