@@ -132,7 +132,10 @@ def data_row(card: dict) -> str:
 
 def steps_row(card: dict) -> str:
     """The length of a training."""
-    return f"{card['steps']} of {card['settings']['batch_size']} × {card['settings']['gradient_accumulation']} windows"
+    settings = card["settings"]
+    groups = settings["num_processes"] * settings["num_nodes"] // settings["sequence_parallel"]  # each has its own windows
+    factors = [settings["batch_size"], settings["gradient_accumulation"], *([groups] if groups > 1 else [])]
+    return f"{card['steps']} of {' × '.join(map(str, factors))} windows"
 
 
 def merge_row(report: dict | None) -> str:

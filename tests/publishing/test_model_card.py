@@ -79,6 +79,13 @@ def test_the_card_has_what_a_gpus_allocator_reserved_and_the_paged_state():
     assert "reserved" not in card_of("x", CARD)
 
 
+def test_the_windows_of_a_step_are_those_of_all_processes():
+    settings = SETTINGS.model_dump() | {"num_nodes": 2, "num_processes": 4, "sequence_parallel": 2}
+    batch = f"{SETTINGS.batch_size} × {SETTINGS.gradient_accumulation}"
+    assert f"| 30 of {batch} windows |" in card_of("x", CARD)
+    assert f"| 30 of {batch} × 4 windows |" in card_of("x", CARD | {"settings": settings})
+
+
 def test_a_training_without_a_logged_step_has_a_card():
     assert "| loss, first and last | – |" in card_of("x", CARD | {"trace": []})
 
