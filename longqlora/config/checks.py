@@ -317,11 +317,11 @@ def check_variants(name: str, config: Configuration, system: System) -> Iterator
 
 def sequence_parallel_problems(training: TrainingSettings) -> Iterator[str]:
     """Yield why processes cannot share the windows of a training."""
-    size = training.sequence_parallel
+    size, processes = training.sequence_parallel, training.num_processes * training.num_nodes
     if size == 1:
         return
-    if training.world_size % size:
-        yield f"{size} does not divide the number of processes, num_processes · num_nodes = {training.world_size}"
+    if processes % size:
+        yield f"{size} does not divide the number of processes, num_processes · num_nodes = {processes}"
     if training.zero_stage:
         yield f"{size} does not work with zero_stage: {training.zero_stage}"
     for option in ("isolate_documents", "pack_records", "pose_window"):

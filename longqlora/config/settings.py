@@ -304,16 +304,6 @@ class TrainingSettings(Section):
     )
     offload: bool = Field(default=False, description="With ZeRO: keep the sharded state in CPU memory.")
 
-    @property
-    def world_size(self) -> int:
-        """Number of processes that train together, on all nodes."""
-        return self.num_processes * self.num_nodes
-
-    @property
-    def windows_per_step(self) -> int:
-        """Number of windows of an optimizer step."""
-        return self.batch_size * self.gradient_accumulation * self.world_size // self.sequence_parallel
-
 
 class TrainingSection(TrainingSettings, ProgressSettings):
     """How systems are trained. The same keys under a system's own ``training`` override these for that system."""

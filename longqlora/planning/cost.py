@@ -76,7 +76,9 @@ def training_seconds(
     step = ((sparse * (1 - end) + full * end) * settings.gradient_accumulation + update).seconds(card)
     steps = settings.steps
     if steps is None and settings.epochs and num_windows:
-        steps = math.ceil(settings.epochs * math.ceil(num_windows / settings.windows_per_step))
+        groups = settings.num_processes * settings.num_nodes // settings.sequence_parallel  # each has its own windows
+        per_step = settings.batch_size * settings.gradient_accumulation * groups
+        steps = math.ceil(settings.epochs * math.ceil(num_windows / per_step))
     return TrainingTime(step, None if steps is None else steps * step + loading_seconds(shape))
 
 

@@ -88,7 +88,8 @@ def of_one_process(parts: Counter, settings: TrainingSettings) -> Counter:
     """What each of several processes holds: ZeRO shards gradients and optimizer state, its stage 3 the weights too, and on
     request keeps the optimizer state on the host."""
     sharded = {0: (), 2: ("gradients", "optimizer"), 3: ("gradients", "optimizer", "weights", "quantization constants")}
-    sizes = {part: -(-size // settings.world_size) for part, size in parts.items() if part in sharded[settings.zero_stage]}
+    processes = settings.num_processes * settings.num_nodes
+    sizes = {part: -(-size // processes) for part, size in parts.items() if part in sharded[settings.zero_stage]}
     if settings.zero_stage and settings.offload:
         sizes["optimizer"] = 0
     return Counter(parts | sizes)

@@ -6,6 +6,12 @@ TRAININGS = ("train_adapter", "train_model")
 CORES_PER_PROCESS = 4 if GPUS else 1  # --set-threads train_adapter=8 gives other numbers
 
 
+def num_processes(wildcards):
+    """Number of processes that train a system, on all nodes together."""
+    training = SYSTEMS[wildcards.system].training
+    return training.num_processes * training.num_nodes
+
+
 def on_several_nodes():
     """Resources of a training on several nodes, as snakemake-executor-plugin-slurm names them.
 
@@ -89,7 +95,7 @@ rule train_adapter:
     resources:
         **planned("training"),
         **on_several_nodes(),
-        gpu=lambda wildcards: GPUS * SYSTEMS[wildcards.system].training.world_size,
+        gpu=lambda wildcards: GPUS * num_processes(wildcards),
     params:
         *code_of("train"),
         base_model=trained_model,
