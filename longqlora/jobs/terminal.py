@@ -13,7 +13,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
 from types import SimpleNamespace
@@ -34,12 +34,27 @@ HIDDEN_MESSAGES = (
     "Complete log(s):",
     "Elapsed time:",
     "WorkflowError:\nAt least one job did not complete successfully",
+    "SLURM run ID:",
+    "MinJobAge ",
+    "Submitted array job",
+    "Array job submission does not allow for multiple different wildcard combinations",
+    "Cleaning up SLURM log files",
 )
 """Beginnings of messages of Snakemake that this module replaces or a reader does not need."""
 LONG = 10  # seconds after which the end of a job has a line of its own
 ENDING = 16384  # bytes at the end of a log that are searched
 LAST_LINES = 5  # of a log without a reason that are shown
 ERROR = re.compile(r"ERROR error: (.*(?:\n  .*)*)")  # the reason of a failure, in the log of a job
+SUBMITTED = re.compile(r"Job \d+ has been submitted with SLURM jobid")
+SLURM_STATE = re.compile(r"SLURM-job '(\w+)' failed.* SLURM status is: '(\w+)", re.DOTALL)
+SBATCH_ERROR = re.compile(r"SLURM sbatch failed\. The error message was '(.*?)'\.\n", re.DOTALL)
+STATES = {
+    "CANCELLED": "canceled",
+    "NODE_FAIL": "its node failed",
+    "OUT_OF_MEMORY": "killed, because it took more memory than it had asked for (mem_mb)",
+    "TIMEOUT": "killed, because it took longer than it had asked for (runtime)",
+}
+"""States of a SLURM job that has failed, as a reason."""
 
 
 @dataclass
@@ -55,6 +70,7 @@ class Job:
         due: seconds since the epoch of its next line.
         silent: it ends at once, because the attempt before it failed for a reason that remains.
         reason: why it failed.
+        cluster_log: log file of the cluster, if the job ran on one and has failed.
     """
 
     number: int
@@ -65,6 +81,7 @@ class Job:
     due: float
     silent: bool = False
     reason: str = ""
+    cluster_log: Path | None = None
 
     def seconds(self) -> float:
         return time.time() - self.started
@@ -130,7 +147,8 @@ class Terminal(logging.Handler):
 
     def pass_on(self, record: logging.LogRecord) -> None:
         """Show a record as Snakemake would."""
-        if self.default and not record.getMessage().startswith(HIDDEN_MESSAGES):
+        text = record.getMessage()
+        if self.default and not (text.startswith(HIDDEN_MESSAGES) or SUBMITTED.match(text)):
             self.default.handle(record)
 
     def write(self, *lines: str) -> None:
@@ -191,6 +209,7 @@ class Terminal(logging.Handler):
         if job is None:
             return self.pass_on(record)
         self.running.discard(record.jobid)
+        job.cluster_log = log_of_cluster(record.log, job.log)
         job.reason = reason_of_failure(job, self.exits.pop(record.thread, ""), record.rule_msg)
         if self.interrupted:
             return self.write_job(job, f": {job.reason.partition('Interrupted: ')[2] or 'interrupted'}")
@@ -243,7 +262,8 @@ class Terminal(logging.Handler):
         came = f"Stopped after {duration(time.time() - self.started)}, {self.done} of {self.total} jobs done."
         self.write("", f"{came} The same command continues from there.")
         for job in self.failed.values():
-            self.write("", f"Failed: {job.title}", *([f"  log: {job.log}"] if job.log else []))
+            logs = {"log": job.log, "log of the cluster": job.cluster_log}
+            self.write("", f"Failed: {job.title}", *(f"  {name}: {path}" for name, path in logs.items() if path))
             self.write(*(f"  {line}" for line in f"reason: {job.reason}".splitlines()))
 
 
@@ -264,19 +284,48 @@ def ending(job: Job) -> str:
         return ""
 
 
+def log_of_cluster(logs: list[str], own: Path | None) -> Path | None:
+    """The file with what a cluster has kept of a job's output, if there is one.
+
+    snakemake-executor-plugin-slurm 2.8 names a wrong folder for a job of an array: its log lies one folder higher.
+
+    Args:
+        logs: of a job that has failed, as Snakemake names them.
+        own: the log that the job writes itself.
+    """
+    for path in map(Path, logs):
+        if path != own:
+            higher = path.parent.parent / path.name
+            return higher if higher.exists() and not path.exists() else path
+    return None
+
+
 def reason_of_failure(job: Job, exit_text: str, cluster: str | None) -> str:
     """Why a job failed: the error at the end of its log, or else what the cluster or the operating system says.
 
     Args:
-        job: its log is read.
+        job: its logs are read.
         exit_text: Snakemake's message of how the job's process ended, or nothing.
         cluster: message of the executor, if it has one.
     """
     text = ending(job)
-    if found := ERROR.findall(text):
+    found, state = ERROR.findall(text), SLURM_STATE.search(cluster or "")
+    stopped = state is not None and state[2] in STATES  # from outside: the job itself knows no more than that
+    if found and not stopped:
         return found[-1]
     exit_status = re.search(r"non-zero exit status \d+|died with <Signals\.\w+", exit_text)
-    how = cluster or (exit_status[0].replace("<Signals.", "") if exit_status else "no exit status")
+    how = exit_status[0].replace("<Signals.", "") if exit_status else "no exit status"
     killed = "SIGKILL" in how or how.endswith(" 137")
     first = f"{'killed, probably because memory ran out' if killed else 'ended without saying why'} ({how})"
-    return "\n".join([first, *text.splitlines()[-LAST_LINES:]])
+    last = found[-1:] or (text or ending(replace(job, log=job.cluster_log))).splitlines()[-LAST_LINES:]
+    return "\n".join([reason_of_cluster(cluster) if cluster else first, *last])
+
+
+def reason_of_cluster(message: str) -> str:
+    """Why a job failed that did not say so itself, from the message of Snakemake's executor."""
+    if refused := SBATCH_ERROR.search(message):
+        return f"SLURM did not take the job: {refused[1]}"
+    if found := SLURM_STATE.search(message):
+        job, state = found.groups()
+        return f"{STATES.get(state, 'ended without saying why')} ({state} in SLURM, job {job})"
+    return f"ended without saying why ({message})"

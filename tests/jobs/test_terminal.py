@@ -34,9 +34,11 @@ class Run:
     def start(self, job=1, rule="train", log=(), **wildcards):
         self.log("job_info", jobid=job, rule_name=rule, wildcards=wildcards or {"system": "longqlora"}, log=list(map(str, log)))
 
-    def fail(self, exit_text="returned non-zero exit status 1.", cluster=None, job=1):
+    def fail(self, exit_text="returned non-zero exit status 1.", cluster=None, job=1, logs=()):
         self.log("error", EXIT + exit_text, level=logging.ERROR)
-        self.log("job_error", "Error in rule train", level=logging.ERROR, jobid=job, rule_msg=cluster)
+        own = self.terminal.jobs[job].log
+        logs = [*([str(own)] if own else []), *map(str, logs)]
+        self.log("job_error", "Error in rule train", level=logging.ERROR, jobid=job, rule_msg=cluster, log=logs)
 
     def later(self, seconds):
         """Let the jobs have run for so long, and show their progress."""
@@ -157,6 +159,70 @@ def test_a_cluster_says_why_a_job_failed(run):
     run.start()
     run.fail("returned non-zero exit status 1.", cluster="SLURM status is TIMEOUT")
     assert "SLURM status is TIMEOUT" in run.lines[-1]
+
+
+SLURM = (
+    "SLURM-job '7_2' failed, SLURM status is: '{state}'. Detailed failure reason unavailable (status command is not 'sacct')."
+    "For further error details see the cluster/cloud log and the log files of the involved rule(s)."
+)
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        ("OUT_OF_MEMORY", "killed, because it took more memory than it had asked for (mem_mb)"),
+        ("TIMEOUT", "killed, because it took longer than it had asked for (runtime)"),
+        ("CANCELLED", "canceled"),
+        ("FAILED", "ended without saying why"),
+    ],
+)
+def test_the_state_of_a_slurm_job_is_its_reason(run, state, reason):
+    run.start()
+    run.fail(cluster=SLURM.format(state=state))
+    run.terminal.stopped()
+    assert run.lines[-1] == f"  reason: {reason} ({state} in SLURM, job 7_2)"
+
+
+def test_a_slurm_job_that_says_itself_why_it_ended_is_asked_first_unless_it_was_stopped(run, tmp_path):
+    log = tmp_path / "train.log"
+    run.start(log=[log])
+    log.write_text("12:00:01 ERROR error: ended by SIGTERM after step 7 of 9\n")
+    run.fail(cluster=SLURM.format(state="FAILED"))
+    assert run.lines[-1].endswith("failed after 0 s: ended by SIGTERM after step 7 of 9")
+    run.start(log=[log])
+    run.fail(cluster=SLURM.format(state="TIMEOUT"))
+    run.terminal.stopped()
+    assert "took longer" in run.lines[-2]
+    assert run.lines[-1] == "  ended by SIGTERM after step 7 of 9"
+
+
+def test_a_job_that_slurm_does_not_take_says_why_without_its_command(run):
+    run.start()
+    run.fail(cluster="SLURM sbatch failed. The error message was 'sbatch: error: Invalid account'.\n    sbatch call:\n  …")
+    run.terminal.stopped()
+    assert run.lines[-1] == "  reason: SLURM did not take the job: sbatch: error: Invalid account"
+
+
+def test_the_log_of_the_cluster_is_named_and_shown_if_the_job_has_written_none(run, tmp_path):
+    log = tmp_path / "rule_train/7_2.log"
+    run.start(log=[tmp_path / "train.log"])
+    log.parent.mkdir()
+    log.write_text("ModuleNotFoundError: No module named 'snakemake'\n")
+    named = log.parent / "longqlora" / log.name  # as the executor names the log of a job in an array
+    run.fail(cluster=SLURM.format(state="FAILED"), logs=[named])
+    run.terminal.stopped()
+    assert run.lines[-4:] == [
+        f"  log: {tmp_path / 'train.log'}",
+        f"  log of the cluster: {log}",
+        "  reason: ended without saying why (FAILED in SLURM, job 7_2)",
+        "  ModuleNotFoundError: No module named 'snakemake'",
+    ]
+
+
+def test_what_the_executor_says_of_each_job_is_hidden(run):
+    run.log(message="Job 3 has been submitted with SLURM jobid 4 (log: rule_train/4.log).")
+    run.log(message="Submitted array job with Snakemake IDs 2,5 and SLURM job ID 6. The individual task IDs are 1-2.")
+    assert run.lines == ["12 jobs to run"]
 
 
 def test_a_job_that_is_tried_again_keeps_its_number_and_has_not_failed(run):
