@@ -21,7 +21,7 @@ from longqlora.data.token_files import tokenize_documents
 from longqlora.training.pretraining import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-TIERS = {"process", "workflow", "distributed"}
+TIERS = {"process", "workflow", "distributed", "cluster"}
 TIER_OF_MODULE = {"test_workflow": "workflow", "test_workflow_module": "workflow", "test_launch": "distributed"}
 
 SETTINGS = TrainingSettings(
