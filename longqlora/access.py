@@ -1,8 +1,9 @@
 """Access to models and data that are not on this machine, checked before the first job of a run.
 
 On the Hugging Face Hub, every repository, revision and file is looked up, as well as whether this user may read it. Any other
-address is looked up with ``fsspec``. What no job of the run needs is not looked up. Without a network, a model in the hub's
-cache is enough. The configuration of a model on the hub is read too, to see whether it can be extended.
+address is looked up with ``fsspec``, and to a store of checkpoints a file is written. What no job of the run needs is not
+looked up. Without a network, a model in the hub's cache is enough. The configuration of a model on the hub is read too, to see
+whether it can be extended.
 
 Imports nothing heavy before it is needed: most experiments have nothing to look up.
 """
@@ -50,6 +51,8 @@ def access_problems(experiment: Experiment, params: Iterable[Any]) -> list[str]:
     ]
     for key, paths in paths_of(experiment).items():
         checks += [(key, path, file_problem) for path in paths if not is_local(path) and path in used]
+    stores = {system.progress.checkpoint_store for system in experiment.systems.values() if system.progress}
+    checks += [("training.checkpoint_store", path, store_problem) for path in sorted(used & (stores - {None}))]
     first_key: dict[str, str] = {}  # by problem: a gated data set is one mistake, not one for each of its files
     models = set()  # that can be read
     with ThreadPoolExecutor(REQUESTS) as pool:
@@ -153,6 +156,17 @@ def file_problem(address: str, look_up: LookUp) -> str | None:
         return f"{address}: there is no such file"
     except Exception as error:  # each file system of fsspec has its own errors
         return f"{address}: cannot be read ({type(error).__name__}: {error})"
+    return None
+
+
+def store_problem(address: str, look_up: LookUp) -> str | None:
+    """Why no checkpoint can be copied to an address; None if it can."""
+    from longqlora.jobs.checkpoint_store import write_and_remove
+
+    try:
+        write_and_remove(address)
+    except Exception as error:  # each file system of fsspec has its own errors
+        return f"{address}: cannot be written to ({type(error).__name__}: {error})"
     return None
 
 

@@ -42,6 +42,22 @@ def test_files_of_this_machine_need_no_hub(find, hub):
     assert hub.requests == []
 
 
+def test_a_store_of_checkpoints_is_written_to_if_a_training_needs_it(demo, tmp_path):
+    (tmp_path / "file").touch()
+    for address, problem in [
+        ((tmp_path / "store").as_uri(), None),
+        ((tmp_path / "file").as_uri(), "cannot be written to (FileExistsError: "),
+        ("nowhere://a", "cannot be written to (ValueError: Protocol not known: nowhere)"),
+    ]:
+        demo["training"]["checkpoint_store"] = address
+        experiment = load_experiment(demo)
+        assert access_problems(experiment, [{"checkpoint_store": None}]) == []
+        found = access_problems(experiment, [{"checkpoint_store": address}])
+        assert len(found) == (problem is not None)
+        assert all(line.startswith(f"training.checkpoint_store: {address}: {problem}") for line in found)
+    assert list((tmp_path / "store").iterdir()) == []
+
+
 def test_what_no_job_needs_is_not_looked_up(find, hub):
     assert find(model="owner/nowhere", corpus="hf://datasets/owner/nowhere/*.jsonl", used=[["demo"], {"seed": 1}]) == []
     assert hub.requests == []

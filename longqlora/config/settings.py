@@ -12,6 +12,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from longqlora.config.paths import is_local
+
 Device = Literal["cpu", "cuda"]
 Precision = Literal["auto", "float32", "bfloat16", "float16", "int8", "nf4"]
 RopeScaling = Literal["linear", "dynamic", "yarn", "llama3", "ntk", "theta", "best"]
@@ -54,6 +56,17 @@ def without_repetition(values: list) -> list:
     return values
 
 
+def an_address(text: str) -> str:
+    """The text itself.
+
+    Raises:
+        ValueError: if it is not an address.
+    """
+    if is_local(text):
+        raise ValueError(f"{text!r} is not an address such as s3://bucket/folder; of a shared folder, it is file:///folder")
+    return text
+
+
 DISTINCT = AfterValidator(without_repetition)
 AT_LEAST_ONE = Field(min_length=1, json_schema_extra={"uniqueItems": True})
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
@@ -65,6 +78,7 @@ Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Tokens = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Address = Annotated[str, AfterValidator(an_address)]
 Paths = Annotated[list[Text], Field(min_length=1)]
 EvalLengths = Annotated[list[Annotated[int, Field(ge=2)]], AT_LEAST_ONE, DISTINCT]
 
@@ -218,6 +232,11 @@ class ProgressSettings(Section):
         "in between.",
     )
     checkpoint_steps: Count = Field(default=50, description="Optimizer steps between two checkpoints.")
+    checkpoint_store: Address | None = Field(
+        default=None,
+        description="Address of a folder that fsspec opens, such as s3://bucket/folder, to which each checkpoint is copied; a "
+        "training that is started on another machine resumes from there.",
+    )
     check_memory: bool = Field(
         default=True,
         description="Before weights are loaded, estimate the peak memory, and refuse to start where the device has less.",

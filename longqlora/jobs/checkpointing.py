@@ -15,6 +15,7 @@ from longqlora.jobs.digests import digest_of_file, digest_of_values
 log = logging.getLogger(__name__)
 
 MANIFEST = "files.json"
+RUN = "run.txt"  # the digest of the run that a folder of checkpoints belongs to
 WRITING = "writing"  # temporary folder of the checkpoint that is being written
 
 
@@ -45,9 +46,14 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
+def step_of_checkpoint(name: str) -> int:
+    """The step that a checkpoint has in its name."""
+    return int(name.rsplit("-", 1)[1])
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, the newest first."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rsplit("-", 1)[1]))
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: step_of_checkpoint(path.name), reverse=True)
 
 
 def newest_complete_checkpoint(folder: Path) -> Path | None:
@@ -75,7 +81,7 @@ def open_checkpoint_folder(path: str, run: dict) -> Path:
         run: everything that the result of the run depends on, as JSON values.
     """
     folder, digest = Path(path), digest_of_values(run)
-    digest_file = folder / "run.txt"
+    digest_file = folder / RUN
     if folder.exists() and not (digest_file.exists() and digest_file.read_text(encoding="utf-8") == digest):
         log.info("%s has checkpoints of a run with other settings or data: the training starts again", folder)
         shutil.rmtree(folder)

@@ -23,6 +23,7 @@ from longqlora.data.hub import is_hub_id, pinned_model, split_revision
 from longqlora.data.packing import TrainingData, largest_id, load_training_data
 from longqlora.data.pose import PoseWindows
 from longqlora.data.token_files import check_token
+from longqlora.jobs.checkpoint_store import CheckpointStore
 from longqlora.jobs.checkpointing import open_checkpoint_folder
 from longqlora.jobs.digests import FileFacts, digest_of_file
 from longqlora.jobs.machine import machine, versions
@@ -65,7 +66,8 @@ class TrainingFiles:
         data: ``.bin`` file of token ids, or the Arrow file of a tokenized instruction set.
         output: folder for the adapter or the weights.
         tensorboard_dir: folder for the TensorBoard event files.
-        checkpoint_dir: folder for the checkpoints; if it holds some of the same run, the training resumes from the newest.
+        checkpoint_dir: folder for the checkpoints; if it or the store (``progress.checkpoint_store``) holds some of the same
+            run, the training resumes from the newest.
     """
 
     base_model: str
@@ -92,7 +94,7 @@ def train(
         files: inputs and outputs.
         extension: how the context is extended.
         settings: everything that changes the weights.
-        progress: how often a line is logged and a checkpoint is written.
+        progress: how often a line is logged and a checkpoint is written, and where it is copied to.
         seed: of the adapter's initial weights, the dropout and the order of the data.
         device: where the model is trained.
         form: which activations are kept, see :mod:`longqlora.training.activations`.
@@ -116,14 +118,15 @@ def train(
     run = describe_run(files, len(windows), extension, settings, seed)
     with arguments.main_process_first(local=False):  # nodes share the folder
         checkpoint_dir = open_checkpoint_folder(files.checkpoint_dir, run | {"config": config.to_json_string()})
+        is_first = arguments.process_index == 0
+        store = CheckpointStore(progress.checkpoint_store, checkpoint_dir) if progress.checkpoint_store and is_first else None
     with memory_explained(*memory_advice(extension, settings, form)):
         model = make_trainable(files.base_model, extension, settings, torch_device)
         keep_activations(model, form, tiles=settings.zero_stage != 3)
         trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         log.info("%d windows of at most %d tokens", len(windows), settings.pose_window or extension.target_context)
         log.info("%d parameters are trained; activations kept: %s", trainable, form)
-        full = share_windows(model, settings.sequence_parallel)
-        trainer = make_trainer(model, windows, checkpoint_dir, settings, arguments, full)
+        trainer = make_trainer(model, windows, checkpoint_dir, store, settings, arguments)
         log_progress = report_progress(trainer, files.tensorboard_dir, progress)
         first_step = trainer.resume()
     save_trained(trainer, config, files.output)
@@ -273,15 +276,17 @@ def make_trainer(
     model,
     windows: TrainingData,
     checkpoint_dir: Path,
+    store: CheckpointStore | None,
     settings: TrainingSettings,
     arguments: TrainingArguments,
-    full_attention: str,
 ) -> ResumableTrainer:
     """The trainer, with what changes during the training: the attention at its end, the skips of PoSE in each epoch."""
+    full_attention = share_windows(model, settings.sequence_parallel)
     trainer = ResumableTrainer(
         checkpoint_dir=checkpoint_dir,
         windows=windows,
         sequence_parallel=settings.sequence_parallel,
+        store=store,
         loraplus_ratio=settings.loraplus_ratio,
         model=model,
         args=arguments,

@@ -20,7 +20,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from longqlora.data.packing import TrainingData, pad_at_right, part_of_windows
 from longqlora.data.pose import PoseWindows
-from longqlora.jobs.checkpointing import WRITING, checkpoints, newest_complete_checkpoint, publish_checkpoint
+from longqlora.jobs.checkpoint_store import CheckpointStore
+from longqlora.jobs.checkpointing import (
+    WRITING,
+    checkpoints,
+    newest_complete_checkpoint,
+    publish_checkpoint,
+    step_of_checkpoint,
+)
 
 log = logging.getLogger(__name__)
 
@@ -160,6 +167,7 @@ class ResumableTrainer(Trainer):
         checkpoint_dir: folder of the checkpoints.
         windows: the training data.
         sequence_parallel: how many processes share each window.
+        store: where the checkpoints are copied to, in the first process of a training that has one.
         loraplus_ratio: learning rate of an adapter's matrices B as a multiple of that of A (LoRA+, Hayou et al. 2024,
             arXiv 2402.12354); None: both have the same.
         kwargs: to ``Trainer``.
@@ -171,6 +179,7 @@ class ResumableTrainer(Trainer):
         checkpoint_dir: Path,
         windows: TrainingData,
         sequence_parallel: int = 1,
+        store: CheckpointStore | None = None,
         loraplus_ratio: float | None = None,
         args: TrainingArguments,
         **kwargs,
@@ -178,7 +187,7 @@ class ResumableTrainer(Trainer):
         part = args.process_index % sequence_parallel
         collate_part = partial(collate, part=part, parts=sequence_parallel)
         super().__init__(train_dataset=IndexedWindows(windows), data_collator=collate_part, args=args, **kwargs)
-        self.checkpoint_dir, self.windows, self.stop = checkpoint_dir, windows, StopOnSignal()
+        self.checkpoint_dir, self.windows, self.store, self.stop = checkpoint_dir, windows, store, StopOnSignal()
         self.loraplus_ratio, self.sequence_parallel = loraplus_ratio, sequence_parallel
         self.add_callback(self.stop)
 
@@ -211,7 +220,7 @@ class ResumableTrainer(Trainer):
         return optimizer
 
     def resume(self) -> int:
-        """Train to the last step, from the newest complete checkpoint if there is one.
+        """Train to the last step, from the newest complete checkpoint if there is one, local or in the store.
 
         Returns:
             The step of that checkpoint, or 0.
@@ -219,10 +228,12 @@ class ResumableTrainer(Trainer):
         Raises:
             NonFiniteLoss: if a loss or a gradient norm is not finite; the last good checkpoint is kept.
             Interrupted: if a signal ended the training; there is a checkpoint of its last step.
-            OSError: if a checkpoint cannot be written; the ones before it are kept.
+            OSError: if a checkpoint cannot be written, where the ones before it are kept, or the store cannot be read.
         """
         with self.args.main_process_first(local=False):  # nodes share the folder
             checkpoint = newest_complete_checkpoint(self.checkpoint_dir)
+            if self.store:
+                checkpoint = self.store.fetch_newer(checkpoint)
         if checkpoint:
             log.info("resuming from %s", checkpoint)
         try:
@@ -234,7 +245,7 @@ class ResumableTrainer(Trainer):
             raise Interrupted(
                 f"ended by {by} after step {self.state.global_step} of {self.state.max_steps}; a rerun resumes from there"
             )
-        return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
+        return step_of_checkpoint(checkpoint.name) if checkpoint else 0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         indices = inputs["index"]
@@ -276,4 +287,6 @@ class ResumableTrainer(Trainer):
         if self.is_world_process_zero():
             for old in checkpoints(self.checkpoint_dir)[KEPT_CHECKPOINTS:]:
                 shutil.rmtree(old)
+        if self.store:
+            self.store.update()
         self.accelerator.wait_for_everyone()

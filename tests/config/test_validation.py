@@ -41,6 +41,7 @@ def change(config: dict, key: str, value: object) -> dict:
             r"write memory: speed in place of false \(legal: ",
         ),
         ("training.offload_activations", True, r"^training: unknown key 'offload_activations': the key is memory now: write "),
+        ("training.checkpoint_store", "/data/a", r"^training\.checkpoint_store: '/data/a' is not an address such as s3://"),
         ("training.memory", "small", r"^training\.memory: 'small' is not one of 'auto', 'speed', 'smallest'"),
         ("systems.base.context_length", 8, r"^systems\.base: unknown key 'context_length': it is called target_context now"),
         ("training.rank", "sixteen", r"^training\.rank: 'sixteen' is text, expected a whole number \(Rank of the adapter\)"),

@@ -32,11 +32,12 @@ print("CARD" + json.dumps(card))
 """
 
 
-def start(base, data, output, **settings) -> subprocess.Popen:
-    """A training as a process of its own."""
+def start(base, data, output, cwd=None, **settings) -> subprocess.Popen:
+    """A training as a process of its own, in a working folder."""
     command = [sys.executable, "-c", SCRIPT, ROOT / "tests", base, data, output, json.dumps(settings)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(list(map(str, command)), cwd=cwd, env=environment, **pipes)
 
 
 def finish(process: subprocess.Popen) -> dict:
@@ -116,6 +117,28 @@ def test_a_run_killed_while_a_checkpoint_is_written_goes_on_from_the_one_before(
     assert card["resumed_from_step"] in (2, 4)
     assert card["trace"] == uninterrupted[1]["trace"]
     assert_same(output, uninterrupted[0])
+
+
+@pytest.mark.process
+def test_a_run_whose_machine_is_lost_goes_on_elsewhere_in_the_same_bits(inputs, uninterrupted, tmp_path):
+    store = tmp_path / "store"
+    settings = STEPS | {"checkpoint_store": store.as_uri()}
+
+    def start_in(folder: Path) -> subprocess.Popen:
+        """Paths are relative, so that they are the same in each folder."""
+        shutil.copytree(inputs[0], folder / "base")
+        shutil.copy(inputs[1], folder / "corpus.bin")
+        return start("base", "corpus.bin", "adapter", cwd=folder, **settings)
+
+    process = start_in(tmp_path / "lost")
+    assert wait_for(lambda: any(store.glob("*/checkpoint-4/files.json")), process)
+    process.kill()
+    process.communicate()
+    shutil.rmtree(tmp_path / "lost")
+    card = finish(start_in(tmp_path / "elsewhere"))
+    assert 4 <= card["resumed_from_step"] < STEPS["steps"]  # the steps before it are not computed again
+    assert card["trace"] == uninterrupted[1]["trace"]
+    assert_same(tmp_path / "elsewhere/adapter", uninterrupted[0])
 
 
 @pytest.mark.process

@@ -6,12 +6,12 @@ loaded if the base model cannot be extended or trained with the configured setti
 """
 
 import json
-import shutil
 from pathlib import Path
 
 from longqlora.jobs.log import importing, job_log
 
 from longqlora.config.settings import ProgressSettings, RopeExtension, TrainingSettings
+from longqlora.jobs.checkpoint_store import remove_checkpoints
 from longqlora.jobs.gpus import reserve_gpus
 from longqlora.jobs.launch import launch
 from longqlora.modeling.scaling_choice import as_chosen, read_choice
@@ -49,4 +49,4 @@ with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, settings.n
         **snakemake.params.seed,
     )
     Path(snakemake.output.card).write_text(json.dumps(card | {"scaling_choice": choice}, indent=2), encoding="utf-8")
-    shutil.rmtree(snakemake.params.checkpoint_dir)
+    remove_checkpoints(Path(snakemake.params.checkpoint_dir), progress.checkpoint_store)
