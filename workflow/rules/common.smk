@@ -1,6 +1,7 @@
 # The experiment: read, checked and completed once; and the functions that rules share.
 
 from snakemake.exceptions import WorkflowError
+from snakemake.io import expand as expand_local
 
 from longqlora.config.experiment import load_experiment
 from longqlora.config.paths import is_local, is_made_here
@@ -49,6 +50,41 @@ if workflow.modifier.path_modifier.replace_prefix(PLAN) != PLAN:  # only inputs 
     )
 
 SYSTEM_VALUES = {name: system.model_dump() for name, system in SYSTEMS.items()}
+
+
+def folder_of_copies():
+    """The folder of the local copies of files in a default storage, with a slash at its end; empty without such a storage.
+
+    Snakemake keeps ``results/x`` in the bucket, and has a local copy in ``.snakemake/storage``. Params and records have the path
+    ``results/x``. So that folder is a link to the working folder: the local copy of ``results/x`` is ``results/x``.
+    """
+    settings = workflow.storage_settings
+    if not settings.default_storage_provider:
+        return ""
+    query = f"{(settings.default_storage_prefix or '').rstrip('/')}/name"
+    folder = workflow.storage_registry.default_storage_provider.object(query).local_path().parent
+    if folder.is_symlink() and folder.resolve() != Path.cwd():  # of a working folder that was moved
+        folder.unlink()
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.symlink_to(Path.cwd())
+    elif folder.resolve() != Path.cwd():
+        raise WorkflowError(f"{folder} has to be a link to the working folder; remove it")
+    return f"{folder}/"
+
+
+COPIES = folder_of_copies()
+
+
+def without_storage(path):
+    """The path of a rule's output as it was before Snakemake put it into a default storage."""
+    return str(path).removeprefix(COPIES)
+
+
+def expand(pattern, **wildcards):
+    """Snakemake's function, which refuses outputs in a default storage."""
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    return expand_local([without_storage(path) for path in patterns], **wildcards)
 
 
 def one_of(names):
@@ -117,8 +153,8 @@ REPORTING = measured(mem=1000, runtime=30)  # tables, plots, the report
 
 
 def sources_of(paths):
-    """Data files of this machine as inputs; remote files are read by the job itself."""
-    return [path if is_made_here(path) else ancient(path) for path in paths if is_local(path)]
+    """Data files of this machine as inputs, which are in no storage; remote files are read by the job itself."""
+    return [path if is_made_here(path) else ancient(local(path)) for path in paths if is_local(path)]
 
 
 def contents_of(paths):
@@ -275,7 +311,10 @@ def evaluation_files(output, datasets=DATASETS):
 
     def files(wildcards):
         made = rules.retokenize_evaluation_set if has_own_tokenizer(wildcards) else rules.prepare_evaluation_set
-        return [str(getattr(made.output, output)).format(system=wildcards.system, dataset=dataset) for dataset in datasets]
+        return [
+            without_storage(getattr(made.output, output)).format(system=wildcards.system, dataset=dataset)
+            for dataset in datasets
+        ]
 
     return files
 
@@ -307,7 +346,7 @@ def labels_of_rows():
 
 def window_losses(records):
     """The files with the loss of each window, for records of perplexity."""
-    return [f"{str(record).removesuffix('.json')}.parquet" for record in records]
+    return [f"{without_storage(record).removesuffix('.json')}.parquet" for record in records]
 
 
 def answer_reports(wildcards):

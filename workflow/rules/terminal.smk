@@ -24,8 +24,10 @@ def results_to_look_at():
         files[rules.report_answers.output.markdown] = "loss on held-out answers, before and after fine-tuning"
         files |= dict.fromkeys(rules.report_answers.output.samples, "sample answers")
     models = {f"{RESULTS}/models/{system}": f"model folder of {SYSTEMS[system].label}" for system in TRAINED}
-    made = {path for job in workflow.dag.jobs for path in job.output}
-    return {path: words for path, words in (files | models).items() if path in made}
+    made = {without_storage(path) for job in workflow.dag.jobs for path in job.output}
+    shown = {without_storage(path): words for path, words in (files | models).items()}
+    folder = f"{workflow.storage_settings.default_storage_prefix.rstrip('/')}/" if COPIES else ""
+    return {folder + path: words for path, words in shown.items() if path in made}
 
 
 WITHOUT_DIGEST = {shard: shard.rpartition("-")[0] for shard in SHARDS} if CORPUS else {}
