@@ -23,7 +23,7 @@ TEXTS = "results/demo/tokens/corpus.bin"
 
 @pytest.fixture(scope="module")
 def endpoint():
-    """The address of a server that this process and those that it starts use as S3; it has the bucket ``bucket``."""
+    """A server that this process and those that it starts use as S3; it has the bucket ``bucket``."""
     import boto3
 
     with socket.socket() as free:
@@ -43,7 +43,7 @@ def endpoint():
         while socket.socket().connect_ex(("127.0.0.1", port)) and time.monotonic() < deadline:
             time.sleep(0.1)
         boto3.client("s3").create_bucket(Bucket="bucket")
-        yield address
+        yield
     process.kill()
     process.wait()
 
@@ -69,37 +69,40 @@ def smaller(config: dict) -> None:
     config["systems"] = {name: config["systems"][name] for name in ("base", "longqlora")}
 
 
-def in_bucket(folder: Path, endpoint: str, *arguments: str) -> subprocess.CompletedProcess:
+def in_bucket(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     """Run Snakemake with its results in the bucket."""
     storage = ["--default-storage-provider", "s3", "--default-storage-prefix", "s3://bucket/run"]
-    run = snakemake(folder, *storage, "--storage-s3-endpoint-url", endpoint, *arguments)
+    run = snakemake(folder, *storage, *arguments)
     assert run.returncode == 0, run.stdout + run.stderr
     return run
 
 
-def test_another_machine_finds_the_results_in_the_bucket(machine, endpoint):
-    in_bucket(machine("first"), endpoint, TEXTS)
+@pytest.mark.usefixtures("endpoint")
+def test_another_machine_finds_the_results_in_the_bucket(machine):
+    in_bucket(machine("first"), TEXTS)
     other = machine("other")
-    assert "Nothing to be done" in in_bucket(other, endpoint, "-n", TEXTS).stderr
-    rest = in_bucket(other, endpoint, "-n")
+    assert "Nothing to be done" in in_bucket(other, "-n", TEXTS).stdout
+    rest = in_bucket(other, "-n")
     assert not re.search(r"^(sample_corpus|tokenize_corpus) ", rest.stdout + rest.stderr, re.MULTILINE)
     assert re.search(r"^train_adapter +1$", rest.stdout + rest.stderr, re.MULTILINE)
 
 
-def test_the_models_and_records_of_a_run_are_in_the_bucket(machine, endpoint):
+@pytest.mark.usefixtures("endpoint")
+def test_the_models_and_records_of_a_run_are_in_the_bucket(machine):
     """An adapter that one job makes and another one evaluates, both by its path."""
     import boto3
 
     record = "results/demo/perplexity/longqlora/prose/256.json"
     folder = machine("first")
-    in_bucket(folder, endpoint, record)
+    in_bucket(folder, record)
     found = boto3.client("s3").list_objects_v2(Bucket="bucket")["Contents"]
     names = {item["Key"].removeprefix("run/") for item in found}
     assert {record, "results/demo/adapters/longqlora/adapter_model.safetensors", TEXTS} <= names
     assert not (folder / record).exists()  # Snakemake removes its local copies
 
 
-def test_a_training_whose_machine_is_lost_goes_on_elsewhere(machine, endpoint):
+@pytest.mark.usefixtures("endpoint")
+def test_a_training_whose_machine_is_lost_goes_on_elsewhere(machine):
     import s3fs
 
     def long(config):
