@@ -21,7 +21,7 @@ def project_folder(folder):
     if not isinstance(folder, HostingProviderFile):
         raise WorkflowError(
             f"{folder}: the workflow imports its package, so it runs from a folder of this machine "
-            '(snakefile: "/path/to/longqlora/workflow/Snakefile") or from a Git host '
+            '(snakefile: "longqlora/workflow/Snakefile") or from a Git host '
             '(snakefile: github("owner/longqlora", path="workflow/Snakefile", tag="…"))'
         )
     clone = folder.hosted_repo.repo

@@ -1,45 +1,7 @@
 # The training of each system, and the model folder that is published.
 
-from longqlora.jobs.torchrun import nodes_problem
-
 TRAININGS = ("train_adapter", "train_model")
 CORES_PER_PROCESS = 4 if GPUS else 1  # --set-threads train_adapter=8 gives other numbers
-
-
-def num_processes(wildcards):
-    """Number of processes that train a system, on all nodes together."""
-    training = SYSTEMS[wildcards.system].training
-    return training.num_processes * training.num_nodes
-
-
-def on_several_nodes():
-    """Resources of a training on several nodes, as snakemake-executor-plugin-slurm names them.
-
-    Each node has one task, which has all cores of ``threads``, and the same number of GPUs. With ``mpi``, the job runs on its
-    first node and starts the tasks itself. Without ``tasks_per_gpu: 0``, each GPU would have as many tasks as there are nodes.
-    """
-
-    def resource(value):
-        def of_job(wildcards):
-            training = SYSTEMS[wildcards.system].training
-            return value(training) if training.num_nodes > 1 else None
-
-        return of_job
-
-    return {
-        "nodes": lambda wildcards: SYSTEMS[wildcards.system].training.num_nodes,
-        "tasks": resource(lambda training: training.num_nodes),
-        "tasks_per_gpu": resource(lambda training: 0),
-        "mpi": resource(lambda training: "srun"),
-        "gres": resource(lambda training: f"gpu:{training.num_processes}" if GPUS else None),
-    }
-
-
-def slurm_problems(names):
-    """Yield which systems are to be trained on several nodes, but not as a job of SLURM."""
-    for name in names:
-        if problem := nodes_problem(SYSTEMS[name].training.num_nodes):
-            yield f"{EXPERIMENT.key_of(name)}.training.{problem}"
 
 
 rule choose_scaling:
