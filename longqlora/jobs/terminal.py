@@ -41,6 +41,14 @@ HIDDEN_MESSAGES = (
     "Cleaning up SLURM log files",
 )
 """Beginnings of messages of Snakemake that this module replaces or a reader does not need."""
+REPEATED_MESSAGES = (
+    "No SLURM account given",
+    "No account was given",
+    "Unable to guess SLURM account",
+    "No wall time information given",
+    "No job memory information",
+)
+"""Beginnings of messages that Snakemake's executor for SLURM writes for each job; they are shown once."""
 LONG = 10  # seconds after which the end of a job has a line of its own
 ENDING = 16384  # bytes at the end of a log that are searched
 LAST_LINES = 5  # of a log without a reason that are shown
@@ -111,6 +119,7 @@ class Terminal(logging.Handler):
         self.failed: dict[int, Job] = {}
         self.exits: dict[int | None, str] = {}  # by thread: how the last job's process ended
         self.interrupted = False  # by Ctrl-C
+        self.told: set[str] = set()  # of the messages that are shown once
         self.closed = threading.Event()
         self.shown = {
             "run_info": self.count,
@@ -147,8 +156,12 @@ class Terminal(logging.Handler):
 
     def pass_on(self, record: logging.LogRecord) -> None:
         """Show a record as Snakemake would."""
-        text = record.getMessage()
-        if self.default and not (text.startswith(HIDDEN_MESSAGES) or SUBMITTED.match(text)):
+        text = record.getMessage().strip()
+        if text.startswith(HIDDEN_MESSAGES) or SUBMITTED.match(text) or text in self.told:
+            return
+        if text.startswith(REPEATED_MESSAGES):
+            self.told.add(text)
+        if self.default:
             self.default.handle(record)
 
     def write(self, *lines: str) -> None:
@@ -239,9 +252,10 @@ class Terminal(logging.Handler):
                 self.release()
 
     def show_progress(self) -> None:
-        """Write a line for each running job that is due for one."""
+        """Write a line for each running job that is due for one. One without a log waits in the queue of a cluster."""
         for job in [job for jobid, job in self.jobs.items() if jobid in self.running]:
-            if time.time() >= job.due and not job.silent:
+            is_queued = job.log is not None and not job.log.exists()
+            if time.time() >= job.due and not (job.silent or is_queued):
                 job.due = time.time() + pause(job.seconds())
                 self.write_job(job, f": {newest_step(ending(job)) or f'running for {duration(job.seconds())}'}")
 

@@ -100,6 +100,25 @@ def test_a_long_job_without_steps_shows_how_long_it_runs(run):
     assert run.lines[2:] == ["[ 1 of 12] train LongQLoRA to 256: running for 1 min 15 s"]
 
 
+def test_a_job_that_waits_in_the_queue_of_a_cluster_is_not_shown_as_running(run, tmp_path):
+    log = tmp_path / "train.log"
+    run.start(log=[log])
+    run.later(75)
+    assert run.lines[2:] == []
+    log.touch()
+    run.later(5)
+    assert run.lines[2:] == ["[ 1 of 12] train LongQLoRA to 256: running for 1 min 20 s"]
+
+
+def test_what_the_executor_says_again_for_each_job_is_shown_once(run):
+    for _ in range(2):
+        run.log(message="No wall time information given. This might or might not work.", level=logging.WARNING)
+    run.log(message="\nUnable to guess SLURM account. Trying to proceed without.", level=logging.WARNING)
+    run.log(message="\nUnable to guess SLURM account. Trying to proceed without.", level=logging.WARNING)
+    assert "".join(run.lines).count("No wall time information given") == 1
+    assert "".join(run.lines).count("Unable to guess SLURM account") == 1
+
+
 def test_a_run_of_hours_does_not_flood_the_terminal():
     elapsed, lines = 0.0, 0
     while elapsed < 10 * 3600:
