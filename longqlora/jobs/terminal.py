@@ -76,6 +76,7 @@ class Job:
         started: seconds since the epoch.
         attempt: 1, or more if it failed and was started again.
         due: seconds since the epoch of its next line.
+        queued: it has no log yet, so it waits in the queue of a cluster.
         silent: it ends at once, because the attempt before it failed for a reason that remains.
         reason: why it failed.
         cluster_log: log file of the cluster, if the job ran on one and has failed.
@@ -87,6 +88,7 @@ class Job:
     started: float
     attempt: int
     due: float
+    queued: bool = False
     silent: bool = False
     reason: str = ""
     cluster_log: Path | None = None
@@ -252,10 +254,13 @@ class Terminal(logging.Handler):
                 self.release()
 
     def show_progress(self) -> None:
-        """Write a line for each running job that is due for one. One without a log waits in the queue of a cluster."""
+        """Write a line for each running job that is due for one. The time of a job is counted from its log on."""
         for job in [job for jobid, job in self.jobs.items() if jobid in self.running]:
-            is_queued = job.log is not None and not job.log.exists()
-            if time.time() >= job.due and not (job.silent or is_queued):
+            was_queued, job.queued = job.queued, job.log is not None and not job.log.exists()
+            if was_queued and not job.queued:
+                job.started = time.time()
+                job.due = job.started + pause(0)
+            if time.time() >= job.due and not (job.silent or job.queued):
                 job.due = time.time() + pause(job.seconds())
                 self.write_job(job, f": {newest_step(ending(job)) or f'running for {duration(job.seconds())}'}")
 

@@ -106,8 +106,13 @@ def test_a_job_that_waits_in_the_queue_of_a_cluster_is_not_shown_as_running(run,
     run.later(75)
     assert run.lines[2:] == []
     log.touch()
-    run.later(5)
-    assert run.lines[2:] == ["[ 1 of 12] train LongQLoRA to 256: running for 1 min 20 s"]
+    run.later(1)
+    run.later(20)
+    run.log("job_finished", job_id=1)
+    assert run.lines[2:] == [
+        "[ 1 of 12] train LongQLoRA to 256: running for 20 s",
+        "[ 1 of 12] train LongQLoRA to 256: done in 20 s",
+    ]
 
 
 def test_what_the_executor_says_again_for_each_job_is_shown_once(run):
