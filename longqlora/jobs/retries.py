@@ -22,7 +22,7 @@ ERRORS = (ConnectionError, TimeoutError)  # of Python
 NAMES = {
     "Interrupted",  # by a signal: a training, which wrote a checkpoint
     "gaierror",  # a host name that is not found: name servers are often out of reach for a moment
-    "TransportError",  # httpx, for the Hugging Face Hub
+    "TransportError",  # httpx2, for the Hugging Face Hub
     "Timeout",  # requests
     "ChunkedEncodingError",  # requests
     "ClientConnectionError",  # aiohttp, for https addresses and s3fs

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import urllib.error
 
-import httpx
+import httpx2
 import pytest
 import requests
 import torch
@@ -26,10 +26,10 @@ PASSING = [
     ConnectionResetError("Connection reset by peer"),
     socket.gaierror(-3, "Temporary failure in name resolution"),
     OSError(errno.ENETUNREACH, "Network is unreachable"),
-    httpx.ConnectError("[Errno 111] Connection refused"),
+    httpx2.ConnectError("[Errno 111] Connection refused"),
     requests.ReadTimeout("Read timed out."),
     urllib.error.HTTPError("https://example.com/a", 503, "Service Unavailable", None, None),
-    httpx.HTTPStatusError("429", request=httpx.Request("GET", "https://example.com"), response=httpx.Response(429)),
+    httpx2.HTTPStatusError("429", request=httpx2.Request("GET", "https://example.com"), response=httpx2.Response(429)),
 ]
 LASTING = [
     NonFiniteLoss("the loss of step 7 is nan"),
