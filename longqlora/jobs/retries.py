@@ -75,7 +75,7 @@ def is_passing(error: BaseException) -> bool:
 
 
 def http_status(error: BaseException) -> int | None:
-    """The status of HTTP with which a server answered, if the error has one: of requests, httpx, aiohttp, urllib, botocore."""
+    """The status of HTTP with which a server answered, if the error has one: of requests, httpx2, aiohttp, urllib, botocore."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
