@@ -1,5 +1,6 @@
 """A bucket of a local S3 server: the results of the workflow, and the checkpoints of a training."""
 
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ pytestmark = [
     pytest.mark.workflow,
     pytest.mark.skipif(not all(map(find_spec, NEEDED)), reason='needs a local S3 server: pip install -e ".[test,s3,s3-test]"'),
 ]
+STORAGE = ("--default-storage-provider", "s3", "--default-storage-prefix", "s3://bucket/run")
 TEXTS = "results/demo/tokens/corpus.bin"
 
 
@@ -71,8 +73,7 @@ def smaller(config: dict) -> None:
 
 def in_bucket(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     """Run Snakemake with its results in the bucket."""
-    storage = ["--default-storage-provider", "s3", "--default-storage-prefix", "s3://bucket/run"]
-    run = snakemake(folder, *storage, *arguments)
+    run = snakemake(folder, *STORAGE, *arguments)
     assert run.returncode == 0, run.stdout + run.stderr
     return run
 
@@ -99,6 +100,29 @@ def test_the_models_and_records_of_a_run_are_in_the_bucket(machine):
     names = {item["Key"].removeprefix("run/") for item in found}
     assert {record, "results/demo/adapters/longqlora/adapter_model.safetensors", TEXTS} <= names
     assert not (folder / record).exists()  # Snakemake removes its local copies
+    card = boto3.client("s3").get_object(Bucket="bucket", Key="run/results/demo/training/longqlora.json")["Body"].read()
+    assert TEXTS in json.loads(card)["data"]["path"]  # as without a bucket, so that the run is the same
+
+
+@pytest.mark.usefixtures("endpoint")
+def test_results_that_the_bucket_lacks_are_not_removed(machine):
+    folder = machine("local")
+    (folder / "results/demo").mkdir(parents=True)
+    run = snakemake(folder, *STORAGE, TEXTS)
+    assert run.returncode == 1
+    assert "results/demo is not in s3://bucket/run yet" in run.stdout + run.stderr
+    assert (folder / "results/demo").exists()
+
+
+@pytest.mark.usefixtures("endpoint")
+def test_a_job_that_fails_says_why_and_is_shown_once(machine):
+    folder = machine("broken")
+    (folder / "demo/texts/prose.jsonl.xz").write_bytes(b"no archive")
+    run = snakemake(folder, *STORAGE, "results/demo/tokens/evaluation/prose.bin")
+    lines = run.stdout + run.stderr
+    assert run.returncode == 1
+    assert "reason: demo/texts/prose.jsonl.xz: the file is damaged" in lines
+    assert "attempt 2" not in lines
 
 
 @pytest.mark.usefixtures("endpoint")

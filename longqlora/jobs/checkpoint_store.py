@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 import fsspec
 
@@ -157,8 +158,9 @@ def write_and_remove(address: str) -> None:
     """
     filesystem, folder = fsspec.url_to_fs(address)
     make_folder(filesystem, folder)
-    filesystem.pipe_file(f"{folder}/writable.txt", b"This file may be removed.")
-    filesystem.rm_file(f"{folder}/writable.txt")
+    path = f"{folder}/writable-{uuid4().hex}.txt"  # of this process alone
+    filesystem.pipe_file(path, b"This file may be removed.")
+    filesystem.rm_file(path)
 
 
 def remove_checkpoints(checkpoint_dir: Path, address: str | None) -> None:

@@ -18,7 +18,7 @@ from longqlora.jobs.retries import LostProcesses, is_worth_a_retry
 from longqlora.jobs.torchrun import process_environment, run_on_nodes, run_processes
 
 SHARED = Path(".snakemake/longqlora")  # the working directory is on a file system that all nodes share
-ARGUMENTS, RESULT, ERROR = "arguments.json", "result.json", "error.json"  # files in a temporary folder
+ARGUMENTS, STARTED, RESULT, ERROR = "arguments.json", "started", "result.json", "error.json"  # files in a temporary folder
 
 
 def launch(
@@ -67,16 +67,25 @@ def launch(
         else:
             code = run_processes(command, num_processes=num_processes, environment=environment)
         if code:
-            error = Path(folder) / ERROR  # there is none if a process was killed
-            reason, again = json.loads(error.read_text(encoding="utf-8")) if error.exists() else (f"exit status {code}", True)
-            raise (LostProcesses if again else RuntimeError)(f"one of {world_size} processes failed: {reason}")
+            raise error_of(Path(folder), code, world_size)
         return json.loads((Path(folder) / RESULT).read_text(encoding="utf-8"))
+
+
+def error_of(folder: Path, code: int, world_size: int) -> RuntimeError:
+    """The error of several processes, of which one has failed; LostProcesses if it may succeed when it is started again."""
+    error = folder / ERROR
+    if error.exists():
+        reason, again = json.loads(error.read_text(encoding="utf-8"))
+    else:  # one was killed, or could not even be started
+        reason, again = f"exit status {code}", (folder / STARTED).exists()
+    return (LostProcesses if again else RuntimeError)(f"one of {world_size} processes failed: {reason}")
 
 
 def main(module: str, function: str, folder: str) -> None:
     """Run by each process: call the function. The first process writes its result to the folder, and the first one that fails
     its error."""
     share_reservation()
+    (Path(folder) / STARTED).touch()
     is_first = os.environ["RANK"] == "0"
     level = logging.INFO if is_first else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")

@@ -3,8 +3,8 @@
 Snakemake starts a failed job again, as often as ``retries`` of its rule says, whatever the reason was. That helps if the job
 was killed, preempted, out of memory (an attempt asks for more than the one before), or cut off from the network. Any other
 failure would come again: then a mark is left beside the log (:func:`leave_mark`), and further attempts end before they import
-anything (:func:`end_if_failed_for_good`). An attempt heeds only the mark of the attempt before it, and a first attempt none, so
-a mark of an earlier run stops nothing, wherever the job runs.
+anything (:func:`end_if_failed_for_good`). An attempt heeds only the mark of the attempt before it, and a first attempt removes
+it. So a mark of an earlier run stops nothing, wherever the job runs, unless the first attempt was killed before it began.
 
 This module uses the standard library only: Snakemake imports it at every start.
 """
@@ -42,7 +42,9 @@ NUMBERS = {
     errno.ESTALE,
 }  # ESTALE: a network file system
 LOST_PEER = re.compile(  # processes that train together, when one of them is killed
-    r"connection (closed|reset|refused)|remote process exited|socket timeout|broken pipe|timed out waiting", re.IGNORECASE
+    r"connection (closed|reset|refused)|remote process exited|socket timeout|broken pipe|timed out waiting|"
+    r"before timing out|nccl error|communicator was aborted",
+    re.IGNORECASE,
 )
 
 
@@ -59,7 +61,7 @@ def with_causes(error: BaseException | None) -> Iterator[BaseException]:
     """Yield an error and those that led to it, also if it was raised ``from None``."""
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (error.__context__ if error.__suppress_context__ else None)
 
 
 def is_passing(error: BaseException) -> bool:
@@ -125,7 +127,9 @@ def has_failed_for_good(log: str | Path | None, attempt: int) -> bool:
 def end_if_failed_for_good() -> None:
     """End this process as the attempt before it ended, if that failed for a reason that remains. The log says so again."""
     attempt, log = attempt_of_script()
-    if attempt > 1 and log and has_failed_for_good(log, attempt - 1):
+    if attempt == 1 and log:
+        remove_mark(log)
+    elif log and has_failed_for_good(log, attempt - 1):
         with mark_of(log).open("a", encoding="utf-8") as mark:
             mark.write(last_line(attempt))
         shutil.copyfile(mark_of(log), log)

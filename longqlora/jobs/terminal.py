@@ -111,9 +111,10 @@ class Terminal(logging.Handler):
         titles: Mapping[str, str],
         labels: Mapping[str, Mapping[str, str]],
         results: Callable[[], Mapping[str, str]],
+        local_copy: Callable[[str], str] = str,
     ):
         super().__init__()
-        self.titles, self.labels, self.results = titles, labels, results
+        self.titles, self.labels, self.results, self.local_copy = titles, labels, results, local_copy
         self.default: logging.StreamHandler | None = None
         self.started, self.total, self.done = time.time(), 0, 0
         self.jobs: dict[int, Job] = {}
@@ -188,7 +189,7 @@ class Terminal(logging.Handler):
         self.jobs[record.jobid] = job = Job(
             number=before.number if before else len(self.jobs) + 1,
             title=self.title(record.rule_name, record.wildcards),
-            log=Path(record.log[0]) if record.log else None,
+            log=Path(self.local_copy(record.log[0])) if record.log else None,
             started=now,
             attempt=before.attempt + 1 if before else 1,
             due=now + pause(0),
@@ -224,7 +225,7 @@ class Terminal(logging.Handler):
         if job is None:
             return self.pass_on(record)
         self.running.discard(record.jobid)
-        job.cluster_log = log_of_cluster(record.log, job.log)
+        job.cluster_log = log_of_cluster([self.local_copy(log) for log in record.log], job.log)
         job.reason = reason_of_failure(job, self.exits.pop(record.thread, ""), record.rule_msg)
         if self.interrupted:
             return self.write_job(job, f": {job.reason.partition('Interrupted: ')[2] or 'interrupted'}")

@@ -60,10 +60,10 @@ class TrainingPlans:
         """Peak memory of a training that keeps the activations of a form; by default those that it chooses."""
         form = form or self.form(settings, extension)
         return self.traced(
-            training_memory, self.model, self.extended_as(extension), traced_as(settings), self.device, self.compute, form
+            training_memory, self.model, self.linear_equivalent(extension), traced_as(settings), self.device, self.compute, form
         )
 
-    def extended_as(self, extension: RopeExtension) -> RopeExtension:
+    def linear_equivalent(self, extension: RopeExtension) -> RopeExtension:
         """The linear extension to the same context, because all scalings need the same memory; that of a model which is scaled
         already stays."""
         linear = RopeExtension(target_context=extension.target_context)

@@ -133,7 +133,7 @@ def data_row(card: dict) -> str:
 def steps_row(card: dict) -> str:
     """The length of a training."""
     settings = card["settings"]
-    groups = settings["num_processes"] * settings["num_nodes"] // settings["sequence_parallel"]  # each has its own windows
+    groups = settings["num_processes"] * settings.get("num_nodes", 1) // settings.get("sequence_parallel", 1)
     factors = [settings["batch_size"], settings["gradient_accumulation"], *([groups] if groups > 1 else [])]
     return f"{card['steps']} of {' × '.join(map(str, factors))} windows"
 

@@ -9,6 +9,9 @@ from transformers import TrainingArguments
 from longqlora.config.settings import ProgressSettings, TrainingSettings
 from longqlora.modeling.devices import compute_dtype
 
+WAITING, COPYING = 1800, 24 * 3600
+"""Seconds that processes wait for each other; while one copies a checkpoint to its store, the others wait too."""
+
 
 def training_arguments(
     output: str, settings: TrainingSettings, progress: ProgressSettings, seed: int, device: torch.device
@@ -27,6 +30,7 @@ def training_arguments(
     return TrainingArguments(
         output_dir=output,
         **length,
+        ddp_timeout=COPYING if progress.checkpoint_store else WAITING,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
         learning_rate=settings.learning_rate,

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from contextlib import suppress
 
 from transformers import TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
@@ -49,7 +50,22 @@ class LogProgress(TrainerCallback):
 
 
 class ResumableTensorBoard(TensorBoardCallback):
-    """Writes TensorBoard events; a resumed training also writes those of the steps before the interruption."""
+    """Writes TensorBoard events; a resumed training also writes those of the steps before the interruption.
+
+    The folder is an output of the job. When a cluster ends the job, Snakemake removes its outputs while the training still
+    saves a checkpoint; this must not fail for lack of the folder.
+    """
+
+    def on_log(self, args, state, control, **kwargs):
+        try:
+            super().on_log(args, state, control, **kwargs)
+        except OSError as error:
+            log.warning("no further TensorBoard events are written: %s", error)
+            self.tb_writer = None
+
+    def on_train_end(self, args, state, control, **kwargs):
+        with suppress(OSError):
+            super().on_train_end(args, state, control, **kwargs)
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)

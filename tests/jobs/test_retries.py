@@ -22,7 +22,8 @@ PASSING = [
     Interrupted("ended by SIGTERM after step 7 of 9"),
     LostProcesses("one of 2 processes failed: exit status 1"),
     RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:8216"),
-    RuntimeError("NCCL error: remote process exited or there was a network error"),
+    RuntimeError("NCCL Error 6: unhandled system error"),
+    RuntimeError("[Rank 1] Watchdog caught collective operation timeout: WorkNCCL ran for 600 s before timing out."),
     ConnectionResetError("Connection reset by peer"),
     socket.gaierror(-3, "Temporary failure in name resolution"),
     OSError(errno.ENETUNREACH, "Network is unreachable"),
@@ -64,6 +65,18 @@ def test_an_error_of_the_network_is_found_below_the_message_that_replaces_it():
     with pytest.raises(ValueError, match="cannot be read") as caught:
         read()
     assert is_worth_a_retry(caught.value)
+
+
+def test_an_error_of_the_network_that_was_dealt_with_is_no_reason():
+    def read():
+        try:
+            raise ConnectionResetError("reset")
+        except OSError:
+            return {}["a"]
+
+    with pytest.raises(KeyError) as caught:
+        read()
+    assert not is_worth_a_retry(caught.value)
 
 
 SCRIPT = """

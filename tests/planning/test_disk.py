@@ -14,6 +14,7 @@ def test_smollm2s_run_is_as_large_as_measured():
     sizes, data = system_bytes(SMOLLM2, SMOLLM2_TRAINING), data_bytes(2_422_199, 0, 49152)
     assert sizes["model"] == pytest.approx(269_065_469, rel=0.01)
     assert sizes["adapter"] == pytest.approx(39_145_625, rel=0.01)
+    assert data == pytest.approx(4_844_398 + 5_435_605, rel=0.2)  # tokens and texts
     assert 2 * (sizes["model"] + sizes["adapter"]) + data == pytest.approx(634_560_810, rel=0.15)
 
 

@@ -84,6 +84,8 @@ def test_the_windows_of_a_step_are_those_of_all_processes():
     batch = f"{SETTINGS.batch_size} × {SETTINGS.gradient_accumulation}"
     assert f"| 30 of {batch} windows |" in card_of("x", CARD)
     assert f"| 30 of {batch} × 4 windows |" in card_of("x", CARD | {"settings": settings})
+    earlier = {name: value for name, value in settings.items() if name not in ("num_nodes", "sequence_parallel")}
+    assert f"| 30 of {batch} × " in card_of("x", CARD | {"settings": earlier})  # of a version without these keys
 
 
 def test_a_training_without_a_logged_step_has_a_card():

@@ -182,6 +182,7 @@ def test_a_signal_leaves_a_checkpoint_of_the_step_and_an_error(inputs, tmp_path,
     settings = STEPS | {"steps": 60, "checkpoint_steps": 7}
     process = start(*inputs, output, **settings)
     assert wait_for((work / "checkpoint-7").exists, process)
+    shutil.rmtree(f"{output}-events")  # as Snakemake does with the outputs of a job that a cluster ends
     process.send_signal(number)
     _, error = process.communicate(timeout=120)
     assert process.returncode != 0

@@ -7,6 +7,8 @@ from longqlora.access import access_problems
 from longqlora.evaluation.harness_tasks import task_problems
 from longqlora.publishing.gguf_packages import package_problems
 
+TRAININGS = [rules.train_adapter.rule.name, rules.train_model.rule.name]  # a module's rules may have other names
+
 
 onstart:
     problems = []
@@ -23,10 +25,10 @@ onstart:
             "docs/platforms.md tells how to build it"
         )
     needed = set() if deployed else {job.rule.name for job in workflow.dag.needrun_jobs()}
-    unknown = list(task_problems(EXPERIMENT.evaluation.harness)) if "evaluate_harness" in needed else []
+    unknown = list(task_problems(EXPERIMENT.evaluation.harness)) if rules.evaluate_harness.rule.name in needed else []
     if workflow.local_exec:
         unknown += slurm_problems(job.wildcards.system for job in workflow.dag.needrun_jobs() if job.rule.name in TRAININGS)
-    if {"convert_gguf", "check_gguf"} & needed:
+    if {rules.convert_gguf.rule.name, rules.check_gguf.rule.name} & needed:
         unknown += package_problems(EXPERIMENT.serving.converter)
     if unknown:
         raise WorkflowError(f"no job has started:\n{ConfigError(unknown)}")

@@ -67,6 +67,11 @@ def folder_of_copies():
     if folder.is_symlink() and folder.resolve() != Path.cwd():  # of a working folder that was moved
         folder.unlink()
     if not folder.exists():
+        if Path(RESULTS).exists():
+            raise WorkflowError(
+                f"{RESULTS} is not in {settings.default_storage_prefix} yet, and Snakemake would remove what the storage lacks: "
+                "copy it there and move it away, or run in another folder"
+            )
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.symlink_to(Path.cwd())
     elif folder.resolve() != Path.cwd():
@@ -84,7 +89,7 @@ def without_storage(path):
 
 def expand(pattern, **wildcards):
     """Snakemake's function, which refuses outputs in a default storage."""
-    patterns = [pattern] if isinstance(pattern, str) else pattern
+    patterns = [pattern] if isinstance(pattern, (str, Path)) else pattern
     return expand_local([without_storage(path) for path in patterns], **wildcards)
 
 

@@ -118,7 +118,7 @@ rule tokenize_corpus:
     conda:
         "../../environment.yml"
     resources:
-        **measured(mem=1000, runtime=60 + CORPUS.num_texts // 1000),
+        **measured(mem=1100, runtime=60 + CORPUS.num_texts // 1000),
     params:
         *code_of("tokenize_corpus"),
         tokenizer=base_tokenizer,

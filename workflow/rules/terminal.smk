@@ -30,9 +30,17 @@ def results_to_look_at():
     return {folder + path: words for path, words in shown.items() if path in made}
 
 
+def local_copy(path):
+    """Where a file is on this machine that Snakemake's messages name by its place in a default storage."""
+    prefix = f"{workflow.storage_settings.default_storage_prefix.rstrip('/')}/" if COPIES else ""
+    return path.removesuffix(" (send to storage)").removeprefix(prefix)
+
+
 WITHOUT_DIGEST = {shard: shard.rpartition("-")[0] for shard in SHARDS} if CORPUS else {}
 MESSAGES = {each.name: each.message for each in workflow.rules if each.message}
-TERMINAL = Terminal(titles=MESSAGES, labels=labels_of(SYSTEMS) | {"shard": WITHOUT_DIGEST}, results=results_to_look_at)
+TERMINAL = Terminal(
+    titles=MESSAGES, labels=labels_of(SYSTEMS) | {"shard": WITHOUT_DIGEST}, results=results_to_look_at, local_copy=local_copy
+)
 
 for each in workflow.rules:
     each.message = None  # otherwise the log of Snakemake and a dry run would have it in place of the job's files

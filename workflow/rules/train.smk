@@ -1,6 +1,5 @@
 # The training of each system, and the model folder that is published.
 
-TRAININGS = ("train_adapter", "train_model")
 CORES_PER_PROCESS = 4 if GPUS else 1  # --set-threads train_adapter=8 gives other numbers
 
 
@@ -66,8 +65,9 @@ rule train_adapter:
         settings=lookup("{system}/training", within=SYSTEM_VALUES),
         seed=lambda wildcards: {"seed": SYSTEMS[wildcards.system].seed},
         device=EXPERIMENT.device,
-        # Snakemake does not compare params that are functions of the input; these two do not change what is trained
+        # Snakemake does not compare params that are functions of the input; these three do not change what is trained
         progress=lambda wildcards, input: SYSTEM_VALUES[wildcards.system]["progress"],
+        data=lambda wildcards, input: without_storage(input.data),
         checkpoint_dir=lambda wildcards, input: f"{RESULTS}/checkpoints/{wildcards.system}",  # kept when the job fails
     message:
         "train {wildcards.system}"

@@ -36,7 +36,7 @@ with job_log(snakemake.log[0]), reserve_gpus(snakemake.params.device, settings.n
         by_torchrun=settings.zero_stage > 0,
         files=TrainingFiles(
             base_model=snakemake.params.base_model,
-            data=snakemake.input.data,
+            data=snakemake.params.data,
             output=snakemake.output.trained,
             tensorboard_dir=snakemake.output.events,
             checkpoint_dir=snakemake.params.checkpoint_dir,
