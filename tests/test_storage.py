@@ -118,7 +118,7 @@ def test_results_that_the_bucket_lacks_are_not_removed(machine):
 def test_a_job_that_fails_says_why_and_is_shown_once(machine):
     folder = machine("broken")
     (folder / "demo/texts/prose.jsonl.xz").write_bytes(b"no archive")
-    run = snakemake(folder, *STORAGE, "results/demo/tokens/evaluation/prose.bin")
+    run = snakemake(folder, *STORAGE[:-1], "s3://bucket/broken", "results/demo/tokens/evaluation/prose.bin")
     lines = run.stdout + run.stderr
     assert run.returncode == 1
     assert "reason: demo/texts/prose.jsonl.xz: the file is damaged" in lines

@@ -56,9 +56,9 @@ class ResumableTensorBoard(TensorBoardCallback):
     saves a checkpoint; this must not fail for lack of the folder.
     """
 
-    def on_log(self, args, state, control, **kwargs):
+    def on_log(self, args, state, control, logs=None, **kwargs):
         try:
-            super().on_log(args, state, control, **kwargs)
+            super().on_log(args, state, control, logs, **kwargs)
         except OSError as error:
             log.warning("no further TensorBoard events are written: %s", error)
             self.tb_writer = None

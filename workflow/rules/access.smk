@@ -7,7 +7,10 @@ from longqlora.access import access_problems
 from longqlora.evaluation.harness_tasks import task_problems
 from longqlora.publishing.gguf_packages import package_problems
 
-TRAININGS = [rules.train_adapter.rule.name, rules.train_model.rule.name]  # a module's rules may have other names
+
+def script_of(job):
+    """The name of a job's script. Where this workflow is a module, its rules may have other names."""
+    return Path(str(job.rule.script)).stem
 
 
 onstart:
@@ -24,11 +27,11 @@ onstart:
             f"no job has started: there is no {IMAGE} in this folder, the container that jobs run in with --sdm apptainer; "
             "docs/platforms.md tells how to build it"
         )
-    needed = set() if deployed else {job.rule.name for job in workflow.dag.needrun_jobs()}
-    unknown = list(task_problems(EXPERIMENT.evaluation.harness)) if rules.evaluate_harness.rule.name in needed else []
+    needed = set() if deployed else set(map(script_of, workflow.dag.needrun_jobs()))
+    unknown = list(task_problems(EXPERIMENT.evaluation.harness)) if "evaluate_harness" in needed else []
     if workflow.local_exec:
-        unknown += slurm_problems(job.wildcards.system for job in workflow.dag.needrun_jobs() if job.rule.name in TRAININGS)
-    if {rules.convert_gguf.rule.name, rules.check_gguf.rule.name} & needed:
+        unknown += slurm_problems(job.wildcards.system for job in workflow.dag.needrun_jobs() if script_of(job) == "train")
+    if {"convert_gguf", "check_gguf"} & needed:
         unknown += package_problems(EXPERIMENT.serving.converter)
     if unknown:
         raise WorkflowError(f"no job has started:\n{ConfigError(unknown)}")
