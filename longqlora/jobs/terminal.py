@@ -239,7 +239,7 @@ class Terminal(logging.Handler):
             self.write(*self.results_after("All files are up to date."))
         elif text.startswith("Terminating processes on user request"):
             self.interrupted = True
-            self.write("Interrupted: the running jobs end.")
+            self.write("Interrupted: waiting for the running jobs to end.")
         elif not text.startswith("Trying to restart job"):  # the next line says it
             self.pass_on(record)
 

@@ -43,7 +43,8 @@ def plan_command(options: argparse.Namespace) -> None:
     replaced = dict(options.model)
     check_replaced(replaced, experiment)
     transformers.logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for library in ("bitsandbytes", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")  # they are for those who write code
     card = chosen_card(options, experiment)
     planner = Planner(experiment, card, partial(config_to_plan, experiment, replaced), tell=show_status)

@@ -59,7 +59,9 @@ def read_from_hub(path: str) -> dict:
         file = hf_hub_download(name, "config.json", revision=revision)
     except OSError as error:  # all errors of the hub and its cache are
         reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise ValueError(f"{path}: its config.json cannot be read from the hub ({reason}); {how_to_give(path)}") from None
+        raise ValueError(
+            f"{path}: there is no such folder, and its config.json cannot be read from the hub ({reason}); {how_to_give(path)}"
+        ) from None
     return read_config(Path(file).parent)
 
 

@@ -13,10 +13,15 @@ def script_of(job):
     return Path(str(job.rule.script)).stem
 
 
+def params_of_jobs():
+    """Yield the params of the jobs to run, but for the plan, which reads no data and says itself what it cannot read."""
+    return (list(job.params) for job in workflow.dag.needrun_jobs() if script_of(job) != "plan_run")
+
+
 onstart:
     problems = []
     try:
-        problems = access_problems(EXPERIMENT, (list(job.params) for job in workflow.dag.needrun_jobs()))
+        problems = access_problems(EXPERIMENT, params_of_jobs())
     except ImportError as error:  # an environment with little more than Snakemake; the jobs have their own
         logger.warning(f"models and data that are not on this machine are not looked up before the first job: {error}")
     if problems:
