@@ -125,11 +125,13 @@ def test_two_processes_that_are_killed_resume(inputs, single, tmp_path, settings
     assert_equal_to(single, card, output)
 
 
-def test_two_processes_that_share_windows_train_what_one_trains(inputs, single, tmp_path):
-    shared = arguments(inputs, tmp_path / "adapter", batch_size=2, num_processes=2, sequence_parallel=2)
+@pytest.mark.parametrize(("num_processes", "batch_size"), [(2, 2), (4, 1)], ids=["one pair", "two pairs"])
+def test_pairs_of_processes_that_share_windows_train_what_one_trains(inputs, single, tmp_path, num_processes, batch_size):
+    settings = {"batch_size": batch_size, "num_processes": num_processes, "sequence_parallel": 2}
+    shared = arguments(inputs, tmp_path / "adapter", **settings)
     card = train_in_processes(**shared | {"form": "layer_inputs"})
     assert_equal_to(single, card, tmp_path / "adapter")
-    assert card["tokens"] == single[0]["tokens"]
+    assert 0 <= single[0]["tokens"] - card["tokens"] < 128  # the padding of a shorter window in a batch of two
 
 
 def test_two_processes_share_windows_with_full_attention(inputs, tmp_path):
