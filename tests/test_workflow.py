@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas
@@ -735,6 +736,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.skipif(find_spec("snakemake_executor_plugin_slurm") is not None, reason="the extra slurm needs pandas")
 def test_a_driver_needs_snakemake_and_the_checks_alone(root, tmp_path):
     """Every shipped configuration is planned where nothing of the jobs is installed."""
     for name in PROJECT:
