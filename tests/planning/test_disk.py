@@ -14,7 +14,8 @@ def test_smollm2s_run_is_as_large_as_measured():
     sizes, data = system_bytes(SMOLLM2, SMOLLM2_TRAINING), data_bytes(2_422_199, 0, 49152)
     assert sizes["model"] == pytest.approx(269_065_469, rel=0.01)
     assert sizes["adapter"] == pytest.approx(39_145_625, rel=0.01)
-    assert data == pytest.approx(4_844_398 + 5_435_605, rel=0.2)  # tokens and texts
+    assert data - disk.TEXT_BYTES * 2_422_199 == pytest.approx(4_844_398, rel=0.01)  # tokens
+    assert data == pytest.approx(4_844_398 + 5_435_605, rel=0.2)  # and texts
     assert 2 * (sizes["model"] + sizes["adapter"]) + data == pytest.approx(634_560_810, rel=0.15)
 
 
@@ -24,7 +25,9 @@ def test_the_demos_run_is_as_large_as_measured():
     systems = [system_bytes(DEMO, DEMO_TRAINING.model_copy(update=each)) for each in ({}, {}, {}, {}, lora, {"method": "full"})]
     assert sum(each["model"] for each in systems) == pytest.approx(13_462_036, rel=0.15)
     assert sum(each["adapter"] for each in systems) == pytest.approx(4_628_297, rel=0.2)
-    assert data_bytes(637_377, 248_446, 1024) == pytest.approx(3_462_183 + 2_038_768 + 227_255, rel=0.15)
+    texts = disk.TEXT_BYTES * 637_377 + disk.INSTRUCTION_TEXT_BYTES * 248_446
+    assert texts == pytest.approx(2_038_768 + 227_255, rel=0.15)
+    assert data_bytes(637_377, 248_446, 1024) - texts == pytest.approx(3_462_183, rel=0.15)  # tokens
 
 
 def test_data_take_at_most_what_the_longest_texts_would(root):
