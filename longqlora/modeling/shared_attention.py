@@ -17,8 +17,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 
 class Swap(Function):
-    """Sends part i of a tensor to process i, and returns the parts that were received, in the order of the processes. torch's own
-    exchanges with a gradient are deprecated (``torch.distributed.nn``) or private (``_functional_collectives``).
+    """Sends part i of a tensor to process i, and returns the parts that were received, in the order of the processes.
+
+    torch's own exchanges with a gradient are deprecated (``torch.distributed.nn``) or private (``_functional_collectives``).
 
     Args:
         sent: ``[s, …]``
