@@ -22,7 +22,14 @@ from longqlora.config.settings import RopeExtension, TrainingSettings
 from longqlora.evaluation.token_losses import nll_of_batch
 from longqlora.modeling.attention import register_shifted_sparse_attention
 from longqlora.modeling.chunked_loss import use_chunked_loss
-from longqlora.modeling.devices import compute_dtype, dtype_name, find_device, keep_freed_memory, weight_dtype
+from longqlora.modeling.devices import (
+    compute_dtype,
+    dtype_name,
+    find_device,
+    keep_freed_memory,
+    return_freed_memory,
+    weight_dtype,
+)
 from longqlora.modeling.rope import extend_context
 from longqlora.planning.fake_models import put_weights
 from longqlora.planning.work import RECOMPUTED
@@ -215,13 +222,16 @@ def prepare_case(case: Case, shape: str, precision: str, length: int, device: to
     return model.train()
 
 
-def training_step(model, ids: torch.Tensor, *, micro_steps: int = 1, paged: bool = True) -> Callable[[], float]:
+def training_step(
+    model, ids: torch.Tensor, *, micro_steps: int = 1, paged: bool = True, returns_memory: bool = False
+) -> Callable[[], float]:
     """A function that trains on a batch once and returns the loss.
 
     Args:
         ids: ``[b, n]``
         micro_steps: passes over the batch, forward and backward, whose gradients are added up before the optimizer's step.
         paged: on a GPU with bitsandbytes, keep the optimizer's state in paged memory.
+        returns_memory: before and after the forward pass, as :class:`longqlora.training.trainer.ResumableTrainer` does.
     """
     weights, dtype = [weight for weight in model.parameters() if weight.requires_grad], compute_dtype(ids.device)
     if paged and ids.is_cuda and importlib.util.find_spec("bitsandbytes"):
@@ -233,8 +243,12 @@ def training_step(model, ids: torch.Tensor, *, micro_steps: int = 1, paged: bool
     def step() -> float:
         torch.manual_seed(3)  # the dropout of all cases is the same
         for _ in range(micro_steps):
+            if returns_memory:
+                return_freed_memory(ids.device)
             with nullcontext() if dtype is torch.float32 else torch.autocast(ids.device.type, dtype):
                 loss = model(input_ids=ids, labels=ids).loss
+            if returns_memory:
+                return_freed_memory(ids.device)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM)
         optimizer.step()
@@ -279,7 +293,7 @@ def step_of(case: Case, model, shape: str, length: int, device: torch.device, **
     generator = torch.Generator().manual_seed(4)
     ids = torch.randint(SHAPES[shape]["vocab_size"], (1, length + (not case.is_training)), generator=generator).to(device)
     if case.is_training:
-        return training_step(model, ids, **options)
+        return training_step(model, ids, returns_memory=case.is_ours, **options)
     return {"scored": evaluation_step, "none": forward_step}[case.loss](model, ids)
 
 

@@ -3,10 +3,15 @@
 import ctypes
 import os
 import sys
+from collections.abc import Callable
 
 import torch
 
 from longqlora.config.settings import Device
+
+MUCH_FREE = 128 * 2**20
+"""Bytes of a heap. Page faults of memory that was returned take a quarter of the time of a step of the demo, whose heap is smaller,
+and no time that can be measured where a step takes seconds."""
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -76,14 +81,37 @@ def keep_freed_memory(device: torch.device) -> None:
     By default glibc returns the memory of a large tensor to the system when the tensor is freed. The page faults of the next
     tensor then take a tenth of the time of a small model's training step. Memory that is kept fragments, up to three times
     what is in use. Tensors of 8 MiB and more are therefore still mapped one by one; they are in huge pages
-    (:mod:`longqlora.jobs.log`), which have few page faults.
+    (:mod:`longqlora.jobs.log`), which have few page faults. See also :func:`return_freed_memory`.
     """
-    if device.type != "cpu" or sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
+    if mallopt := function_of_glibc("mallopt", device):
         mallopt(-3, 8 * 2**20)  # M_MMAP_THRESHOLD: fixed, because glibc would raise it when tensors are freed
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
+
+
+def return_freed_memory(device: torch.device) -> None:
+    """Return what is free in this process's heap to the system if it is much, because the holes between the tensors of one half
+    of a training step do not fit those of the other. Only on a CPU, and only with glibc."""
+    mallinfo2, malloc_trim = (function_of_glibc(name, device) for name in ("mallinfo2", "malloc_trim"))
+    if mallinfo2 and malloc_trim:
+        mallinfo2.restype = HeapState
+        if mallinfo2().fordblks > MUCH_FREE:
+            malloc_trim(0)
+
+
+class HeapState(ctypes.Structure):
+    """``struct mallinfo2`` of glibc (2.33 and newer); ``fordblks`` is what is free, in bytes."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+def function_of_glibc(name: str, device: torch.device) -> Callable | None:
+    """A function of the C library, where a device uses its memory and it has the function."""
+    if device.type != "cpu" or sys.platform != "linux":
+        return None
+    return getattr(ctypes.CDLL(None), name, None)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -28,6 +28,7 @@ from longqlora.jobs.checkpointing import (
     publish_checkpoint,
     step_of_checkpoint,
 )
+from longqlora.modeling.devices import return_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -250,7 +251,9 @@ class ResumableTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         indices = inputs["index"]
         inputs = {name: value for name, value in inputs.items() if name != "index"}
+        return_freed_memory(self.args.device)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return_freed_memory(self.args.device)
         loss = result[0] if isinstance(result, tuple) else result
         if not torch.isfinite(loss):
             raise self.non_finite(
