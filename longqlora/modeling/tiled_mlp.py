@@ -1,5 +1,5 @@
 """MLPs that compute a long window in tiles of tokens, so that the wide activations of a whole window are never in memory; and
-norms, whose float32 activations would be the largest of those that are left.
+norms without a fused kernel, whose float32 activations would be the largest of those that are left.
 
 An MLP treats every token by itself, and so does a norm. Here their forward pass keeps its input alone, and their backward pass
 computes one tile after another again (TiledMLP of Arctic Long Sequence Training, Bekman et al. 2025, arXiv 2506.13996). In a
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.autograd import Function
 from transformers import PreTrainedModel
+
+from longqlora.modeling.recomputation import inside
 
 TILE = 4096
 """Tokens of a tile. A 4-bit weight is dequantized for each tile anew, which takes the longer the smaller the tiles are."""
@@ -62,7 +64,7 @@ class TiledMLP(Function):
         (hidden,) = ctx.saved.saved_tensors
         devices = [hidden.device] if hidden.device.type == "cuda" else []
         parts, totals = [], [torch.zeros_like(weight) for weight in ctx.weights]
-        with torch.random.fork_rng(devices), torch.autocast(**ctx.autocast):
+        with torch.random.fork_rng(devices), torch.autocast(**ctx.autocast), inside(recomputation=True):
             set_random_state(hidden.device, ctx.random_state)
             for part, gradient in zip(hidden.split(ctx.tile, dim=1), gradients[0].split(ctx.tile, dim=1), strict=True):
                 part = part.detach().requires_grad_()

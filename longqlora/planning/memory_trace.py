@@ -23,7 +23,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from longqlora.modeling import norms
 from longqlora.modeling.chunked_loss import CHUNK
+from longqlora.training import lora_forward
 
 WEIGHTS, CONSTANTS, ADAPTER, GRADIENTS = "weights", "quantization constants", "adapter", "gradients"
 ACTIVATIONS, LAYER_INPUTS, LOSS, RECOMPUTATION = "activations", "layer inputs", "loss", "recomputation"
@@ -164,6 +166,20 @@ def fake_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor)
     return LossInChunks.apply(hidden, weight)
 
 
+class FusedNorm(Function):
+    """What torch's kernel for an RMSNorm makes and keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(hidden, weight, torch.empty(hidden.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple:
+        hidden, weight, _ = ctx.saved_tensors
+        return torch.empty_like(hidden), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+
+
 def dequantized(layer: Any) -> torch.Tensor:
     """A weight as peft's DoRA takes its norm: one in 4 bit is dequantized."""
     state: Any = getattr(layer.weight, "quant_state", None)
@@ -181,6 +197,9 @@ def pretend_gpu(compute_dtype: torch.dtype):
     replaced = [
         (torch, "is_autocast_enabled", lambda device="cpu": is_enabled(device)),  # without a device, peft means CUDA
         (torch.nn.functional, "dropout", native_dropout),  # a CPU saves its mask in the type of the input
+        (lora_forward, "draw_dropped", lambda x, p: (torch.empty_like(x, dtype=torch.bool), 1 - p)),
+        (norms, "has_kernel", lambda hidden: True),
+        (torch.nn.functional, "rms_norm", lambda hidden, shape, weight, eps: FusedNorm.apply(hidden, weight)),
     ]
     with ExitStack() as stack:
         for owner, name, replacement in replaced:

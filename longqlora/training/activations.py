@@ -16,7 +16,8 @@ from typing import Any, Literal, get_args
 from transformers import PreTrainedModel
 
 from longqlora.config.settings import Device, TrainingSettings
-from longqlora.modeling.kept_outputs import keep_and_reuse, mark_linear_layers
+from longqlora.modeling.norms import use_fused_norms
+from longqlora.modeling.recomputation import keep_and_reuse, mark_linear_layers, recompute_all
 from longqlora.modeling.tiled_mlp import tile_mlps
 
 Form = Literal["all", "linear_outputs", "layer_inputs", "offloaded"]
@@ -63,13 +64,18 @@ def keep_activations(model: PreTrainedModel, form: Form, *, tiles: bool = True) 
         tiles: whether the MLPs of long windows are computed in tiles where layers are computed again
             (:mod:`longqlora.modeling.tiled_mlp`). Not with ZeRO-3, where a weight has no elements between its uses.
     """
-    if form == "all":
-        return
-    options: dict[str, Any] = {"use_reentrant": False}
+    if form != "all":
+        checkpoint_layers(model, form, tiles=tiles)
+    use_fused_norms(model)
+
+
+def checkpoint_layers(model: PreTrainedModel, form: Form, *, tiles: bool) -> None:
+    """Let the layers of a model be computed again in the backward pass; see :func:`keep_activations`."""
     if form == "linear_outputs":
         mark_linear_layers(model)
-        options["context_fn"] = keep_and_reuse
     elif tiles:
         tile_mlps(model)
+    contexts = keep_and_reuse if form == "linear_outputs" else recompute_all
+    options: dict[str, Any] = {"use_reentrant": False, "context_fn": contexts}
     model.activation_checkpointing_enable(activation_checkpointing_kwargs=options, offload=form == "offloaded")
     model.disable_input_require_grads()  # only reentrant checkpointing needs gradients of the embeddings' output

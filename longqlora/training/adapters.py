@@ -81,7 +81,8 @@ def add_adapter(
     for weight in adapted.parameters():
         if weight.requires_grad and trained:
             weight.data = weight.data.to(trained)
-    use_short_forward(adapted)
+    if settings.zero_stage != 3:  # where a weight has no elements outside of its own layer's forward pass
+        use_short_forward(adapted)
     return adapted
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 from longqlora.config.settings import TrainingSettings
 from longqlora.modeling.attention import register_shifted_sparse_attention
 from longqlora.modeling.chunked_loss import use_chunked_loss
-from longqlora.modeling.kept_outputs import BLOCK, keep_and_reuse
+from longqlora.modeling.recomputation import BLOCK, keep_and_reuse
 from longqlora.training.activations import keep_activations
 from longqlora.training.adapters import add_adapter
 
