@@ -9,7 +9,6 @@ matter (:func:`pretend_gpu`).
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +18,6 @@ import torch
 from bitsandbytes.functional import quantize_4bit
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import Function
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -77,7 +75,7 @@ class MemoryTrace(TorchDispatchMode):
 
     def add(self, tensor: torch.Tensor, operation: str) -> None:
         storage = tensor.untyped_storage()
-        if storage._cdata in self.owners:
+        if storage._cdata in self.owners or tensor.device.type == "meta":  # without memory, or on the host
             return
         num_bytes = allocated(storage)
         self.owners[storage._cdata] = self.part
@@ -108,28 +106,19 @@ class MemoryTrace(TorchDispatchMode):
         self.host += num_bytes
         self.host_peak = max(self.host, self.host_peak)
 
+    def host_buffer(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Replaces :func:`longqlora.training.offloading.host_buffer`: pinned memory, which torch allocates in powers of two, on
+        ``meta``, as the fake device is a CPU itself."""
+        buffer = torch.empty_like(tensor, device="meta")
+        num_bytes = 1 << max(0, tensor.nbytes - 1).bit_length()
+        self.keep_on_host(num_bytes)
+        weakref.finalize(buffer.untyped_storage(), self.keep_on_host, -num_bytes)
+        return buffer
+
 
 def allocated(storage: torch.UntypedStorage) -> int:
     """Bytes that CUDA's allocator gives for a storage: multiples of 512."""
     return -(-storage.nbytes() // 512) * 512
-
-
-class OnHost:
-    """A tensor that has left the device for pinned memory of the host, which torch allocates in powers of two."""
-
-    def __init__(self, tensor: torch.Tensor, trace: MemoryTrace):
-        self.shape, self.dtype = tensor.shape, tensor.dtype
-        num_bytes = 1 << max(0, tensor.nbytes - 1).bit_length()
-        trace.keep_on_host(num_bytes)
-        weakref.finalize(self, trace.keep_on_host, -num_bytes)
-
-    def back(self) -> torch.Tensor:
-        return torch.empty(self.shape, dtype=self.dtype)
-
-
-def kept_on_host(trace: MemoryTrace) -> Callable[..., saved_tensors_hooks]:
-    """Replaces torch's ``save_on_cpu``: a saved tensor leaves the device, and a new one is made when it is needed."""
-    return lambda **options: saved_tensors_hooks(lambda tensor: OnHost(tensor, trace), OnHost.back)
 
 
 class LossInChunks(Function):
@@ -219,7 +208,7 @@ def fake_tensors(trace: MemoryTrace, *, documents: bool = False):
         quantize_4bit(torch.ones(1, 64), compress_statistics=True, quant_type="nf4")
     replaced = [
         ("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: position_ids if documents else None),
-        ("transformers.modeling_utils.save_on_cpu", kept_on_host(trace)),
+        ("longqlora.training.offloading.host_buffer", trace.host_buffer),
         ("longqlora.modeling.chunked_loss.summed_nll", fake_loss),
         ("peft.tuners.lora.dora.dequantize_module_weight", dequantized),
         # peft moves new weights to where they are already

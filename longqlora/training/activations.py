@@ -5,7 +5,7 @@
 | ``all`` | every activation | nothing |
 | ``linear_outputs`` | the inputs of the layers, the outputs of the base's linear layers and of the attention | the rest |
 | ``layer_inputs`` | the inputs of the layers | every layer, long windows with MLPs in tiles |
-| ``offloaded`` | the same, in CPU memory | the same |
+| ``offloaded`` | the same, in CPU memory (:mod:`longqlora.training.offloading`) | the same |
 
 All forms have the same losses and gradients, but for rounding, and for what dropout drops in tiles.
 """
@@ -19,6 +19,7 @@ from longqlora.config.settings import Device, TrainingSettings
 from longqlora.modeling.norms import use_fused_norms
 from longqlora.modeling.recomputation import keep_and_reuse, mark_linear_layers, recompute_all
 from longqlora.modeling.tiled_mlp import tile_mlps
+from longqlora.training.offloading import offload_inputs
 
 Form = Literal["all", "linear_outputs", "layer_inputs", "offloaded"]
 
@@ -75,7 +76,9 @@ def checkpoint_layers(model: PreTrainedModel, form: Form, *, tiles: bool) -> Non
         mark_linear_layers(model)
     elif tiles:
         tile_mlps(model)
+    if form == "offloaded":
+        offload_inputs(model)
     contexts = keep_and_reuse if form == "linear_outputs" else recompute_all
     options: dict[str, Any] = {"use_reentrant": False, "context_fn": contexts}
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs=options, offload=form == "offloaded")
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     model.disable_input_require_grads()  # only reentrant checkpointing needs gradients of the embeddings' output
