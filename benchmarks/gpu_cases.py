@@ -28,6 +28,7 @@ from longqlora.modeling.chunked_loss import summed_nll
 from longqlora.modeling.devices import compute_dtype, dtype_name, find_device, keep_freed_memory, weight_dtype
 from longqlora.publishing.merging import nf4_round_trip
 from longqlora.training.activations import Form, forms_on
+from longqlora.training.offloading import offload_inputs
 
 AUTOCAST_TYPES = (
     "longqlora.modeling.loading",
@@ -261,6 +262,57 @@ def take_steps(
         yield describe_steps(rows, micro_steps * tokens, micro_steps * step_flops(shape, case, tokens)) | memory_of(where)
         if profile:
             yield {"profile_ms": profile_kernels(step, where)}
+
+
+def compare_offloading(device: str, shape: str, tokens: int) -> Iterator[dict]:
+    """Losses and gradients of two micro-steps whose layers' inputs go to the host, copied while the GPU computes, against those
+    with the inputs on the GPU. Without its synchronization, a copy would bring other numbers.
+
+    Raises:
+        TooFar: if one differs.
+        RuntimeError: by torch, if it has no deterministic kernel for an operation.
+    """
+    where = find_device(device)
+    with deterministic_kernels():
+        model = prepare_case(CASES["ours"], shape, "nf4", tokens, where, form="layer_inputs")
+        ids = torch.randint(training_cases.SHAPES[shape]["vocab_size"], (1, tokens)).to(where)
+        expected, again = (losses_and_gradients(model, ids) for _ in range(2))
+        yield {"difference, inputs on the GPU, from one time to the next": largest_difference(again, expected)}
+        offload_inputs(model)
+        difference = max(largest_difference(losses_and_gradients(model, ids), expected) for _ in range(3))
+    yield {"difference, inputs offloaded": difference}
+    if difference:
+        raise TooFar(f"losses or gradients with offloaded inputs differ by up to {difference:.3g}")
+
+
+@contextmanager
+def deterministic_kernels() -> Iterator[None]:
+    """Let torch choose kernels that give the same numbers each time, and fill new memory with NaN."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # torch asks for it
+    torch.use_deterministic_algorithms(True)  # with warn_only, the attention would not be deterministic
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def losses_and_gradients(model, ids: torch.Tensor) -> list[torch.Tensor]:
+    """The losses of two micro-steps, and the sums of their gradients."""
+    torch.manual_seed(3)
+    model.zero_grad()
+    losses, dtype = [], compute_dtype(ids.device)
+    for _ in range(MICRO_STEPS):
+        with torch.autocast(ids.device.type, dtype, enabled=dtype is not torch.float32):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        losses.append(loss.detach())
+    return losses + [weight.grad for weight in model.parameters() if weight.requires_grad]
+
+
+def largest_difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """The largest difference of two lists of tensors, element by element; infinite if one is not a number."""
+    differences = torch.stack([(one.double() - other.double()).abs().max() for one, other in zip(found, expected, strict=True)])
+    return float(differences.max().nan_to_num(nan=torch.inf))
 
 
 def describe_steps(rows: list[dict], tokens: int, flops: float) -> dict:

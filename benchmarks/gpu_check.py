@@ -64,6 +64,7 @@ CASES = {  # the most important first
     "paged": Case(30, "gpu_cases.use_paged_memory"),
     "7b_8192": steps(75, "ours", "7b", 8192, repetitions=3, profile=True, traced="current"),
     "numerics": Case(45, "gpu_cases.compare_with_float64"),
+    "offloading": Case(75, "gpu_cases.compare_offloading", {"shape": "7b", "tokens": 8192}),
     "end_to_end": Case(110, "gpu_trainings.end_to_end", SMALL),
     "13b_12288": steps(75, "ours", "13b", 12288, traced="current"),
     "variants": Case(90, "gpu_trainings.train_variants", SMALL),
