@@ -3,15 +3,15 @@
 import ctypes
 import os
 import sys
-from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from longqlora.config.settings import Device
 
 MUCH_FREE = 128 * 2**20
-"""Bytes of a heap. Page faults of memory that was returned take a quarter of the time of a step of the demo, whose heap is smaller,
-and no time that can be measured where a step takes seconds."""
+"""Bytes in a heap. Page faults of memory that was returned take a quarter of the time of a step of the demo, whose heap is
+smaller, and no time that can be measured where a step takes seconds."""
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -101,14 +101,11 @@ def return_freed_memory(device: torch.device) -> None:
 class HeapState(ctypes.Structure):
     """``struct mallinfo2`` of glibc (2.33 and newer); ``fordblks`` is what is free, in bytes."""
 
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-    ]
+    _fields_ = [(name, ctypes.c_size_t) for name in (*map(str, range(8)), "fordblks", "keepcost")]
 
 
-def function_of_glibc(name: str, device: torch.device) -> Callable | None:
-    """A function of the C library, where a device uses its memory and it has the function."""
+def function_of_glibc(name: str, device: torch.device) -> Any:
+    """A function of the C library; None if it has none, or the device does not use its memory."""
     if device.type != "cpu" or sys.platform != "linux":
         return None
     return getattr(ctypes.CDLL(None), name, None)

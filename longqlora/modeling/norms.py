@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 
 def use_fused_norms(model: PreTrainedModel) -> None:
-    """Let the norms of a model's layers, and its last one, use torch's kernel where there is one. The result is the same but for
-    rounding: the kernel multiplies by the weight in float32, and rounds once.
+    """Let the norms of a model use torch's kernel where there is one. The result is the same but for rounding: the kernel
+    multiplies by the weight in float32, and rounds once.
 
     Args:
         model: of one of :data:`longqlora.modeling.compatibility.ROPE_FAMILIES`, with its adapter if it has one.

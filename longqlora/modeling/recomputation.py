@@ -144,8 +144,8 @@ def compute_once(output_of: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 def recompute_all() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Contexts of one checkpointed layer of which nothing is kept, for its forward pass and its recomputation (``context_fn`` of
-    torch's ``checkpoint``)."""
+    """Contexts of a checkpointed layer of which nothing is kept, for its forward pass and its recomputation; ``context_fn`` of
+    torch's ``checkpoint``."""
     return nullcontext(), inside(recomputation=True)
 
 

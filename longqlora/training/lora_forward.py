@@ -33,7 +33,9 @@ def use_short_forward(model: torch.nn.Module) -> None:
     """
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer) and layer.lora_A and not layer.lora_variant:
-            layer.forward = short_forward(layer, ends_layer=name.endswith("mlp.down_proj"))
+            layer.forward = short_forward(  # type: ignore[attr-defined]
+                layer, ends_layer=name.endswith("mlp.down_proj")
+            )
 
 
 def short_forward(layer: Any, *, ends_layer: bool):

@@ -1,4 +1,4 @@
-"""Checkpointing that keeps the outputs of linear layers and of the attention: the same step, and no product made twice."""
+"""What checkpointing computes again: the same step, and with outputs that are kept no product made twice."""
 
 from collections import Counter
 

@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from longqlora.config.settings import TrainingSettings
 from longqlora.modeling.chunked_loss import use_chunked_loss
+from longqlora.modeling.recomputation import recompute_all
 from longqlora.modeling.tiled_mlp import tile_mlps
 from longqlora.training.adapters import add_adapter
 
@@ -30,7 +31,8 @@ def train_step(*, tile: int | None, checkpointing: bool, dropout: float = 0, dty
     if tile:
         tile_mlps(model, tile)
     if checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        options = {"use_reentrant": False, "context_fn": recompute_all}
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     ids = torch.arange(2 * TOKENS).reshape(2, TOKENS) % 97
     torch.manual_seed(1)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.float32):
@@ -70,6 +72,23 @@ def test_with_checkpointing_nothing_is_computed_more_often():
     _, _, whole = train_step(tile=None, checkpointing=True)
     _, _, in_tiles = train_step(tile=TILE, checkpointing=True)
     assert in_tiles == whole == 2 * LAYERS * TOKENS  # forward, and once more in the backward pass
+
+
+@pytest.mark.parametrize("tile", [None, TILE])
+def test_no_layer_computes_its_last_product_again(tile, monkeypatch):
+    """No gradient needs it. The others are computed again: in tiles too, where no node of the MLP is left out."""
+    computed: list[int] = []
+    forward = torch.nn.Linear.forward
+
+    def count(layer, x):
+        computed.append(layer.in_features)
+        return forward(layer, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", count)
+    train_step(tile=tile, checkpointing=True)
+    tiles = -(-TOKENS // tile) if tile else 1
+    assert computed.count(64) == LAYERS * tiles  # of down_proj
+    assert computed.count(32) == LAYERS * 2 * (4 + 2 * tiles)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
