@@ -5,72 +5,24 @@ second half inside groups shifted by G/2: [0, G/2), [G/2, 3G/2), …, so that in
 the causal variant, as in LongLoRA's flash-attention code. The other variant rolls the sequence, which puts the first G/2 tokens
 into a group with the last G/2 tokens: they see the future.
 
-If several documents share a window, no token attends to another document. transformers recognizes such windows by position ids
-that start again at 0 (only in a forward pass without cache and attention mask), and asks the mask function that is registered
-with the attention for an n × n mask. Ours returns the document number of each token instead, from which each group makes its
-G × G mask.
+If several documents share a window, no token attends to another document, in S²-Attn and in full attention. Documents and
+groups cut the window into segments, each with a causal attention of its own (:mod:`longqlora.modeling.segments`), because the
+fastest kernels take no mask. transformers recognizes such windows by position ids that start again at 0 (only in a forward pass
+without cache and attention mask), and asks the mask function that is registered with the attention for an n × n mask. Ours
+returns the lengths of the documents instead.
 
 Shapes: b batch, h query heads, h_kv key/value heads, n tokens, d width of a head, G tokens in a group.
 """
 
-from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
-
-def causal_inside_documents(documents: torch.Tensor) -> torch.Tensor:
-    """The mask of causal attention inside documents: True where the query (row) sees the key (column). Every token sees itself.
-
-    Args:
-        documents: ``[b, n]``, the document number of each token.
-
-    Returns:
-        bool ``[b, 1, n, n]``
-    """
-    return (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
-
-
-def attend_in_groups(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    group: int,
-    documents: torch.Tensor | None = None,
-    **sdpa: Any,
-) -> torch.Tensor:
-    """Causal attention inside consecutive groups of ``group`` tokens; the last group may be shorter.
-
-    The groups become a batch dimension, so that one call of the fused kernel computes all of them. The last group is padded at
-    its end, where causality hides the padding. With documents, the masks of all groups together have n · G elements.
-
-    Args:
-        query, key, value: ``[b, h, n, d]``.
-        group: G, in tokens.
-        documents: ``[b, n]``, the document number of each token; None if the window is one document.
-        sdpa: further arguments of ``scaled_dot_product_attention`` (``scale``, ``dropout_p``).
-
-    Returns:
-        ``[b, h, n, d]``
-    """
-    b, n = query.shape[0], query.shape[2]
-    group = min(group, n)
-    missing = -n % group
-
-    def fold(x):
-        x = pad(x, (0, 0, 0, missing)) if missing else x
-        return x.unflatten(2, (-1, group)).transpose(1, 2).flatten(0, 1)  # [b · groups, h, G, d]
-
-    if documents is None:
-        sdpa["is_causal"] = True  # the fastest kernels take no mask
-    else:
-        sdpa["attn_mask"] = causal_inside_documents(pad(documents, (0, missing)).reshape(-1, group))  # [b · groups, 1, G, G]
-    out = scaled_dot_product_attention(fold(query), fold(key), fold(value), **sdpa)
-    return out.unflatten(0, (b, -1)).transpose(1, 2).flatten(2, 3)[:, :, :n]
+from longqlora.modeling.segments import attend_in_segments
 
 
 def shifted_sparse_attention(
@@ -78,33 +30,29 @@ def shifted_sparse_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     group: int,
-    documents: torch.Tensor | None = None,
+    documents: list[list[int]] | None = None,
     straight_heads: int | None = None,
     **sdpa: Any,
 ) -> torch.Tensor:
     """S²-Attn: the first half of the heads in groups, the second half in groups shifted by half a group.
 
     Args:
-        query, key, value: ``[b, h, n, d]``, h the same for all three.
-        group: G, in tokens, at least 2.
-        documents: ``[b, n]``, the document number of each token; None if the window is one document.
+        query, key, value: ``[b, h, n, d]`` and twice ``[b, h_kv, n, d]``, h a multiple of h_kv.
+        group: G, in tokens, at least 2; the last group may be shorter.
+        documents: the lengths of each row's documents, in tokens; None if every row is one document.
         straight_heads: how many of these heads, the first ones, are in the first half of a layer's heads; None: half of them.
-        sdpa: further arguments of ``scaled_dot_product_attention``.
+        sdpa: further arguments of ``scaled_dot_product_attention`` (``scale``, ``dropout_p``).
 
     Returns:
         ``[b, h, n, d]``
     """
-    heads, border = query.shape[1] // 2 if straight_heads is None else straight_heads, group // 2
-    straight = attend_in_groups(query[:, :heads], key[:, :heads], value[:, :heads], group, documents, **sdpa)
-    if heads == query.shape[1]:
-        return straight
-    query, key, value = query[:, heads:], key[:, heads:], value[:, heads:]
-    shifted = []
-    for part in (slice(None, border), slice(border, None)):  # the first, half group and all others
-        if query[:, :, part].shape[2]:
-            own = None if documents is None else documents[:, part]
-            shifted.append(attend_in_groups(query[:, :, part], key[:, :, part], value[:, :, part], group, own, **sdpa))
-    return torch.cat([straight, torch.cat(shifted, dim=2)], dim=1)
+    heads, num_tokens = query.shape[1:3]
+    straight = heads // 2 if straight_heads is None else straight_heads
+    halves = [
+        (slice(0, straight), range(group, num_tokens, group)),
+        (slice(straight, heads), range(group // 2, num_tokens, group)),
+    ]
+    return attend_in_segments(query, key, value, halves, documents, **sdpa)
 
 
 def group_size(num_tokens: int, group_ratio: float) -> int:
@@ -112,24 +60,19 @@ def group_size(num_tokens: int, group_ratio: float) -> int:
     return max(2, -int(-num_tokens * group_ratio // 1))
 
 
-def number_documents(batch_size: int, num_tokens: int, visible: Callable, device: torch.device) -> torch.Tensor:
-    """The document number of each token; a document begins where a token does not see the token before it.
+def document_lengths(begins: torch.Tensor) -> list[list[int]]:
+    """The lengths of the documents in each row, in tokens. On a GPU, this waits for the values.
 
     Args:
-        batch_size, num_tokens: shape of the result.
-        visible: mask function of transformers: from indices (batch, head, query, key) to whether the query sees the key.
-        device: of the result.
-
-    Returns:
-        ``[b, n]``
+        begins: bool ``[b, n - 1]``, whether a document begins at a token, from the second token on.
     """
-    row = torch.arange(batch_size, device=device)[:, None]
-    token = torch.arange(1, num_tokens, device=device)[None]
-    begins = ~visible(row, 0, token, token - 1)  # [b, n - 1]
-    return pad(begins.cumsum(-1), (1, 0))
+    rows = [[0, *(row.nonzero().flatten() + 1).tolist(), len(row) + 1] for row in begins.cpu()]
+    return [[end - begin for begin, end in pairwise(borders)] for borders in rows]
 
 
-def documents_or_mask(*, attention_mask=None, allow_is_causal_skip=True, local_size=None, **request) -> torch.Tensor | None:
+def documents_or_mask(
+    *, attention_mask=None, allow_is_causal_skip=True, local_size=None, **request
+) -> list[list[int]] | torch.Tensor | None:
     """The mask function that transformers calls once per forward pass; every layer gets the result as its attention mask.
 
     Args:
@@ -139,14 +82,34 @@ def documents_or_mask(*, attention_mask=None, allow_is_causal_skip=True, local_s
         request: further arguments of ``sdpa_mask``: batch_size, q_length, kv_length, mask_function, device, …
 
     Returns:
-        ``[b, n]``, the document number of each token, if documents are packed and the mask hides nothing else; otherwise the
-        mask of sdpa attention: None, or ``[b, 1, n, n]``.
+        The lengths of the documents in each row, if documents are packed and the mask hides nothing else; otherwise the mask of
+        sdpa attention: None, or ``[b, 1, n, n]``. They are numbers and no tensor, so that no layer waits for a GPU.
     """
     num_tokens = request["q_length"]
     packed = attention_mask is None and not allow_is_causal_skip and request["kv_length"] == num_tokens
     if packed and (local_size is None or local_size >= num_tokens):
-        return number_documents(request["batch_size"], num_tokens, request["mask_function"], request["device"])
+        row = torch.arange(request["batch_size"], device=request["device"])[:, None]
+        token = torch.arange(1, num_tokens, device=request["device"])[None]
+        sees_the_one_before: torch.Tensor = request["mask_function"](row, 0, token, token - 1)  # [b, n - 1]
+        return document_lengths(~sees_the_one_before)
     return sdpa_mask(attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip, local_size=local_size, **request)
+
+
+def attend_fully(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """Full attention inside documents, or transformers' own if ``attention_mask`` is what :func:`documents_or_mask` returns for
+    other windows."""
+    if not isinstance(attention_mask, list):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    uncut = [(slice(0, query.shape[1]), range(0))]
+    out = attend_in_segments(query, key, value, uncut, attention_mask, scale=scaling, dropout_p=dropout)
+    return out.transpose(1, 2), None  # [b, n, h, d]
+
+
+def register_full_attention() -> str:
+    """Register full attention inside documents with transformers and return its name for ``attn_implementation``."""
+    AttentionInterface.register("full_in_documents", attend_fully)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("full_in_documents", documents_or_mask)
+    return "full_in_documents"
 
 
 def register_shifted_sparse_attention(group_ratio: float, window: int | None = None, *, in_evaluation: bool = False) -> str:
@@ -163,20 +126,17 @@ def register_shifted_sparse_attention(group_ratio: float, window: int | None = N
     """
 
     def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, straight_heads=None, **kwargs):
-        documents = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
         if not (module.training or in_evaluation):
-            mask = attention_mask if documents is None else causal_inside_documents(documents)
-            return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
-        if attention_mask is not None and documents is None:
+            return attend_fully(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        if isinstance(attention_mask, torch.Tensor):
             raise ValueError(
                 "shifted sparse attention takes no attention mask: pad on the right and leave the mask out "
                 f"(a model with a sliding window within its {query.shape[2]} tokens makes a mask as well)"
             )
-        repeats = query.shape[1] // key.shape[1]
-        key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)  # [b, h_kv, n, d] -> [b, h, n, d]
         group = group_size(window or query.shape[2], group_ratio)
-        out = shifted_sparse_attention(query, key, value, group, documents, straight_heads, scale=scaling, dropout_p=dropout)
-        return out.transpose(1, 2).contiguous(), None  # [b, n, h, d]
+        options = {"scale": scaling, "dropout_p": dropout}
+        out = shifted_sparse_attention(query, key, value, group, attention_mask, straight_heads, **options)
+        return out.transpose(1, 2), None  # [b, n, h, d]
 
     name = f"shifted_sparse_{group_ratio:g}" + (f"_of_{window}" if window else "") + ("_always" if in_evaluation else "")
     AttentionInterface.register(name, forward)

@@ -196,18 +196,26 @@ def pretend_gpu(compute_dtype: torch.dtype):
         yield
 
 
+def two_documents(begins: torch.Tensor) -> list[list[int]]:
+    """Replaces :func:`longqlora.modeling.attention.document_lengths`: a third of the window, and the rest. More documents take
+    as much memory, and one document or several equal ones less, because their attention can be computed in one piece."""
+    n = begins.shape[1] + 1
+    return [[n // 3, n - n // 3] for _ in begins]
+
+
 @contextmanager
 def fake_tensors(trace: MemoryTrace, *, documents: bool = False):
     """Let new tensors be fake, and leave out what needs their values.
 
     Args:
         trace: counts what is kept on the host.
-        documents: whether several documents share a window, if position ids are given.
+        documents: whether several documents share a window, if position ids are given; see :func:`two_documents`.
     """
     with _disable_current_modes():  # keeps its table, which fake numbers would not give
         quantize_4bit(torch.ones(1, 64), compress_statistics=True, quant_type="nf4")
     replaced = [
         ("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: position_ids if documents else None),
+        ("longqlora.modeling.attention.document_lengths", two_documents),
         ("longqlora.training.offloading.host_buffer", trace.host_buffer),
         ("longqlora.modeling.chunked_loss.summed_nll", fake_loss),
         ("peft.tuners.lora.dora.dequantize_module_weight", dequantized),

@@ -180,8 +180,10 @@ class Work:
 
 
 def attention_flops(shape: Shape, tokens: int, group: int) -> float:
-    """Operations of causal attention in a forward pass of a window: queries times keys, and shares times values."""
-    return shape.layers * 2 * tokens * min(group, tokens) * shape.heads
+    """Operations of causal attention in a forward pass of a window: queries times keys, and shares times values. With several
+    groups, the shifted half of the heads begins and ends with half a group."""
+    pairs = tokens**2 if group >= tokens else tokens * group - group**2 / 4
+    return shape.layers * 2 * pairs * shape.heads
 
 
 def weight_traffic(precision: str, compute: str) -> float:

@@ -28,7 +28,7 @@ from longqlora.jobs.checkpointing import open_checkpoint_folder
 from longqlora.jobs.digests import FileFacts, digest_of_file
 from longqlora.jobs.machine import machine, versions
 from longqlora.jobs.memory import memory_explained, peak_memory
-from longqlora.modeling.attention import register_shifted_sparse_attention
+from longqlora.modeling.attention import register_full_attention, register_shifted_sparse_attention
 from longqlora.modeling.base_precision import BASE_PRECISION
 from longqlora.modeling.chunked_loss import use_chunked_loss
 from longqlora.modeling.compatibility import extension_problems, quantization_problems
@@ -42,7 +42,6 @@ from longqlora.training.adapters import FLOAT32, add_adapter, base_dtypes
 from longqlora.training.arguments import training_arguments
 from longqlora.training.progress import LogProgress, ResumableTensorBoard, trace_of
 from longqlora.training.trainer import (
-    FULL,
     FullAttentionAtTheEnd,
     OtherSkipsEachEpoch,
     ResumableTrainer,
@@ -215,7 +214,7 @@ def make_trainable(base_model: str, extension: RopeExtension, settings: Training
     Returns:
         A model of transformers (method ``full``), or one of peft with an adapter.
     """
-    attention = FULL
+    attention = register_full_attention()
     if settings.attention == "shifted_sparse":
         attention = register_shifted_sparse_attention(settings.group_ratio, extension.target_context)
     model: Any = load_model(
@@ -249,12 +248,13 @@ def share_windows(model, sequence_parallel: int) -> str:
     Returns:
         The name of the full attention that the model can be given.
     """
+    full = register_full_attention()
     if sequence_parallel == 1:
-        return FULL
+        return full
     group, _ = torch.distributed.new_subgroups(sequence_parallel)
-    shared = {name: register_shared_attention(name, group) for name in {FULL, model.config._attn_implementation}}
+    shared = {name: register_shared_attention(name, group) for name in {full, model.config._attn_implementation}}
     model.set_attn_implementation(shared[model.config._attn_implementation])
-    return shared[FULL]
+    return shared[full]
 
 
 def memory_advice(extension: RopeExtension, settings: TrainingSettings, form: Form) -> tuple[str, str]:

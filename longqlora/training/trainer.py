@@ -32,7 +32,6 @@ from longqlora.modeling.devices import return_freed_memory
 
 log = logging.getLogger(__name__)
 
-FULL = "sdpa"  # full attention, by its name in transformers
 KEPT_CHECKPOINTS = 2  # if the newest one is damaged, the training resumes from the one before
 
 

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
+    AttentionInterface,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -16,7 +17,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from longqlora.modeling.attention import group_size, register_shifted_sparse_attention, shifted_sparse_attention
+from longqlora.modeling import attention as attention_module
+from longqlora.modeling.attention import (
+    group_size,
+    register_full_attention,
+    register_shifted_sparse_attention,
+    shifted_sparse_attention,
+)
 
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -41,15 +48,17 @@ def naive_mask(heads: int, n: int, group: int, documents: torch.Tensor | None = 
 
 
 def naive_attention(query, key, value, group, documents=None):
-    """Scores of all pairs, masked, in plain matrix products."""
+    """Scores of all pairs, masked, in plain matrix products; key and value heads are repeated for their query heads."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
     scores = scores.masked_fill(~naive_mask(query.shape[1], query.shape[2], group, documents), float("-inf"))
     return scores.softmax(-1) @ value
 
 
-def random_inputs(b, h, n, d, seed=0):
+def random_inputs(b, h, n, d, seed=0, dtype=torch.float32, key_value_heads=None):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(b, h, n, d, generator=generator, requires_grad=True) for _ in range(3)]
+    heads = (h, key_value_heads or h, key_value_heads or h)
+    return [torch.randn(b, number, n, d, generator=generator, dtype=dtype, requires_grad=True) for number in heads]
 
 
 def random_documents(b, n, borders, seed):
@@ -57,6 +66,11 @@ def random_documents(b, n, borders, seed):
     if borders is None:
         return None
     return (torch.rand(b, n, generator=torch.Generator().manual_seed(seed)) < borders).cumsum(-1)
+
+
+def lengths_of(documents: torch.Tensor | None) -> list[list[int]] | None:
+    """The lengths of the documents in each row, from their numbers."""
+    return None if documents is None else [row.unique_consecutive(return_counts=True)[1].tolist() for row in documents]
 
 
 def positions_of(*rows: list[int]) -> torch.Tensor:
@@ -67,6 +81,12 @@ def positions_of(*rows: list[int]) -> torch.Tensor:
 
 def documents_of(positions: torch.Tensor) -> torch.Tensor:
     return (positions == 0).cumsum(-1)
+
+
+def set_attention(model, attention: str) -> None:
+    """Give a model S²-Attn, our full attention, or one of transformers."""
+    ours = {"shifted_sparse": lambda: register_shifted_sparse_attention(0.25), "full": register_full_attention}
+    model.set_attn_implementation(ours[attention]() if attention in ours else attention)
 
 
 def tiny_model(family: str):
@@ -84,22 +104,26 @@ def hidden_states(model, ids, **kwargs):
 @settings(max_examples=100, deadline=None)
 @given(
     b=st.integers(1, 3),
-    h=st.integers(1, 5),
+    h=st.integers(1, 6),
+    shared_by=st.integers(1, 3),
     n=st.integers(1, 40),
     d=st.sampled_from([4, 8]),
     group=st.integers(2, 16),
     borders=st.sampled_from([None, 0.0, 0.1, 0.4, 1.0]),
     seed=st.integers(0, 9),
 )
-def test_equals_the_naive_reference_forward_and_backward(b, h, n, d, group, borders, seed):
-    inputs, documents = random_inputs(b, h, n, d, seed), random_documents(b, n, borders, seed)
-    output = shifted_sparse_attention(*inputs, group, documents)
+def test_equals_the_naive_reference_forward_and_backward(b, h, shared_by, n, d, group, borders, seed):
+    """With key and value heads that each serve ``shared_by`` query heads."""
+    key_value_heads = h // shared_by if h % shared_by == 0 else h
+    inputs = random_inputs(b, h, n, d, seed, torch.float64, key_value_heads)
+    documents = random_documents(b, n, borders, seed)
+    output = shifted_sparse_attention(*inputs, group, lengths_of(documents))
     expected = naive_attention(*inputs, group, documents)
-    torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed + 1))
+    torch.testing.assert_close(output, expected, atol=1e-10, rtol=0)
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
     gradients = torch.autograd.grad((output * weights).sum(), inputs)
     for gradient, reference in zip(gradients, torch.autograd.grad((expected * weights).sum(), inputs), strict=True):
-        torch.testing.assert_close(gradient, reference, atol=1e-5, rtol=0)
+        torch.testing.assert_close(gradient, reference, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("future", [1, 9, 16, 31])
@@ -195,6 +219,33 @@ def test_models_of_every_family_train_by_the_definition_with_shared_heads(family
         torch.testing.assert_close(gradient, reference, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("length", [35, 64])
+def test_groups_are_a_share_of_the_window_that_is_given(length):
+    documents, inputs = random_documents(1, length, 0.05, seed=3), random_inputs(1, 4, length, 8)
+    attend = AttentionInterface()[register_shifted_sparse_attention(0.25, window=64)]
+    output, _ = attend(torch.nn.Module().train(), *inputs, lengths_of(documents))
+    torch.testing.assert_close(output.transpose(1, 2), naive_attention(*inputs, 16, documents), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["full", "shifted_sparse"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_documents_are_found_once_per_pass_and_stay_the_same_when_layers_are_computed_again(monkeypatch, family, attention):
+    model, ids, positions = tiny_model(family), torch.randint(512, (2, 35)), positions_of([9, 20, 1, 5], [3, 25])
+    parameters, weights = list(model.model.parameters()), torch.randn(2, 35, 32)
+    found, find = [], attention_module.document_lengths
+    monkeypatch.setattr(attention_module, "document_lengths", lambda begins: found.append(find(begins)) or found[-1])
+    set_attention(model, attention)
+
+    def gradients():
+        return torch.autograd.grad((hidden_states(model, ids, position_ids=positions) * weights).sum(), parameters)
+
+    expected = gradients()
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    for gradient, reference in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(gradient, reference)
+    assert found == 2 * [[[9, 20, 1, 5], [3, 25, *7 * [1]]]]  # each token of padding is a document
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_family_sees_the_future_in_training(family):
     model, ids = tiny_model(family), torch.randint(512, (2, 32))
@@ -208,10 +259,10 @@ def test_no_family_sees_the_future_in_training(family):
         assert not torch.allclose(after[:, future], before[:, future], atol=1e-3)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "shifted_sparse"])
+@pytest.mark.parametrize("attention", ["sdpa", "full", "shifted_sparse"])
 def test_no_document_sees_another(attention):
     model, positions = tiny_llama().train(), positions_of([9, 20, 1, 2], [30])  # the second row is one document and padding
-    model.set_attn_implementation(register_shifted_sparse_attention(0.25) if attention == "shifted_sparse" else attention)
+    set_attention(model, attention)
     ids, documents = torch.randint(512, positions.shape), documents_of(positions)
     before = hidden_states(model, ids, position_ids=positions)
     for row, number in [(0, 1), (0, 2), (0, 3), (0, 4), (1, 1), (1, 3)]:
@@ -222,14 +273,16 @@ def test_no_document_sees_another(attention):
         assert not torch.isclose(after[mine], before[mine], atol=1e-3).all(-1).any()
 
 
-@pytest.mark.parametrize(("attention", "training"), [("sdpa", True), ("sdpa", False), ("shifted_sparse", False)])
+@pytest.mark.parametrize(
+    ("attention", "training"), [("sdpa", True), ("sdpa", False), ("full", True), ("full", False), ("shifted_sparse", False)]
+)
 def test_full_attention_treats_packed_documents_as_if_each_were_alone(attention, training):
     lengths = [[7, 12, 1], [4, 2]]
     model, positions = tiny_llama().train(training), positions_of(*lengths)
     ids = torch.randint(512, positions.shape)
     rows = zip(ids, lengths, strict=True)
     alone = [[hidden_states(model, document[None])[0] for document in row[: sum(cut)].split(cut)] for row, cut in rows]
-    model.set_attn_implementation(register_shifted_sparse_attention(0.25) if attention == "shifted_sparse" else attention)
+    set_attention(model, attention)
     packed = hidden_states(model, ids, position_ids=positions)
     assert packed.isfinite().all()
     for row, expected in zip(packed, map(torch.cat, alone), strict=True):
@@ -261,7 +314,10 @@ def test_a_sliding_window_within_the_sequence_is_refused_and_a_longer_one_hides_
             hidden_states(model.train(), ids, position_ids=packed)
     evaluated = hidden_states(model.eval(), ids, position_ids=positions)
     model.set_attn_implementation("sdpa")
-    torch.testing.assert_close(evaluated, hidden_states(model, ids, position_ids=positions))
+    expected = hidden_states(model, ids, position_ids=positions)
+    torch.testing.assert_close(evaluated, expected)
+    model.set_attn_implementation(register_full_attention())
+    torch.testing.assert_close(hidden_states(model.train(), ids, position_ids=positions), expected)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -276,10 +332,10 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("attention", "fits"), [("shifted_sparse", True), ("sdpa", False)])
+@pytest.mark.parametrize(("attention", "fits"), [("shifted_sparse", True), ("full", True), ("sdpa", False)])
 def test_packed_training_makes_no_mask_of_all_pairs(attention, fits):
     model, n = tiny_llama().train(), 512
-    model.set_attn_implementation(register_shifted_sparse_attention(0.125) if attention == "shifted_sparse" else attention)
+    set_attention(model, attention)
     ids, positions = torch.randint(512, (1, n)), positions_of([100, 300, 112])
     with LargestTensor() as largest:
         hidden_states(model, ids, position_ids=positions).sum().backward()

@@ -9,10 +9,10 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import AutoModelForCausalLM
 
 from longqlora.config.settings import RopeExtension, TrainingSettings
-from longqlora.modeling import chunked_loss
+from longqlora.modeling import attention, chunked_loss
 from longqlora.planning import traced_jobs
 from longqlora.planning.fake_models import config_of, put_weights
-from longqlora.planning.memory_trace import MemoryTrace, fake_tensors, pretend_gpu
+from longqlora.planning.memory_trace import MemoryTrace, fake_tensors, pretend_gpu, two_documents
 from longqlora.planning.traced_jobs import TrainingStep, composed, trace_step
 from longqlora.training.adapters import FLOAT32
 
@@ -58,11 +58,22 @@ def allocated_at_most(function) -> int:
     return max(itertools.accumulate(changes))
 
 
-@pytest.mark.parametrize(("form", "dtypes"), [("layer_inputs", None), ("layer_inputs", FLOAT32), ("all", None)])
-def test_the_traced_peak_is_that_of_a_real_step(monkeypatch, form, dtypes):
+@pytest.mark.parametrize(
+    ("form", "settings"),
+    [
+        ("layer_inputs", {}),
+        ("layer_inputs", {"dtypes": FLOAT32}),
+        ("all", {}),
+        ("all", {"isolate_documents": True}),
+        ("all", {"isolate_documents": True, "attention": "full"}),
+    ],
+    ids=str,
+)
+def test_the_traced_peak_is_that_of_a_real_step(monkeypatch, form, settings):
     small = {"num_hidden_layers": 2, "vocab_size": 64}  # the loss, which differs between CPU and GPU, is not the peak
-    step = training_step(LLAMA | small, form=form, dtypes=dtypes)
+    step = training_step(LLAMA | small, form=form, **settings)
     traced = trace_step(step)
+    monkeypatch.setattr(attention, "document_lengths", two_documents)
     monkeypatch.setattr(traced_jobs, "fake_model", real_model)
     with pretend_gpu(torch.bfloat16):
         model = traced_jobs.build_step(step)
