@@ -156,17 +156,17 @@ def fake_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor)
 
 
 class FusedNorm(Function):
-    """What torch's kernel for an RMSNorm makes and keeps."""
+    """What torch's kernel for an RMSNorm makes and keeps, by operations that read and write as much."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(hidden, weight, torch.empty(hidden.shape[:-1], dtype=torch.float32))
-        return torch.empty_like(hidden)
+        return hidden.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple:
         hidden, weight, _ = ctx.saved_tensors
-        return torch.empty_like(hidden), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        return gradients[0] + hidden, torch.empty_like(weight) if ctx.needs_input_grad[1] else None
 
 
 def dequantized(layer: Any) -> torch.Tensor:
@@ -186,7 +186,7 @@ def pretend_gpu(compute_dtype: torch.dtype):
     replaced = [
         (torch, "is_autocast_enabled", lambda device="cpu": is_enabled(device)),  # without a device, peft means CUDA
         (torch.nn.functional, "dropout", native_dropout),  # a CPU saves its mask in the type of the input
-        (lora_forward, "draw_dropped", lambda x, p: (torch.empty_like(x, dtype=torch.bool), 1 - p)),
+        (lora_forward, "draw_dropped", lambda x, p: (torch.zeros(x.shape, dtype=torch.bool), 1 - p)),
         (norms, "has_kernel", lambda hidden: True),
         (torch.nn.functional, "rms_norm", lambda hidden, shape, weight, eps: FusedNorm.apply(hidden, weight)),
     ]

@@ -8,6 +8,7 @@ decides.
 Shapes: n tokens of a window, G tokens of a group of the shifted sparse attention.
 """
 
+import math
 from dataclasses import astuple, dataclass
 
 from longqlora.config.settings import TrainingSettings
@@ -20,13 +21,13 @@ TRAFFIC_SHARE = 0.8  # of the bandwidth of a large copy, reached by operations e
 PASS_SECONDS = 0.078 / 32  # Python's time for a pass through a layer: a token of a 7B answer takes 78 ms, in 32 layers
 
 # Bytes that operations element by element move, by token, layer, and element of the inputs and outputs of the layer's linear
-# layers: counted on the operations of a step that is traced as in benchmarks/memory.py, with dropout and sparse attention (an
-# eighth less without them). For layers of 7B, 13B, Llama 3 8B and SmolLM2 it is the same within 3 %.
+# layers: counted by benchmarks/traffic.py on the operations of a traced step, with dropout and sparse attention (a third less
+# without dropout). For layers of 7B, 13B and Llama 3 8B it is the same within 3 %. An evaluation runs transformers' norms.
 TRAFFIC = {  # by residual stream and autocast: a forward pass with adapter, a backward pass, a forward pass without adapter
-    "bfloat16": (18, 29, 10),
-    "float16": (21, 33, 10),  # with a float32 residual stream
-    "float32 under autocast": (33, 52, 10),  # all weights are trained
-    "float32": (30, 48, 12),
+    "bfloat16": (8, 13, 10),
+    "float16": (11, 19, 10),  # with a float32 residual stream
+    "float32 under autocast": (21, 8, 10),  # all weights are trained
+    "float32": (25, 27, 12),
 }
 RECOMPUTED = {  # forward passes that the backward pass computes again: of the base's linear layers and attention; of the rest
     "all": (0, 0),
@@ -211,8 +212,9 @@ def micro_step(shape: Shape, tokens: int, group: int, settings: TrainingSettings
     is_full, base_again, again = settings.method == "full", *RECOMPUTED[form]
     residual = "float32 under autocast" if is_full and card.compute != "float32" else card.compute
     precision = {"qlora": "nf4", "lora": card.compute, "full": "float32"}[settings.method]
-    base = shape.layers * shape.layer_weights * (4 + 2 * base_again + 2 * is_full)
-    adapter = 0 if is_full else adapter_weights(shape, settings) * (6 + 2 * again)
+    last = 0 if is_full else math.prod(shape.linears.get("down_proj", (0, 0)))  # whose product is not computed again
+    base = shape.layers * (shape.layer_weights * (4 + 2 * base_again + 2 * is_full) - last * 2 * base_again)
+    adapter = 0 if is_full else adapter_weights(shape, settings) * (6 + again + base_again)  # A again, and B with the base
     # in 16 bit the loss computes its logits twice; in float32 it computes the gradient along with them
     head = shape.embeddings * (4 + 2 * (card.compute != "float32") + 2 * is_full)
     forward, backward, _ = (shape.layers * shape.layer_elements * each for each in TRAFFIC[residual])

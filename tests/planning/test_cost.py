@@ -23,7 +23,16 @@ def test_constants_are_those_of_the_modules_that_a_plan_does_not_import():
     assert cost.HELD_OUT_TOKENS == packing.HELD_OUT_TOKENS
 
 
-# Times measured on an H100 (benchmarks/RESULTS.md, "On a GPU")
+# Times measured on an H100 (benchmarks/RESULTS.md, "On a GPU"), with steps that moved more bytes
+
+
+@pytest.fixture
+def former_steps(monkeypatch):
+    """What operations element by element moved when the times were measured: with peft's LoRA layers and transformers' norms,
+    which are those of the plain step too."""
+    former = {"bfloat16": (18, 29, 10), "float16": (21, 33, 10), "float32 under autocast": (33, 52, 10)}
+    for residual, traffic in former.items():
+        monkeypatch.setitem(work.TRAFFIC, residual, traffic)
 
 
 @pytest.mark.parametrize(
@@ -35,19 +44,19 @@ def test_constants_are_those_of_the_modules_that_a_plan_does_not_import():
         (LLAMA_7B, 32768, "full", 12.6),
     ],
 )
-def test_a_training_step_takes_as_long_as_on_an_h100(model, tokens, attention, seconds):
+def test_a_training_step_takes_as_long_as_on_an_h100(model, tokens, attention, seconds, former_steps):
     time = training_seconds(model, RopeExtension(target_context=tokens), training(attention=attention), H100)
     assert time.step == pytest.approx(seconds, rel=0.25)
 
 
-def test_a_step_in_float16_takes_as_long_as_on_an_h100():
+def test_a_step_in_float16_takes_as_long_as_on_an_h100(former_steps):
     card = replace(H100, compute="float16", matmul_rate=753e12)
     assert training_seconds(LLAMA_7B, RopeExtension(target_context=8192), training(), card).step == pytest.approx(
         2.48, rel=0.25
     )
 
 
-def test_the_plain_step_with_its_float32_residual_stream_takes_as_long_as_on_an_h100(monkeypatch):
+def test_the_plain_step_with_its_float32_residual_stream_takes_as_long_as_on_an_h100(monkeypatch, former_steps):
     monkeypatch.setitem(work.TRAFFIC, "bfloat16", work.TRAFFIC["float32 under autocast"])
     time = training_seconds(LLAMA_7B, RopeExtension(target_context=8192), training(attention="full"), H100)
     assert time.step == pytest.approx(3.18, rel=0.25)

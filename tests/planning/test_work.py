@@ -1,19 +1,18 @@
 """What a device has to do: counted operations and bytes, compared with those that torch runs."""
 
-import re
+import importlib
 
 import pytest
 import torch
 from planned_models import CPU, SMALL, training
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from longqlora.evaluation import token_losses
 from longqlora.modeling.attention import register_shifted_sparse_attention
 from longqlora.modeling.chunked_loss import use_chunked_loss
 from longqlora.planning.work import TRAFFIC, forward_pass, micro_step, shape_of, trained_weights
+from longqlora.training.activations import keep_activations
 from longqlora.training.adapters import add_adapter
 
 aten = torch.ops.aten
@@ -28,7 +27,8 @@ def count_flops(run) -> tuple[int, int]:
     def backward(gradient, query, key, value, *args, out_shape=None, **kwargs):
         return sdpa_backward_flop_count(gradient, query, key, value)
 
-    kernels = {  # of a CPU, which the counter does not know
+    kernels = {  # in place and of a CPU, which the counter does not know
+        aten.addmm_: lambda *shapes, **keywords: addmm_flop(*shapes),
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
@@ -39,7 +39,7 @@ def count_flops(run) -> tuple[int, int]:
     return sum(counts.values()) - attention, attention // 2
 
 
-@pytest.mark.parametrize("form", ["all", "layer_inputs"])
+@pytest.mark.parametrize("form", ["all", "linear_outputs", "layer_inputs"])
 @pytest.mark.parametrize("attention", ["full", "shifted_sparse"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_operations_of_a_training_step_are_those_that_torch_counts(method, attention, form):
@@ -48,11 +48,10 @@ def test_operations_of_a_training_step_are_those_that_torch_counts(method, atten
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL), attn_implementation=name)  # the counter misses a fused loss
     if method == "lora":
         model = add_adapter(model, settings, base=None)
-    if form == "layer_inputs":
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    keep_activations(model, form)
     ids = torch.arange(tokens)[None] % 512
     products, in_attention = count_flops(lambda: model.train()(input_ids=ids, labels=ids).loss.backward())
-    if form == "layer_inputs":  # without tiles, the recomputation ends before the layer's last product
+    if form == "layer_inputs" and method == "full":  # without tiles, the recomputation ends before the layer's last product
         products += 2 * tokens * SMALL["num_hidden_layers"] * SMALL["intermediate_size"] * SMALL["hidden_size"]
     work = micro_step(shape_of(SMALL), tokens, group, settings, CPU, form)
     assert work.products == pytest.approx(products, rel=0.05)
@@ -68,42 +67,43 @@ def test_operations_of_an_evaluation_are_those_that_torch_counts():
     assert work.attention == pytest.approx(in_attention, rel=0.01)
 
 
-class Traffic(TorchDispatchMode):
-    """Counts the bytes that operations read and write, without products, attention, and those that only make another view."""
-
-    uncounted = re.compile(
-        r"view|^t$|transpose|expand|slice$|split|select$|detach|alias|squeeze|empty|mm$|scaled_dot|cross_entropy"
-    )
-
-    def __init__(self):
-        super().__init__()
-        self.num_bytes = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        result = function(*arguments, **(keywords or {}))
-        if not self.uncounted.search(function.__name__.split(".")[0]):
-            tensors = [leaf for leaf in tree_leaves((arguments, keywords, result)) if isinstance(leaf, torch.Tensor)]
-            self.num_bytes += sum(tensor.nbytes for tensor in tensors)
-        return result
+@pytest.fixture
+def traffic(root, monkeypatch):
+    """The benchmark that counts bytes."""
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    return importlib.import_module("traffic")
 
 
 @pytest.mark.parametrize("form", ["all", "layer_inputs"])
-def test_traffic_of_a_layer_on_a_cpu_is_what_its_operations_move(form):
+def test_traffic_of_a_layer_on_a_cpu_is_what_its_operations_move(form, traffic):
     tokens, counted = 1024, []
     for layers in (1, 2):
         config = LlamaConfig(**(SMALL | {"num_hidden_layers": layers}))
         attention = register_shifted_sparse_attention(0.25, tokens)
         model = use_chunked_loss(AutoModelForCausalLM.from_config(config, attn_implementation=attention))
         model = add_adapter(model, training(rank=16), base=None)
-        if form == "layer_inputs":
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        keep_activations(model, form)
         ids = torch.arange(tokens)[None] % 512
-        with Traffic() as traffic:
+        with traffic.Traffic() as moved:
             model.train()(input_ids=ids, labels=ids).loss.backward()
-        counted.append(traffic.num_bytes)
+        counted.append(moved.by_operation.total())
     forward, backward, _ = TRAFFIC["float32"]
     expected = tokens * shape_of(SMALL).layer_elements * (forward * (2 if form == "layer_inputs" else 1) + backward)
     assert counted[1] - counted[0] == pytest.approx(expected, rel=0.2)
+
+
+@pytest.mark.parametrize("form", ["all", "layer_inputs"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_traffic_of_a_layer_on_a_gpu_is_what_its_traced_operations_move(dtype, form, traffic):
+    forward, backward, _ = TRAFFIC[dtype]
+    expected = forward * (2 if form == "layer_inputs" else 1) + backward
+    found = traffic.traffic_of_layer("7b", 8192, form, dtype).total() / (8192 * shape_of(traffic.SHAPES["7b"]).layer_elements)
+    assert found == pytest.approx(expected, rel=0.05)
+
+
+def test_a_micro_step_of_7b_moves_less_than_700_gb(traffic):
+    layer = traffic.traffic_of_layer("7b", 8192, "layer_inputs", "bfloat16")
+    assert 32 * layer.total() < 700e9
 
 
 @pytest.mark.parametrize(

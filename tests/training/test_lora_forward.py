@@ -74,12 +74,17 @@ def test_under_autocast_result_and_gradients_differ_from_float64_by_rounding(dty
 def test_of_dropout_a_byte_for_an_element_is_kept_and_no_copy_of_the_input():
     for layer in lora_layers(dropout=0.3):
         x = torch.randn(2, 50, layer.in_features, dtype=torch.float64, requires_grad=True)
-        saved: list[torch.Tensor] = []
-        with saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-            layer(x)
-        of_the_input = [tensor for tensor in saved if tensor.shape == x.shape]
+        of_the_input = [tensor for tensor in saved_by(layer, x) if tensor.shape == x.shape]
         assert sorted(tensor.element_size() for tensor in of_the_input) == [1, 8]
         assert any(tensor.data_ptr() == x.data_ptr() for tensor in of_the_input)
+
+
+def saved_by(layer, x: torch.Tensor) -> list[torch.Tensor]:
+    """What the forward pass of a layer keeps for the backward pass."""
+    saved: list[torch.Tensor] = []
+    with saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        layer(x)
+    return saved
 
 
 def test_sums_are_made_by_matrix_products():
