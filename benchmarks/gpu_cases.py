@@ -17,8 +17,9 @@ import torch
 import training_cases  # first: it lets longqlora be imported where something is missing
 from measuring import GIB, MIB, best_seconds, held_memory, peak_memory, timed
 from torch.autograd import DeviceType
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, rms_norm
 from training_cases import CASES, matmul_rate, prepare_case, set_up_ceiling, step_flops, step_of
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from longqlora.evaluation.retrieval import answer
 from longqlora.evaluation.retrieval_tasks import Prompt
@@ -26,8 +27,10 @@ from longqlora.jobs.machine import machine, versions
 from longqlora.modeling.attention import shifted_sparse_attention
 from longqlora.modeling.chunked_loss import summed_nll
 from longqlora.modeling.devices import compute_dtype, dtype_name, find_device, keep_freed_memory, weight_dtype
+from longqlora.modeling.norms import fused
 from longqlora.publishing.merging import nf4_round_trip
 from longqlora.training.activations import Form, forms_on
+from longqlora.training.lora_forward import LoraLinear, draw_dropped, weight_of
 from longqlora.training.offloading import offload_inputs
 
 AUTOCAST_TYPES = (
@@ -191,6 +194,43 @@ def nf4_errors(device: torch.device) -> dict[str, float]:
         return {"many tokens": relative_error(layer(tokens), exact), "one token": relative_error(layer(tokens[:1]), exact[:1])}
 
 
+def norm_errors(device: torch.device) -> dict[str, float]:
+    """Errors of a norm by torch's kernel under autocast: of the output, and of the gradient."""
+    norm = LlamaRMSNorm(1024).to(device, compute_dtype(device))
+    torch.nn.init.normal_(norm.weight, mean=1)
+    hidden = torch.randn(2048, 1024, device=device, dtype=norm.weight.dtype).requires_grad_()
+    exact = hidden.detach().double().requires_grad_()
+    expected = rms_norm(exact, exact.shape[-1:], norm.weight.double(), norm.variance_epsilon)
+    with torch.autocast(device.type, compute_dtype(device)):
+        found = fused(norm)(hidden)
+    direction = torch.randn_like(found)
+    found.backward(direction)
+    expected.backward(direction.double())
+    return {"output": relative_error(found.detach(), expected.detach()), "gradient": relative_error(hidden.grad, exact.grad)}
+
+
+def lora_errors(device: torch.device) -> dict[str, float]:
+    """Errors of a LoRA layer on a 4-bit base under autocast, with dropout: of the output, and of the gradients."""
+    dtype, probability = compute_dtype(device), 0.05
+    base = training_cases.quantized_layer(torch.randn(512, 1024, device=device, dtype=dtype) * 0.02, dtype)
+    x = torch.randn(2048, 1024, device=device, dtype=dtype)
+    a, b = torch.randn(64, 1024, device=device) * 0.02, torch.randn(512, 64, device=device) * 0.1
+    dropped, kept = draw_dropped(x, probability)
+    if not abs(dropped.double().mean() - probability) < 1e-3:  # 12 standard errors
+        raise TooFar(f"dropout of {probability} drops {float(dropped.double().mean())}")
+    leaves = [tensor.requires_grad_() for tensor in (x, a, b)]
+    with torch.autocast(device.type, dtype):
+        found = LoraLinear.apply(*leaves, dropped, 2 / kept, base, False)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    update = exact[0].masked_fill(dropped, 0) @ exact[1].T @ exact[2].T
+    expected = exact[0] @ weight_of(base, torch.float64).T + 2 / kept * update
+    direction = torch.randn_like(found)
+    found.backward(direction)
+    expected.backward(direction.double())
+    pairs = [(found.detach(), expected.detach()), *((one.grad, other.grad) for one, other in zip(leaves, exact, strict=True))]
+    return dict(zip(("output", "input", "A", "B"), [relative_error(*pair) for pair in pairs], strict=True))
+
+
 def loss_errors(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """Errors of the chunked loss in a type, and of its gradient."""
     hidden = torch.randn(1500, 256, device=device).to(dtype).requires_grad_()
@@ -218,6 +258,8 @@ def compare_with_float64(device: str) -> Iterator[dict]:
         "attention, 1000 tokens": lambda: attention_errors(1000, False, where),
         "attention, documents": lambda: attention_errors(1000, True, where),
         "4-bit layer": lambda: nf4_errors(where),
+        "norm": lambda: norm_errors(where),
+        "LoRA layer": lambda: lora_errors(where),
         **{f"loss in {dtype_name(dtype)}": partial(loss_errors, dtype, where) for dtype in LOSS_TYPES},
     }
     too_far = []

@@ -340,8 +340,8 @@ def step_flops(shape: str, name: str, tokens: int) -> float:
     """Floating-point operations of a step, what checkpointing computes again included.
 
     A weight that is frozen costs 2 operations per token forward, 2 if it is used again, and 2 for the gradient of its input;
-    one of the adapter 2 more; the output layer is not used again. Attention counts what causality leaves, its backward pass 2.5
-    times the forward one (FlashAttention).
+    one of the adapter 2 more; the output layer is not used again, and a layer's last weight with reentrant checkpointing
+    alone. Attention counts what causality leaves, its backward pass 2.5 times the forward one (FlashAttention).
     """
     config, case = SHAPES[shape], CASES[name]
     width, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
@@ -352,5 +352,6 @@ def step_flops(shape: str, name: str, tokens: int) -> float:
     if not case.is_training:
         return tokens * 2 * (linear + head) + attention
     again, adapter_again = RECOMPUTED[case.form]
-    products = (4 + 2 * again) * linear + (6 + 2 * adapter_again) * adapter + 4 * head
+    used_again = linear if case.reentrant else linear - layers * width * inner
+    products = 4 * linear + 2 * again * used_again + (6 + again + adapter_again) * adapter + 4 * head
     return tokens * products + (3.5 + again) * attention

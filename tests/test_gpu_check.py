@@ -17,7 +17,7 @@ EXPECTED = {
     "gpu_reservation.reserve_and_release": {"gpus", "reserved", "seen_by_torch", "another_job"},
     "gpu_cases.use_paged_memory": {"paged"},
     "gpu_cases.take_steps": STEPS,
-    "gpu_cases.compare_with_float64": {"attention, documents", "4-bit layer", "loss in bfloat16"},
+    "gpu_cases.compare_with_float64": {"attention, documents", "4-bit layer", "norm", "LoRA layer", "loss in bfloat16"},
     "gpu_cases.compare_offloading": {"difference, inputs offloaded"},
     "gpu_cases.generate": {"prefill_s", "s_a_new_token", "peak_allocated_gib"},
     "gpu_trainings.end_to_end": {"losses", "resumed", "merge", "perplexity, merged, nf4", "accuracy, passkey"},
