@@ -4,6 +4,7 @@ A subcommand's modules are imported when it runs, because they import torch.
 """
 
 import argparse
+import logging
 import math
 import os
 import sys
@@ -18,6 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: of the command line; None: those of this process.
     """
     options = parser().parse_args(arguments)
+    # at its import, on some CPUs, it asks for a package of kernels that nothing here needs
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         options.run(options)
     except BrokenPipeError:  # a reader such as head has enough

@@ -106,7 +106,7 @@ class LoraLinear(Function):
 
 def added(output: torch.Tensor, narrow: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Add ``narrow @ b.t()`` to the output of the base, in place."""
-    wide = output.flatten(0, -2)
+    wide = output.view(-1, output.shape[-1])  # never a copy
     if wide.dtype is narrow.dtype:
         wide.addmm_(narrow, b.t())
     else:
