@@ -7,7 +7,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
@@ -17,9 +17,9 @@ import torch
 import training_cases  # first: it lets longqlora be imported where something is missing
 from measuring import GIB, MIB, best_seconds, held_memory, peak_memory, timed
 from torch.autograd import DeviceType
-from torch.nn.functional import cross_entropy, rms_norm
+from torch.nn.functional import cross_entropy, rms_norm, silu
 from training_cases import CASES, matmul_rate, prepare_case, set_up_ceiling, step_flops, step_of
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama import modeling_llama
 
 from longqlora.evaluation.retrieval import answer
 from longqlora.evaluation.retrieval_tasks import Prompt
@@ -196,7 +196,7 @@ def nf4_errors(device: torch.device) -> dict[str, float]:
 
 def norm_errors(device: torch.device) -> dict[str, float]:
     """Errors of a norm by torch's kernel under autocast: of the output, and of the gradient."""
-    norm = LlamaRMSNorm(1024).to(device, compute_dtype(device))
+    norm = modeling_llama.LlamaRMSNorm(1024).to(device, compute_dtype(device))
     torch.nn.init.normal_(norm.weight, mean=1)
     hidden = torch.randn(2048, 1024, device=device, dtype=norm.weight.dtype).requires_grad_()
     exact = hidden.detach().double().requires_grad_()
@@ -276,7 +276,7 @@ def compare_with_float64(device: str) -> Iterator[dict]:
 
 def take_steps(
     device: str, case: str, shape: str, tokens: int, repetitions: int, paged: bool, *, dtype: str | None = None,
-    form: Form | None = None, documents: int = 1, profile: bool = False,
+    form: Form | None = None, documents: int = 1, compiled: bool = False, profile: bool = False,
 ) -> Iterator[dict]:  # fmt: skip
     """Steps of a case on a 4-bit base with random weights; those that train have two micro-steps.
 
@@ -285,11 +285,12 @@ def take_steps(
         dtype: to compute in; None: the device's.
         form: which activations are kept, see ``longqlora.training.activations``; None: the case's.
         documents: in the window, kept apart.
+        compiled: see :func:`compiled_operations`.
         profile: report the kernels that take longest as well.
     """
     where, kind, started = find_device(device), CASES[case], time.perf_counter()
     keep_freed_memory(where)
-    with compute_in(dtype):
+    with compute_in(dtype), compiled_operations(where) if compiled else nullcontext():
         model = prepare_case(kind, shape, "nf4", tokens, where, form=form if form in forms_on(where.type) else None)
         if documents > 1:
             parts = torch.arange(tokens).tensor_split(documents)
@@ -304,6 +305,27 @@ def take_steps(
         yield describe_steps(rows, micro_steps * tokens, micro_steps * step_flops(shape, case, tokens)) | memory_of(where)
         if profile:
             yield {"profile_ms": profile_kernels(step, where)}
+
+
+@contextmanager
+def compiled_operations(device: torch.device) -> Iterator[None]:
+    """Let torch compile what is left of a LLaMA layer's operations element by element, rotation and SwiGLU, each to one kernel.
+
+    An experiment, which the project does not use before a measurement says what it brings. On a CPU nothing is compiled to a
+    kernel, which would need a C++ compiler.
+    """
+    compile_function = partial(torch.compile, dynamic=False, backend="inductor" if device.type == "cuda" else "aot_eager")
+    gated = compile_function(lambda gate, up: silu(gate) * up)
+
+    def swiglu(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+
+    rotation = compile_function(modeling_llama.apply_rotary_pos_emb)
+    with (
+        patch.object(modeling_llama, "apply_rotary_pos_emb", rotation),
+        patch.object(modeling_llama.LlamaMLP, "forward", swiglu),
+    ):
+        yield
 
 
 def compare_offloading(device: str, shape: str, tokens: int) -> Iterator[dict]:

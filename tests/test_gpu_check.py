@@ -108,6 +108,7 @@ def test_every_case_works_at_toy_size(root, gpu_check, tmp_path):
     assert found["7b_8192"]["profile_ms"]
     assert found["7b_8192_float16"]["compute_type"] == "float16"
     assert found["7b_8192_documents"]["losses"] != found["7b_8192"]["losses"]
+    assert found["7b_8192_compiled"]["losses"] == pytest.approx(found["7b_8192"]["losses"][:2], rel=1e-4)
     assert found["end_to_end"]["resumed"]["from_step"] == 4  # the signal came after the third
     assert found["end_to_end"]["resumed"]["largest_difference_of_weights"] == 0
     assert found["end_to_end"]["resumed"]["losses"] == found["end_to_end"]["losses"]

@@ -88,8 +88,8 @@ def keep_freed_memory(device: torch.device) -> None:
 class Heap:
     """When this process returned memory, and what it held then.
 
-    The page faults of memory that is used again took a quarter of the time of the demo's steps (0.2 s) when it was returned twice
-    in each; in steps of 6 s, no time that could be measured.
+    Returning it twice in each step of the demo (0.2 s) took a quarter of the time, for page faults of what is used again. In
+    steps of 6 s, it took no time that could be measured.
     """
 
     INTERVAL = 1  # second
