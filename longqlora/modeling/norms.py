@@ -19,7 +19,7 @@ def use_fused_norms(model: PreTrainedModel) -> None:
         model: of one of :data:`longqlora.modeling.compatibility.ROPE_FAMILIES`, with its adapter if it has one.
     """
     for module in model.get_decoder().modules():
-        if hasattr(module, "variance_epsilon"):
+        if "variance_epsilon" in vars(module):  # peft's wrapper of a norm in modules_to_save has the attributes of its copy
             module.forward = fused(module)
 
 

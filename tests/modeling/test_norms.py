@@ -4,8 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
+from longqlora.config.settings import TrainingSettings
 from longqlora.modeling import norms
 from longqlora.modeling.norms import use_fused_norms
+from longqlora.training.adapters import BaseDtypes, add_adapter
 
 SIZES = {
     "hidden_size": 32,
@@ -90,3 +92,12 @@ def test_a_weight_of_another_type_leaves_the_norm_to_transformers():
     norm = model_of(LlamaConfig, torch.float32).model.norm
     hidden = torch.randn(2, 20, 32, dtype=torch.bfloat16)
     assert torch.equal(norms.fused(norm)(hidden), norm(hidden))
+
+
+def test_a_copy_that_is_trained_in_full_is_called_with_its_hooks():
+    """Where layers compute in another type than the residual stream, a hook casts the output of their norms."""
+    settings, dtypes = TrainingSettings(rank=4, modules_to_save=["norm"]), BaseDtypes(torch.float32, torch.float16)
+    model = add_adapter(model_of(LlamaConfig, torch.float32), settings, base=dtypes)
+    use_fused_norms(model)
+    for layer in model.get_decoder().layers:
+        assert layer.input_layernorm(torch.randn(2, 20, 32)).dtype is torch.float16
