@@ -134,5 +134,10 @@ def attend_in_segments(
     ]
     parts = [part for part, _ in runs]
     inputs = (Cut.apply(x, parts) for x in (query, repeat_kv(key, h // key.shape[1]), repeat_kv(value, h // value.shape[1])))
-    pieces = [attend_in_equal_segments(q, k, v, length, **sdpa) for q, k, v, (_, length) in zip(*inputs, runs, strict=True)]
+    # a token that sees itself alone, as one of padding, gets its value; flash's backward pass would take memory for 128 tokens
+    alone = 0 if sdpa.get("dropout_p") or all(length == 1 for _, length in runs) else 1  # queries and keys need a gradient
+    pieces = [
+        v if length == alone else attend_in_equal_segments(q, k, v, length, **sdpa)
+        for q, k, v, (_, length) in zip(*inputs, runs, strict=True)
+    ]
     return Join.apply(parts, (b, h, n, value.shape[3]), *pieces)

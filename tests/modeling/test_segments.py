@@ -105,3 +105,14 @@ def test_kernels_take_segments_without_masks_and_every_output_and_gradient_is_co
     assert operations.written == {"copy_": 4 * rows * 64 * 4 * 8}
     assert output.transpose(1, 2).is_contiguous()
     assert operations.segments == segments
+
+
+def test_no_kernel_computes_tokens_that_are_documents_of_their_own():
+    query, key, value = (torch.randn(1, 4, 64, 8, requires_grad=True) for _ in range(3))
+    with Operations() as operations:
+        output = attend_in_segments(query, key, value, HALVES, [[16] + [1] * 48])
+        output.sum().backward()
+    assert operations.segments == {16: 2, 8: 2 * 2}
+    assert torch.equal(output[:, :, 16:], value[:, :, 16:])
+    for gradient, expected in ((query.grad, 0), (key.grad, 0), (value.grad, 1)):
+        assert (gradient[:, :, 16:] == expected).all()
