@@ -64,18 +64,34 @@ def is_kept(name: str) -> bool:
     return name.startswith(ATTENTION) or (Inside.linear and name in PRODUCTS)
 
 
-class Keep(TorchDispatchMode):
-    """Keeps outputs of the forward pass of a layer, in their order.
+class Blocks:
+    """Blocks of :data:`BLOCK` bytes for the small tensors that the layers of a model keep. Those of a model that is traced are
+    fake tensors.
 
     Attributes:
-        block: what is left of the newest block.
+        rest: what is left of the newest block.
     """
 
-    block = torch.empty(0, dtype=torch.uint8)
+    def __init__(self):
+        self.rest = torch.empty(0, dtype=torch.uint8)
 
-    def __init__(self, kept: deque):
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy in a block."""
+        if self.rest.nbytes < tensor.nbytes:
+            self.rest = torch.empty(BLOCK, dtype=torch.uint8)
+        place, self.rest = self.rest[: tensor.nbytes], self.rest[-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT :]
+        strides = torch.empty_like(tensor, device="meta").stride()
+        return (
+            place.view(tensor.dtype).as_strided(tensor.shape, strides, place.storage_offset() // tensor.itemsize).copy_(tensor)
+        )
+
+
+class Keep(TorchDispatchMode):
+    """Keeps outputs of the forward pass of a layer, in their order."""
+
+    def __init__(self, kept: deque, blocks: Blocks):
         super().__init__()
-        self.kept, self.place = kept, inside(outputs=self)
+        self.kept, self.blocks, self.place = kept, blocks, inside(outputs=self)
 
     def __enter__(self):
         self.place.__enter__()
@@ -100,17 +116,9 @@ class Keep(TorchDispatchMode):
         return output
 
     def keep(self, output: torch.Tensor) -> torch.Tensor:
-        """An output without its graph; on a CPU, a small one is copied into a block of :data:`BLOCK` bytes."""
+        """An output without its graph; on a CPU, a small one is copied into a block."""
         output = output.detach()
-        if output.device.type != "cpu" or output.nbytes >= BLOCK:
-            return output
-        if Keep.block.nbytes < output.nbytes:
-            Keep.block = torch.empty(BLOCK, dtype=torch.uint8)
-        place, Keep.block = Keep.block[: output.nbytes], Keep.block[-(-output.nbytes // ALIGNMENT) * ALIGNMENT :]
-        strides = torch.empty_like(output, device="meta").stride()
-        return (
-            place.view(output.dtype).as_strided(output.shape, strides, place.storage_offset() // output.itemsize).copy_(output)
-        )
+        return output if output.device.type != "cpu" or output.nbytes >= BLOCK else self.blocks.copy(output)
 
 
 class Reuse(TorchDispatchMode):
@@ -149,10 +157,14 @@ def recompute_all() -> tuple[AbstractContextManager, AbstractContextManager]:
     return nullcontext(), inside(recomputation=True)
 
 
-def keep_and_reuse() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """The same, where outputs of linear layers and of the attention are kept."""
+def keep_and_reuse(blocks: Blocks) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """The same, where outputs of linear layers and of the attention are kept.
+
+    Args:
+        blocks: of the model.
+    """
     kept: deque[Any] = deque()
-    return Keep(kept), Reuse(kept)
+    return Keep(kept, blocks), Reuse(kept)
 
 
 def mark_linear_layers(model: PreTrainedModel) -> None:

@@ -11,13 +11,14 @@ All forms have the same losses and gradients, but for rounding, and for what dro
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, get_args
 
 from transformers import PreTrainedModel
 
 from longqlora.config.settings import Device, TrainingSettings
 from longqlora.modeling.norms import use_fused_norms
-from longqlora.modeling.recomputation import keep_and_reuse, mark_linear_layers, recompute_all
+from longqlora.modeling.recomputation import Blocks, keep_and_reuse, mark_linear_layers, recompute_all
 from longqlora.modeling.tiled_mlp import tile_mlps
 from longqlora.training.offloading import offload_inputs
 
@@ -78,7 +79,7 @@ def checkpoint_layers(model: PreTrainedModel, form: Form, *, tiles: bool) -> Non
         tile_mlps(model)
     if form == "offloaded":
         offload_inputs(model)
-    contexts = keep_and_reuse if form == "linear_outputs" else recompute_all
+    contexts = partial(keep_and_reuse, Blocks()) if form == "linear_outputs" else recompute_all
     options: dict[str, Any] = {"use_reentrant": False, "context_fn": contexts}
     model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     model.disable_input_require_grads()  # only reentrant checkpointing needs gradients of the embeddings' output

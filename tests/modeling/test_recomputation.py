@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 from longqlora.config.settings import TrainingSettings
 from longqlora.modeling.attention import register_shifted_sparse_attention
 from longqlora.modeling.chunked_loss import use_chunked_loss
-from longqlora.modeling.recomputation import BLOCK, keep_and_reuse
+from longqlora.modeling.recomputation import BLOCK, Blocks, keep_and_reuse
 from longqlora.training.activations import keep_activations
 from longqlora.training.adapters import add_adapter
 
@@ -127,7 +127,7 @@ def test_another_pass_computes_what_the_first_one_has_used(folder):
 
 
 def test_small_outputs_lie_in_blocks_and_keep_their_values_and_strides():
-    keep, _ = keep_and_reuse()
+    keep, _ = keep_and_reuse(Blocks())
     outputs = [
         torch.randn(3, 5),
         torch.randn(2, 7, 4, dtype=torch.float64).transpose(1, 2),

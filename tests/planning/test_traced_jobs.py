@@ -14,6 +14,7 @@ from longqlora.planning import traced_jobs
 from longqlora.planning.fake_models import config_of, put_weights
 from longqlora.planning.memory_trace import MemoryTrace, fake_tensors, pretend_gpu, two_documents
 from longqlora.planning.traced_jobs import TrainingStep, composed, trace_step
+from longqlora.training.activations import keep_activations
 from longqlora.training.adapters import FLOAT32
 
 LLAMA = {
@@ -156,3 +157,13 @@ def test_every_family_can_be_traced(changed):
 )
 def test_settings_can_be_traced(settings):
     assert trace_step(training_step(LLAMA | {"num_hidden_layers": 1}, **settings)).largest.total > 0
+
+
+def test_a_real_step_after_a_traced_one_has_real_gradients():
+    """A training chooses its form by traces in the same process."""
+    trace_step(training_step(on_gpu=False, form="linear_outputs"))
+    model = AutoModelForCausalLM.from_config(config_of(LLAMA)).train()
+    keep_activations(model, "linear_outputs")
+    ids = torch.arange(40)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert {type(weight.grad) for weight in model.parameters()} == {torch.Tensor}
