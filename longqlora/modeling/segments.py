@@ -1,7 +1,7 @@
 """Causal attention inside segments of a window: one call of a fused kernel for each, or for several of equal length together.
 
 A mask would give the same result, but torch's flash kernel for GPUs takes none, and the one for CPUs computes the hidden pairs
-as well.
+as well. Only short segments, of which a call each would take longer, are computed together with a mask.
 
 Shapes: b batch, h query heads, h_kv key/value heads, n tokens, d width of a head.
 """
@@ -16,6 +16,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import repeat_kv
 
 Part = tuple[slice, slice, slice]  # rows, heads and tokens of a tensor [b, h, n, d]
+
+SHORT = 256
+"""Tokens. Neighbors that are shorter are computed together, in pieces that are not."""
+FOLDED = 32
+"""Tokens. Shorter segments are not folded into a batch, of whose every entry flash's backward pass keeps 128 tokens."""
 
 
 class Cut(Function):
@@ -63,45 +68,62 @@ class Join(Function):
         return None, None, *Cut.apply(gradients[0], ctx.parts)
 
 
-def runs_of_segments(cuts: range, documents: list[int], *, fold: bool = True) -> Iterator[tuple[slice, int]]:
-    """Segments of a row, from cut to cut and never across documents.
+def lengths_of_segments(cuts: range, documents: list[int]) -> list[int]:
+    """Lengths of a row's segments, in tokens, from cut to cut and never across documents.
 
     Args:
         cuts: where segments begin besides at the beginning of a document, in tokens.
         documents: lengths of the documents.
-        fold: whether segments of equal length that follow each other are one run.
-
-    Yields:
-        The tokens of a run, and the length of each of its segments.
     """
-    borders = sorted({0, *cuts, *accumulate(documents)})
-    begin = 0
-    for length, equal in groupby(end - start for start, end in pairwise(borders)):
-        number = len(list(equal))
-        for run in [number] if fold else [1] * number:
-            yield slice(begin, begin + run * length), length
-            begin += run * length
+    return [end - begin for begin, end in pairwise(sorted({0, *cuts, *accumulate(documents)}))]
 
 
-def attend_in_equal_segments(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length: int, **sdpa: Any
-) -> torch.Tensor:
-    """Causal attention inside segments of one length, which become a batch dimension.
+def computed_at_once(lengths: list[int]) -> Iterator[list[int]]:
+    """Yield runs of neighbors: those of equal length, and short ones until they are no longer short together."""
+    short: list[int] = []
+    for length, equal in groupby(lengths):
+        run = list(equal)
+        if length >= SHORT or (len(run) > 1 and length >= FOLDED):
+            if short:
+                yield short
+            short = []
+            yield run
+            continue
+        for _ in run:
+            short.append(length)
+            if sum(short) >= SHORT:
+                yield short
+                short = []
+    if short:
+        yield short
+
+
+def attend_in_run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], **sdpa: Any) -> torch.Tensor:
+    """Causal attention inside segments: those of equal length become a batch dimension, others get a mask.
 
     Args:
         query, key, value: ``[b, h, n, d]``.
-        length: of a segment, in tokens; n is a multiple.
+        lengths: of the segments, in tokens, together n.
         sdpa: further arguments of ``scaled_dot_product_attention``.
 
     Returns:
         ``[b, h, n, d]``
     """
+    if len(lengths) > 1 and (len({*lengths}) > 1 or lengths[0] < FOLDED):
+        return scaled_dot_product_attention(query, key, value, causal_inside(lengths, query.device), **sdpa)
 
     def fold(x):
-        return x.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)  # [b · segments, h, length, d]
+        return x.unflatten(2, (-1, lengths[0])).transpose(1, 2).flatten(0, 1)  # [b · segments, h, length, d]
 
     out = scaled_dot_product_attention(fold(query), fold(key), fold(value), is_causal=True, **sdpa)
     return out.unflatten(0, (len(query), -1)).transpose(1, 2).flatten(2, 3)
+
+
+def causal_inside(lengths: list[int], device: torch.device) -> torch.Tensor:
+    """The mask of causal attention inside segments, bool ``[n, n]``: True where the query (row) sees the key (column)."""
+    counts = torch.tensor(lengths, pin_memory=device.type == "cuda").to(device, non_blocking=True)  # without waiting for a GPU
+    segment = torch.repeat_interleave(counts, output_size=sum(lengths))  # of each token
+    return (segment[:, None] == segment).tril()
 
 
 def attend_in_segments(
@@ -125,19 +147,17 @@ def attend_in_segments(
     """
     b, h, n, _ = query.shape
     rows = [(slice(0, b), [n])] if documents is None else [(slice(i, i + 1), row) for i, row in enumerate(documents)]
-    runs = [
-        ((row, heads, tokens), length)
-        for row, lengths in rows
-        for heads, begins in cuts
-        if heads.start < heads.stop
-        for tokens, length in runs_of_segments(begins, lengths, fold=row.stop - row.start == 1)  # several rows would be copied
-    ]
-    parts = [part for part, _ in runs]
+    parts: list[Part] = []
+    runs: list[list[int]] = []
+    for row, of_documents in rows:
+        for heads, begins in cuts:
+            lengths = lengths_of_segments(begins, of_documents) if heads.start < heads.stop else []
+            together = computed_at_once(lengths) if row.stop - row.start == 1 else [[length] for length in lengths]
+            begin = 0  # several rows are not folded, for which they would be copied
+            for run in together:
+                parts.append((row, heads, slice(begin, begin + sum(run))))
+                runs.append(run)
+                begin += sum(run)
     inputs = (Cut.apply(x, parts) for x in (query, repeat_kv(key, h // key.shape[1]), repeat_kv(value, h // value.shape[1])))
-    # a token that sees itself alone, as one of padding, gets its value; flash's backward pass would take memory for 128 tokens
-    alone = 0 if sdpa.get("dropout_p") or all(length == 1 for _, length in runs) else 1  # queries and keys need a gradient
-    pieces = [
-        v if length == alone else attend_in_equal_segments(q, k, v, length, **sdpa)
-        for q, k, v, (_, length) in zip(*inputs, runs, strict=True)
-    ]
+    pieces = [attend_in_run(q, k, v, run, **sdpa) for q, k, v, run in zip(*inputs, runs, strict=True)]
     return Join.apply(parts, (b, h, n, value.shape[3]), *pieces)

@@ -1,6 +1,7 @@
 """Segments against masks, and what is moved and computed for them."""
 
 from collections import Counter
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,25 +10,40 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longqlora.modeling.segments import attend_in_segments, runs_of_segments
+from longqlora.modeling import segments
+from longqlora.modeling.segments import attend_in_segments, computed_at_once, lengths_of_segments
 
 
 @pytest.mark.parametrize(
-    ("cuts", "documents", "runs"),
+    ("cuts", "documents", "lengths"),
     [
-        (range(0), [7], [((0, 7), 7)]),
-        (range(4, 12, 4), [12], [((0, 12), 4)]),
-        (range(4, 11, 4), [11], [((0, 8), 4), ((8, 11), 3)]),
-        (range(2, 12, 4), [12], [((0, 2), 2), ((2, 10), 4), ((10, 12), 2)]),
-        (range(0), [5, 5, 2, 1, 1, 1], [((0, 10), 5), ((10, 12), 2), ((12, 15), 1)]),
-        (range(4, 12, 4), [3, 9], [((0, 3), 3), ((3, 4), 1), ((4, 12), 4)]),
-        (range(4, 12, 4), [4, 8], [((0, 12), 4)]),
+        (range(0), [7], [7]),
+        (range(4, 12, 4), [12], [4, 4, 4]),
+        (range(4, 11, 4), [11], [4, 4, 3]),
+        (range(2, 12, 4), [12], [2, 4, 4, 2]),
+        (range(0), [5, 5, 2, 1, 1, 1], [5, 5, 2, 1, 1, 1]),
+        (range(4, 12, 4), [3, 9], [3, 1, 4, 4]),
+        (range(4, 12, 4), [4, 8], [4, 4, 4]),
     ],
 )
-def test_segments_end_at_cuts_and_documents(cuts, documents, runs):
-    assert [((tokens.start, tokens.stop), length) for tokens, length in runs_of_segments(cuts, documents)] == runs
-    single = [(begin + at, begin + at + length) for (begin, end), length in runs for at in range(0, end - begin, length)]
-    assert [(tokens.start, tokens.stop) for tokens, _ in runs_of_segments(cuts, documents, fold=False)] == single
+def test_segments_end_at_cuts_and_documents(cuts, documents, lengths):
+    assert lengths_of_segments(cuts, documents) == lengths
+
+
+@pytest.mark.parametrize(
+    ("lengths", "runs"),
+    [
+        ([300], [[300]]),
+        ([512, 512, 400], [[512, 512], [400]]),
+        ([32, 64, 64, 64, 32], [[32], [64, 64, 64], [32]]),
+        ([100, 90, 80, 70], [[100, 90, 80], [70]]),
+        ([100, 300, 20], [[100], [300], [20]]),
+        ([1] * 600, [[1] * 256, [1] * 256, [1] * 88]),  # padding
+    ],
+    ids=["long", "equal", "groups", "short", "short beside long", "tokens"],
+)
+def test_neighbors_of_equal_length_and_short_ones_are_computed_at_once(lengths, runs):
+    assert list(computed_at_once(lengths)) == runs
 
 
 def lengths(n: int):
@@ -43,15 +59,22 @@ def rows_of_documents(draw):
 
 
 @settings(max_examples=100, deadline=None)
-@given(rows=rows_of_documents(), key_value_heads=st.integers(1, 3), shared_by=st.integers(1, 3), seed=st.integers(0, 9))
-def test_full_attention_inside_documents_is_that_with_a_mask(rows, key_value_heads, shared_by, seed):
+@given(
+    rows=rows_of_documents(),
+    short=st.sampled_from([1, 8, 256]),
+    key_value_heads=st.integers(1, 3),
+    shared_by=st.integers(1, 3),
+    seed=st.integers(0, 9),
+)
+def test_full_attention_inside_documents_is_that_with_a_mask(rows, short, key_value_heads, shared_by, seed):
     (b, n, documents), h = rows, key_value_heads * shared_by
     generator = torch.Generator().manual_seed(seed)
     query, key, value, weights = (
         torch.randn(b, heads, n, 8, generator=generator, dtype=torch.float64, requires_grad=True)
         for heads in (h, key_value_heads, key_value_heads, h)
     )
-    output = attend_in_segments(query, key, value, [(slice(0, h), range(0))], documents, scale=0.3)
+    with patch.multiple(segments, SHORT=short, FOLDED=max(2, short // 8)):
+        output = attend_in_segments(query, key, value, [(slice(0, h), range(0))], documents, scale=0.3)
     of_documents = [torch.block_diag(*(torch.ones(m, m) for m in row)).tril().bool() for row in documents or [[n]] * b]
     mask = torch.stack(of_documents)[:, None]  # [b, 1, n, n]
     expected = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True)
@@ -87,7 +110,7 @@ HALVES = [(slice(0, 2), range(16, 64, 16)), (slice(2, 4), range(8, 64, 16))]
 
 
 @pytest.mark.parametrize(
-    ("rows", "documents", "segments"),  # of each length, for all heads of all rows
+    ("rows", "documents", "computed"),  # segments of each length, for all heads of all rows
     [
         (1, None, {16: 2 * 4 + 2 * 3, 8: 2 * 2}),
         (3, None, {16: 3 * (2 * 4 + 2 * 3), 8: 3 * 2 * 2}),
@@ -96,7 +119,11 @@ HALVES = [(slice(0, 2), range(16, 64, 16)), (slice(2, 4), range(8, 64, 16))]
     ],
     ids=str,
 )
-def test_kernels_take_segments_without_masks_and_every_output_and_gradient_is_copied_once(rows, documents, segments):
+def test_kernels_take_segments_without_masks_and_every_output_and_gradient_is_copied_once(
+    rows, documents, computed, monkeypatch
+):
+    monkeypatch.setattr(segments, "SHORT", 8)
+    monkeypatch.setattr(segments, "FOLDED", 8)
     inputs = [torch.randn(rows, 64, 4, 8).transpose(1, 2).requires_grad_() for _ in range(3)]
     weights = torch.randn(rows, 64, 4, 8).transpose(1, 2)
     with Operations() as operations:
@@ -104,15 +131,27 @@ def test_kernels_take_segments_without_masks_and_every_output_and_gradient_is_co
         output.backward(weights)
     assert operations.written == {"copy_": 4 * rows * 64 * 4 * 8}
     assert output.transpose(1, 2).is_contiguous()
-    assert operations.segments == segments
+    assert operations.segments == computed
 
 
-def test_no_kernel_computes_tokens_that_are_documents_of_their_own():
-    query, key, value = (torch.randn(1, 4, 64, 8, requires_grad=True) for _ in range(3))
-    with Operations() as operations:
-        output = attend_in_segments(query, key, value, HALVES, [[16] + [1] * 48])
-        output.sum().backward()
-    assert operations.segments == {16: 2, 8: 2 * 2}
-    assert torch.equal(output[:, :, 16:], value[:, :, 16:])
+def test_of_short_documents_only_few_calls_compute_pairs():
+    """A call of a kernel for each of 600 tokens, or a batch of them, would take a GPU much time or memory."""
+    query, key, value = (torch.randn(1, 4, 1024, 8, requires_grad=True) for _ in range(3))
+    calls: list[torch.Size] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(query, *arguments, **options):
+        calls.append(query.shape)
+        return attend(query, *arguments, **options)
+
+    with patch.object(segments, "scaled_dot_product_attention", counted):
+        output = attend_in_segments(query, key, value, HALVES_OF_1024, [[424] + [1] * 600])
+    output.sum().backward()
+    assert len(calls) <= 12
+    assert all(batch <= 4 and length < 2 * segments.SHORT for batch, _, length, _ in calls)
+    assert torch.allclose(output[:, :, 424:], value[:, :, 424:])
     for gradient, expected in ((query.grad, 0), (key.grad, 0), (value.grad, 1)):
-        assert (gradient[:, :, 16:] == expected).all()
+        assert torch.allclose(gradient[:, :, 424:], torch.full_like(gradient[:, :, 424:], expected), atol=1e-6)
+
+
+HALVES_OF_1024 = [(slice(0, 2), range(256, 1024, 256)), (slice(2, 4), range(128, 1024, 256))]
