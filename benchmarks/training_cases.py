@@ -22,19 +22,13 @@ from longqlora.config.settings import RopeExtension, TrainingSettings
 from longqlora.evaluation.token_losses import nll_of_batch
 from longqlora.modeling.attention import register_shifted_sparse_attention
 from longqlora.modeling.chunked_loss import use_chunked_loss
-from longqlora.modeling.devices import (
-    compute_dtype,
-    dtype_name,
-    find_device,
-    keep_freed_memory,
-    return_freed_memory,
-    weight_dtype,
-)
+from longqlora.modeling.devices import compute_dtype, dtype_name, find_device, keep_freed_memory, weight_dtype
 from longqlora.modeling.rope import extend_context
 from longqlora.planning.fake_models import put_weights
 from longqlora.planning.work import RECOMPUTED
 from longqlora.training.activations import Form, keep_activations
 from longqlora.training.adapters import FLOAT32, add_adapter, base_dtypes
+from longqlora.training.heap import return_freed_memory
 
 
 def llama(hidden_size: int, intermediate_size: int, layers: int, heads: int, context: int, vocab_size: int = 32000) -> dict:

@@ -3,7 +3,6 @@
 import ctypes
 import os
 import sys
-import time
 from typing import Any
 
 import torch
@@ -78,38 +77,11 @@ def keep_freed_memory(device: torch.device) -> None:
     By default glibc returns the memory of a large tensor to the system when the tensor is freed. The page faults of the next
     tensor then take a tenth of the time of a small model's training step. Memory that is kept fragments, up to three times
     what is in use. Tensors of 8 MiB and more are therefore still mapped one by one; they are in huge pages
-    (:mod:`longqlora.jobs.log`), which have few page faults. See also :func:`return_freed_memory`.
+    (:mod:`longqlora.jobs.log`), which have few page faults.
     """
     if mallopt := function_of_glibc("mallopt", device):
         mallopt(-3, 8 * 2**20)  # M_MMAP_THRESHOLD: fixed, because glibc would raise it when tensors are freed
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
-
-
-class Heap:
-    """When this process returned memory, and what it held then.
-
-    Returning it twice in each step of the demo (0.2 s) took a quarter of the time, for page faults of what is used again. In
-    steps of 6 s, it took no time that could be measured.
-    """
-
-    INTERVAL = 1  # second
-    GROWTH = 128 * 2**20  # bytes
-    returned_at, held = float("-inf"), 0
-
-
-def return_freed_memory(device: torch.device) -> None:
-    """Return what is free in this process's heap to the system, because the holes between the tensors of one half of a training
-    step do not fit those of the other; unless little was added, or it was just done. Only on a CPU, and only with glibc."""
-    malloc_trim = function_of_glibc("malloc_trim", device)
-    if malloc_trim and time.monotonic() - Heap.returned_at > Heap.INTERVAL and held_memory() - Heap.held > Heap.GROWTH:
-        malloc_trim(0)
-        Heap.returned_at, Heap.held = time.monotonic(), held_memory()
-
-
-def held_memory() -> int:
-    """Main memory of this process, in bytes."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def function_of_glibc(name: str, device: torch.device) -> Any:

@@ -28,7 +28,7 @@ from longqlora.jobs.checkpointing import (
     publish_checkpoint,
     step_of_checkpoint,
 )
-from longqlora.modeling.devices import return_freed_memory
+from longqlora.training.heap import return_freed_memory
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import platform
 import pytest
 import torch
 
-from longqlora.modeling.devices import Heap, held_memory, return_freed_memory
+from longqlora.training.heap import Heap, held_memory, return_freed_memory
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's heap can be returned")
 SIZE = 64 * 2**10  # bytes, which the heap holds
